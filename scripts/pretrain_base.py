@@ -1,0 +1,514 @@
+"""Pretrain the tiny LLaVA-style base model from scratch on Picto scenes (CPU, resumable).
+
+    python scripts/pretrain_base.py --work-dir runs/base --output src/rematch/assets/base
+
+Three kinds of lesson, on training styles and training combinations only:
+
+- sight, before the others: the vision tower alone, a linear read-out names what stands in each cell (a released MLLM
+  starts from a trained vision tower too; learning names from captions alone took over 1,200 steps to begin);
+- chat: one picture and many question-answer turns (dense caption, look-ups by place and by name, relations, counts,
+  colours, Yes/No statements that are true or false by one thing), ordinary causal next-token prediction;
+- matching: a query, a right and a nearly right document, and the Yes/No question about each, in the chat template and
+  the segment layout that ``rematch.matching`` uses.
+
+The log (``log.jsonl``), the scores on held-out combinations and the model end up in ``--output``.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    SiglipVisionConfig,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from rematch import prompts
+from rematch.data import picto, picto_tasks
+from rematch.data.schema import Item
+from rematch.matching import Segment, additive, lay_out, pack
+
+IMAGE, PAD = "<image>", "<|pad|>"
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>"
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+PATCHES = 36
+CHAT_SHARE = 0.25  # of the steps are chat alone: before the language model names objects there is nothing to match
+SIGHT_BATCH = 96
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE, lower-cased, in which every Picto word is one token and any other text still has tokens."""
+    rng = random.Random(0)
+    corpus = [*picto.objects(), *picto.categories(), *prompts.DOCUMENT_INSTRUCTIONS.values()]
+    corpus += [prompts.MATCH_QUERY, prompts.MATCH_DOCUMENT, prompts.MATCH_QUESTION, "Yes", "No"]
+    for i in range(300):
+        scene = picto.sample_scene(rng)
+        corpus += [text for turn in turns(scene, rng, 30) for text in turn]
+        triplet = picto_tasks.training_triplet(0, i)
+        corpus += [triplet.query.as_input().get("text", ""), triplet.positive.text]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Punctuation("isolated"), pre_tokenizers.ByteLevel(add_prefix_space=True)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [PAD, IMAGE, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048,
+        min_frequency=1,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus * 3, trainer)
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token="<|end|>",
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build(tokenizer: PreTrainedTokenizerFast) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The untrained model and its processor."""
+    vision = SiglipVisionConfig(
+        hidden_size=192,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=picto.SIZE,
+        patch_size=16,
+        vision_use_head=False,
+        initializer_range=0.06,
+    )
+    text = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        initializer_range=0.06,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        image_seq_length=PATCHES,
+        tie_word_embeddings=True,
+        initializer_range=0.06,
+    )
+    edge = {"height": picto.SIZE, "width": picto.SIZE}
+    processor = LlavaProcessor(
+        SiglipImageProcessorPil(size=edge, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+        tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="full",
+        chat_template=TEMPLATE,
+        image_token=IMAGE,
+    )
+    return LlavaForConditionalGeneration(config), processor
+
+
+def turns(scene: picto.Scene, rng: random.Random, count: int) -> list[tuple[str, str]]:
+    """Question-answer turns about one scene, the dense caption among them."""
+    names = list(picto.objects())
+    there = list(dict.fromkeys(scene.objects))
+    unique, near = picto.unique_objects(scene), picto.neighbours(scene)
+    found = [("Describe the image.", picto.caption(scene))]
+    makers = {
+        "place": 2,
+        "where": 3,
+        "relation": 4,
+        "how_many": 3,
+        "count": 1,
+        "colour": 1,
+        "kind": 1,
+        "true": 4,
+        "is": 1,
+    }
+    while len(found) < count:
+        kind = rng.choices(list(makers), list(makers.values()))[0]
+        if kind == "place":
+            cell = rng.randrange(4)
+            found.append((f"What is in the {picto.CELLS[cell]}?", scene.cells[cell] or "nothing"))
+        elif kind == "where" and unique:
+            name = rng.choice(unique)
+            found.append((f"Where is the {name}?", picto.CELLS[scene.cells.index(name)]))
+        elif kind == "relation" and near:
+            relation, anchor, cell = rng.choice(near)
+            found.append((f"What is {relation} the {anchor}?", scene.cells[cell]))
+        elif kind == "how_many":
+            name = rng.choice(there) if rng.random() < 0.85 else rng.choice(names)
+            n = picto_tasks.NUMBERS[scene.objects.count(name)]
+            found.append((f"How many times do you see {picto.with_article(name)}?", n))
+        elif kind == "count":
+            found.append(("How many objects are there?", picto_tasks.NUMBERS[len(scene.objects)]))
+        elif kind == "colour":
+            found.append(("What colour is the background?", scene.background))
+        elif kind == "kind":
+            name = rng.choice(there)
+            found.append((f"What is {picto.with_article(name)}?", picto.with_article(picto.objects()[name])))
+        elif kind == "is":
+            name = rng.choice(there) if rng.random() < 0.5 else rng.choice(names)
+            answer = prompts.YES if name in there else prompts.NO
+            found.append((f"Do you see {picto.with_article(name)}?", answer))
+        elif kind == "true":
+            true = rng.random() < 0.5
+            said = picto.caption(scene if true else picto.near_miss(scene, rng))
+            found.append((f"Does it show {said}?", prompts.YES if true else prompts.NO))
+    rng.shuffle(found)
+    return found
+
+
+class Lessons(Dataset[dict[str, Tensor]]):
+    """Ready batches, one per step, each made from its step number alone (so that a resumed run goes on exactly)."""
+
+    def __init__(self, processor: LlavaProcessor, steps: int, chats: int, pairs: int, first: int = 0) -> None:
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.steps, self.chats, self.pairs, self.first = steps, chats, pairs, first
+        self.cache: dict[str, list[int]] = {}
+
+    def __len__(self) -> int:
+        return self.steps - self.first
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        torch.set_num_threads(1)
+        step = self.first + index
+        rng = random.Random(f"base/{step}")
+        early = step < self.steps * CHAT_SHARE
+        chats, pairs = (2 * self.chats, 0) if early else (self.chats, self.pairs)
+        pictures: list = []
+        rows, labels = [], []
+        for _ in range(chats):
+            scene = picto.sample_scene(rng)
+            style = rng.choice(picto.TRAIN_STYLES)
+            pictures.append(picto.render(scene, style, rng.getrandbits(32), augment=rng.random() < 0.8))
+            ids, target = self.chat(turns(scene, rng, 7))
+            rows.append(ids)
+            labels.append(target)
+        batch = {"chat_ids": pad(rows, self.tokenizer.pad_token_id), "chat_labels": pad(labels, -100)}
+        triplets = [picto_tasks.training_triplet(1 + rng.getrandbits(30), 0) for _ in range(pairs)]
+        items = [(t.query, [t.positive, t.negative]) for t in triplets if t.negative]
+        if items:
+            batch |= self.match(items)
+        pictures += [i.image for q, d in items for i in (q, *d) if i.image is not None]
+        batch["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return batch
+
+    def ids(self, text: str) -> list[int]:
+        if text not in self.cache:
+            self.cache[text] = self.tokenizer.encode(text, add_special_tokens=False)
+        return self.cache[text]
+
+    def chat(self, dialogue: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        labels: list[int] = []
+        for i, (question, answer) in enumerate(dialogue):
+            asked = self.ids("<|user|>") + (self.ids(IMAGE) * PATCHES if i == 0 else []) + self.ids(question)
+            asked += self.ids("<|end|><|assistant|>")
+            said = self.ids(answer) + self.ids("<|end|>")
+            ids += asked + said
+            labels += [-100] * len(asked) + said
+        return ids, labels
+
+    def segment(self, head: str, item: Item | None, tail: str = "") -> Segment:
+        ids = self.ids(head) if head else []
+        if item is not None:
+            text = item.instruction + item.text
+            ids = ids + (self.ids(IMAGE) * PATCHES if item.image is not None else []) + (self.ids(text) if text else [])
+        ids = ids + (self.ids(tail) if tail else [])
+        return Segment(torch.tensor(ids), torch.arange(len(ids))[None])
+
+    def match(self, items: list[tuple[Item, list[Item]]]) -> dict[str, Tensor]:
+        prompt = self.segment("<|user|>", None)
+        slot = self.segment(prompts.MATCH_QUESTION, None, "<|end|><|assistant|>")
+        rows = []
+        for query, documents in items:
+            q = {"raw": self.segment(prompts.MATCH_QUERY, query)}
+            d = [{"raw": self.segment(prompts.MATCH_DOCUMENT, document)} for document in documents]
+            rows.append(lay_out(prompt, q, d, slot, [("raw", i, "raw") for i in range(len(d))]))
+        packed = pack(rows, self.tokenizer.pad_token_id)
+        return {
+            "ids": packed.input_ids,
+            "positions": packed.position_ids[0],
+            "mask": packed.mask,
+            "slots": packed.slots,
+        }
+
+
+class SightLessons(Dataset[tuple[Tensor, Tensor]]):
+    """Batches of pictures and the number of the object in each cell (0: nothing)."""
+
+    def __init__(self, processor: LlavaProcessor, steps: int) -> None:
+        self.processor, self.steps = processor, steps
+        self.numbers = {name: i for i, name in enumerate(["", *picto.objects()])}
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        torch.set_num_threads(1)
+        rng = random.Random(f"sight/{step}")
+        pictures, cells = [], []
+        for _ in range(SIGHT_BATCH):
+            scene = picto.sample_scene(rng, count=4 if rng.random() < 0.7 else None)
+            picture = picto.render(
+                scene, rng.choice(picto.TRAIN_STYLES), rng.getrandbits(32), augment=rng.random() < 0.8
+            )
+            seen = scene.cells
+            if rng.random() < 0.15:  # a crop, as grounding shows them: one object fills the picture
+                cell = rng.choice([i for i, name in enumerate(seen) if name])
+                picture, seen = picto.crop(picture, cell), (seen[cell],) * 4
+            pictures.append(picture)
+            cells.append([self.numbers[name] for name in seen])
+        return self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"], torch.tensor(cells)
+
+
+def learn_to_see(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int, lr: float, log: TextIO
+) -> None:
+    """Train the vision tower alone; its four quarters are read out by one linear layer that is thrown away after."""
+    tower = model.model.vision_tower
+    width, edge = tower.config.hidden_size, picto.SIZE // tower.config.patch_size
+    head = torch.nn.Linear(width, len(picto.objects()) + 1)
+    parameters = [*tower.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    lessons = SightLessons(processor, steps)
+    right, start = 0.0, time.time()
+    for step, (pixels, cells) in enumerate(DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=4), 1):
+        with torch.autocast("cpu", torch.bfloat16):
+            states = tower(pixels, output_hidden_states=True).hidden_states[-1]
+        quarters = states.float().view(-1, 2, edge // 2, 2, edge // 2, width).mean((2, 4)).view(-1, 4, width)
+        logits = head(quarters)
+        loss = F.cross_entropy(logits.flatten(0, 1), cells.flatten(), label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        right += (logits.argmax(-1) == cells).float().mean().item()
+        if step % 100 == 0:
+            row = {"sight_step": step, "seconds": round(time.time() - start), "loss": round(loss.item(), 4)}
+            line = json.dumps(row | {"accuracy": round(right, 2)})  # mean over the last 100 steps, in percent
+            print(line, flush=True)
+            log.write(line + "\n")
+            log.flush()
+            right = 0.0
+
+
+def pad(rows: list[list[int]], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
+    (yes,), (no,) = (tokenizer.encode(w, add_special_tokens=False) for w in (prompts.YES, prompts.NO))
+    return yes, no
+
+
+def losses(
+    model: LlavaForConditionalGeneration, batch: dict[str, Tensor], yes_no: tuple[int, int]
+) -> tuple[Tensor, ...]:
+    features = model.model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True).pooler_output
+    chats = len(batch["chat_ids"])
+    embed = model.get_input_embeddings()
+
+    def hidden(ids: Tensor, images: tuple[Tensor, ...], **kwargs: Tensor) -> Tensor:
+        embeds = embed(ids)
+        where = (ids == model.config.image_token_index)[..., None]
+        embeds = embeds.masked_scatter(where, torch.cat(list(images)).to(embeds.dtype))
+        return model.model.language_model(inputs_embeds=embeds, **kwargs).last_hidden_state
+
+    states = hidden(batch["chat_ids"], features[:chats])[:, :-1]
+    labels = batch["chat_labels"][:, 1:]
+    wanted = labels != -100
+    chat = F.cross_entropy(model.lm_head(states[wanted]).float(), labels[wanted])
+    if "ids" not in batch:
+        return chat, torch.zeros(()), torch.zeros(())
+    states = hidden(
+        batch["ids"],
+        features[chats:],
+        attention_mask=additive(batch["mask"], torch.float32),
+        position_ids=batch["positions"],
+    )
+    slots = batch["slots"]
+    logits = model.lm_head(states[torch.arange(len(slots))[:, None], slots]).float()
+    target = torch.tensor(yes_no).expand(len(slots), 2)
+    match = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+    right = (logits[..., yes_no[0]] > logits[..., yes_no[1]]) == torch.tensor([True, False])
+    return chat, match, right.float().mean()
+
+
+@torch.no_grad()
+def evaluate(model: LlavaForConditionalGeneration, processor: LlavaProcessor, per_task: int) -> dict[str, float]:
+    """Exact VQA answers by greedy generation, and Yes/No accuracy on near-miss pairs, on held-out combinations."""
+    model.eval()
+    lessons = Lessons(processor, 0, 0, 0)
+    yes, no = answer_ids(processor.tokenizer)
+    scores: dict[str, float] = {}
+    for ood in (False, True):
+        styles = (picto.OOD_STYLE,) if ood else picto.TRAIN_STYLES
+        vqa, matching = [], []
+        for name, (meta_task, generate) in picto_tasks.TASKS.items():
+            draw = picto_tasks.Draw(random.Random(f"base-eval/{name}/{ood}"), True, styles, False)
+            samples = [generate(draw) for _ in range(per_task)]
+            if meta_task == "vqa":
+                hits = [generate_answer(model, lessons, s.query) == s.documents[0].text for s in samples]
+                scores[f"vqa/{name}{'/ood' if ood else ''}"] = 100 * sum(hits) / len(hits)
+                vqa.append(sum(hits) / len(hits))
+            batch = lessons.match([(s.query, s.documents[:2]) for s in samples])
+            pictures = [i.image for s in samples for i in (s.query, *s.documents[:2]) if i.image is not None]
+            if pictures:
+                batch["pixel_values"] = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+            out = model.model(
+                input_ids=batch["ids"],
+                pixel_values=batch["pixel_values"],
+                attention_mask=additive(batch["mask"], torch.float32),
+                position_ids=batch["positions"],
+            ).last_hidden_state
+            logits = model.lm_head(out[torch.arange(per_task)[:, None], batch["slots"]])
+            right = (logits[..., yes] > logits[..., no]) == torch.tensor([True, False])
+            scores[f"match/{name}{'/ood' if ood else ''}"] = 100 * right.float().mean().item()
+            matching.append(right.float().mean().item())
+        scores["vqa" + ("/ood" if ood else "")] = 100 * sum(vqa) / len(vqa)
+        scores["match" + ("/ood" if ood else "")] = 100 * sum(matching) / len(matching)
+    model.train()
+    return {k: round(v, 1) for k, v in scores.items()}
+
+
+def generate_answer(model: LlavaForConditionalGeneration, lessons: Lessons, query: Item) -> str:
+    ids, _ = lessons.chat([(query.text, "")])
+    ids = ids[: -len(lessons.ids("<|end|>"))]
+    pixels = lessons.processor.image_processor([query.image], return_tensors="pt")["pixel_values"]
+    out = model.generate(
+        input_ids=torch.tensor([ids]), pixel_values=pixels, max_new_tokens=6, do_sample=False, pad_token_id=0
+    )
+    return lessons.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
+
+
+def save_checkpoint(
+    path: Path, model: LlavaForConditionalGeneration, optimizer: torch.optim.Optimizer, step: int, seconds: float
+) -> None:
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, output: Path) -> None:
+    """Weights on disk in half precision (16 MB limit), declared as float32 so that they load as such."""
+    model.set_attn_implementation("sdpa")
+    rows = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(128 * -(-(rows + 64) // 128), mean_resizing=False)  # spare rows, as releases have
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    weights = load_file(output / "model.safetensors")
+    save_file({k: v.half() for k, v in weights.items()}, output / "model.safetensors", {"format": "pt"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", type=Path, required=True, help="checkpoint and log; an existing one is continued")
+    parser.add_argument("--output", type=Path, help="where the finished model goes (default: WORK_DIR/model)")
+    parser.add_argument("--sight-steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--chats", type=int, default=22, help="conversations per step (twice as many at first)")
+    parser.add_argument("--pairs", type=int, default=40, help="matching samples per step")
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--eval-every", type=int, default=500)
+    args = parser.parse_args()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    model, processor = build(tokenizer)
+    model.set_attn_implementation("eager")  # a little faster than sdpa under bf16 autocast on a CPU
+    yes_no = answer_ids(tokenizer)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, Yes/No = {yes_no}", flush=True)
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    step, seconds = 0, 0.0
+    checkpoint = args.work_dir / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, seconds = state["step"], state["seconds"]
+        print(f"continuing at step {step}", flush=True)
+    log = (args.work_dir / "log.jsonl").open("a")
+    model.train()
+    if not checkpoint.exists():
+        learn_to_see(model, processor, args.sight_steps, 2e-3, log)
+        save_checkpoint(checkpoint, model, optimizer, 0, 0.0)
+    lessons = Lessons(processor, args.steps, args.chats, args.pairs, first=step)
+    loader = DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=4)
+    sums, start = torch.zeros(3), time.time() - seconds
+    for batch in loader:
+        warm = min(1.0, (step + 1) / 200)
+        rate = args.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast("cpu", torch.bfloat16):
+            chat, match, right = losses(model, batch, yes_no)
+        optimizer.zero_grad()
+        (chat + match).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        sums += torch.stack([chat, match, right]).detach()
+        step += 1
+        if step % 50 == 0:
+            chat_loss, match_loss, accuracy = (sums / 50).tolist()
+            sums.zero_()
+            row = {"step": step, "seconds": round(time.time() - start), "lr": rate}
+            row |= {"chat_loss": chat_loss, "match_loss": match_loss, "match_accuracy": 100 * accuracy}
+            if step % args.eval_every == 0:
+                row |= evaluate(model, processor, 40)
+            line = json.dumps({k: round(v, 5) for k, v in row.items()})
+            print(line, flush=True)
+            log.write(line + "\n")
+            log.flush()
+            if step % 250 == 0:
+                save_checkpoint(checkpoint, model, optimizer, step, time.time() - start)
+    output = args.output or args.work_dir / "model"
+    scores = evaluate(model, processor, 200)
+    print(json.dumps(scores, indent=2))
+    save(model, processor, output)
+    (output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    (output / "log.jsonl").write_text((args.work_dir / "log.jsonl").read_text())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

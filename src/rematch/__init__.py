@@ -1,0 +1,37 @@
+"""Multimodal retrieval from a multimodal LLM: train, evaluate, search.
+
+>>> import rematch
+>>> rematch.ReMatch
+<class 'rematch.model.ReMatch'>
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rematch.errors import RematchError
+    from rematch.losses import ReMatchLoss
+    from rematch.model import ReMatch
+    from rematch.search.exact import Searcher
+    from rematch.train.run import train
+
+__version__ = "0.1.0"
+__all__ = ["ReMatch", "ReMatchLoss", "RematchError", "Searcher", "train"]
+
+_HOME = {
+    "ReMatch": "rematch.model",
+    "ReMatchLoss": "rematch.losses",
+    "RematchError": "rematch.errors",
+    "Searcher": "rematch.search.exact",
+    "train": "rematch.train.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'rematch' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,395 @@
+"""The MLLM as the first module of a SentenceTransformer: loading and checking it, reading inputs, running it.
+
+:class:`Backbone` is sentence-transformers' ``Transformer`` with three differences: inputs may be paths, pictures with
+transparency and several pictures at once, with errors that name the row; only the base model runs (no LM head, hidden
+states after the final norm); and the same weights answer packed matching questions (:mod:`rematch.matching`).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file
+from sentence_transformers.base.modules import Transformer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedModel, ProcessorMixin
+from transformers.utils import logging as transformers_logging
+
+from rematch.data.images import EXTENSIONS, load_image
+from rematch.errors import ModelError, RematchError
+from rematch.matching import Packed, Segment, additive
+from rematch.prompts import NO, YES
+
+PACKAGED = {"rematch-base": "assets/base", "rematch-tiny": "assets/tiny"}
+_MARK = "[[CONTENT]]"
+_TEXT_FEATURES = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
+
+
+def resolve(name: str) -> str:
+    """The directory of a packaged model (``rematch-base``, ``rematch-tiny``); any other name unchanged."""
+    return str(files("rematch") / PACKAGED[name]) if name in PACKAGED else name
+
+
+class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ships no types
+    """An image-text-to-text model that embeds and answers Yes/No questions.
+
+    Args:
+        model_name_or_path: A hub name, a directory, or the name of a packaged model.
+        fingerprint: Of the base that a saved adapter belongs to; checked on load.
+        adapter: Whether the checkpoint is an adapter, so that one that lost it is not taken for a whole model.
+        answer_ids: Token ids of Yes and No; checked against the tokenizer on load.
+        kwargs: As for sentence-transformers' ``Transformer``.
+
+    Raises:
+        ModelError: If the backbone has no chat template, no pictures, no single-token Yes and No, or if a checkpoint
+            lacks its adapter or was made for another base.
+    """
+
+    config_keys = [*Transformer.config_keys, "fingerprint", "adapter", "answer_ids"]
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        *,
+        fingerprint: str | None = None,
+        adapter: bool = False,
+        answer_ids: list[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        path = resolve(str(model_name_or_path))
+        self.saved_fingerprint = fingerprint
+        if adapter and not any((Path(path) / f).exists() for f in ("adapter_model.safetensors", "adapter_model.bin")):
+            raise ModelError(
+                f"{path}: this checkpoint is an adapter, but adapter_model.safetensors is not there; without it the "
+                "model would answer as its untrained base. Copy the file back or save the model again."
+            )
+        self.adapter = adapter
+        kwargs = {"transformer_task": "any-to-any", "processing_kwargs": _GENERATION_PROMPT} | kwargs
+        try:
+            super().__init__(path, **kwargs)
+        except (OSError, ValueError, KeyError) as error:
+            if isinstance(error, RematchError):
+                raise
+            raise ModelError(
+                f"{model_name_or_path}: cannot be loaded as an image-text-to-text model "
+                f"({str(error).strip().splitlines()[0]}). Give a hub name, a directory that holds such a model, or "
+                f"one of {', '.join(PACKAGED)}."
+            ) from error
+        self.module_output_name = "token_embeddings"
+        self._check_processor(model_name_or_path)
+        self.prefix, self.suffix, self.image_markup = self._read_template()
+        self.answer_ids = [self._single_token(word) for word in (YES, NO)]
+        if answer_ids is not None and answer_ids != self.answer_ids:
+            raise ModelError(
+                f"{path}: saved with the answer tokens {answer_ids}, but its tokenizer now gives {self.answer_ids}. "
+                "The tokenizer files were changed; restore those that belong to the checkpoint."
+            )
+
+    # ---- loading and saving -------------------------------------------------------------------------------------
+
+    def _load_config(self, model_name_or_path: str, backend: str, config_kwargs: dict[str, Any]) -> tuple[Any, bool]:
+        if not (Path(model_name_or_path) / "adapter_config.json").exists():
+            config, is_adapter = super()._load_config(model_name_or_path, backend, config_kwargs)
+            if not is_adapter:
+                return config, False
+        base = self._base_of_adapter(model_name_or_path)
+        return AutoConfig.from_pretrained(base, **{k: v for k, v in config_kwargs.items() if k in _HUB_KEYS}), True
+
+    def _base_of_adapter(self, path: str) -> str:
+        settings = json.loads((Path(path) / "adapter_config.json").read_text())
+        return resolve(settings["base_model_name_or_path"])
+
+    def _load_model(
+        self, path: str, task: str, config: Any, backend: str, is_adapter: bool, **kwargs: Any
+    ) -> PreTrainedModel:
+        if not is_adapter:
+            model, report = AutoModelForMultimodalLM.from_pretrained(
+                path, config=config, output_loading_info=True, **kwargs
+            )
+            if lost := sorted(report["missing_keys"]):
+                raise ModelError(
+                    f"{path}: {len(lost)} weights are missing ({', '.join(lost[:3])}, …); they would be random. "
+                    "The checkpoint is incomplete: download or save it again."
+                )
+            self.fingerprint = fingerprint(model)
+            return model
+        base = self._base_of_adapter(path)
+        kwargs.pop("revision", None)
+        model = AutoModelForMultimodalLM.from_pretrained(base, config=config, **kwargs)
+        self.fingerprint = fingerprint(model)
+        if self.saved_fingerprint and self.saved_fingerprint != self.fingerprint:
+            raise ModelError(
+                f"{path}: this adapter was trained on another base than {base} (fingerprint "
+                f"{self.saved_fingerprint}, found {self.fingerprint}). Point base_model_name_or_path in its "
+                "adapter_config.json to the base it was trained on."
+            )
+        tokenizer_size = json.loads((Path(path) / "rematch.json").read_text())["vocabulary"]
+        resize_vocabulary(model, tokenizer_size)
+        with _quiet():  # it reports the LM head's tied copy of the token rows as missing
+            model.load_adapter(path)
+        saved = {k.removeprefix("base_model.model.") for k in load_file(Path(path) / "adapter_model.safetensors")}
+        if lost := sorted(set(get_peft_model_state_dict(model)) ^ saved):
+            raise ModelError(
+                f"{path}: its adapter does not fit the base {base} ({', '.join(lost[:3])}, …). Point "
+                "base_model_name_or_path in adapter_config.json to the base it was trained on."
+            )
+        return model
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        self.adapter = bool(getattr(self.model, "_hf_peft_config_loaded", False))
+        super().save(output_path, *args, **kwargs)
+        if self.adapter:
+            settings_file = Path(output_path) / "adapter_config.json"
+            settings = json.loads(settings_file.read_text())
+            settings["base_model_name_or_path"] = self.base_name
+            settings_file.write_text(json.dumps(settings, indent=2))
+        size = self.model.get_input_embeddings().weight.shape[0]
+        (Path(output_path) / "rematch.json").write_text(json.dumps({"vocabulary": size}) + "\n")
+
+    @property
+    def base_name(self) -> str:
+        """Name or path of the base model; that of a packaged one stays a name, so that adapters can be moved."""
+        path = str(self.model.config._name_or_path)
+        return next((name for name in PACKAGED if resolve(name) == path), path)
+
+    # ---- what the backbone must have ----------------------------------------------------------------------------
+
+    def _check_processor(self, name: str) -> None:
+        if not isinstance(self.processor, ProcessorMixin) or not hasattr(self.processor, "image_processor"):
+            raise ModelError(
+                f"{name}: its processor came back as {type(self.processor).__name__}, which reads no pictures. Either "
+                "the model is text-only, or its image processor needs a package that is missing (often torchvision)."
+            )
+        if not getattr(self.processor, "chat_template", None):
+            raise ModelError(
+                f"{name}: has no chat template, but queries, documents and the Yes/No question are put as chat turns. "
+                "Use the instruction-tuned variant of the model, or set processor.chat_template and save it."
+            )
+
+    def _read_template(self) -> tuple[str, str, str]:
+        """(what the chat template puts before the content, after it, and for a picture)."""
+
+        def render(content: list[dict[str, str]]) -> str:
+            turn = [{"role": "user", "content": content}]
+            return str(self.processor.apply_chat_template(turn, add_generation_prompt=True))
+
+        text = {"type": "text", "text": _MARK}
+        try:
+            prefix, suffix = render([text]).split(_MARK)
+            picture = render([text, {"type": "image"}, text]).split(_MARK)[1]
+        except Exception as error:
+            raise ModelError(
+                f"the chat template cannot render a user turn of text and a picture ({error}). Use a backbone whose "
+                "template takes structured content."
+            ) from error
+        return prefix, suffix, picture
+
+    def _single_token(self, word: str) -> int:
+        ids = self.tokenizer.encode(word, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ModelError(
+                f"the tokenizer cuts {word!r} into {len(ids)} tokens; matching needs {YES} and {NO} to be one token "
+                "each. Use another backbone."
+            )
+        return int(ids[0])
+
+    # ---- embedding ----------------------------------------------------------------------------------------------
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Chat-template and tokenize inputs; see :func:`as_parts` for what an input may be."""
+        kwargs["task"] = kwargs.get("task") or "document"
+        turns = []
+        for row, value in enumerate(inputs):
+            pictures, text = as_parts(value, row)
+            content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+            if prompt or text:
+                content.append({"type": "text", "text": (prompt or "") + text})
+            turns.append([{"role": "user", "content": content}])
+        features: dict[str, Any] = super().preprocess(turns, **kwargs)
+        return features
+
+    def _verify_left_padding(self, *args: Any) -> None:
+        """The learnable tokens are found from the attention mask: either padding side is right."""
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Adds ``token_embeddings`` (B, T, D), the base model's last hidden states after the final norm."""
+        accepted = signature(self.base.forward).parameters
+        inputs = {name: value for name, value in features.items() if name in accepted}
+        features["token_embeddings"] = self.base(**inputs).last_hidden_state
+        return features
+
+    @property
+    def base(self) -> nn.Module:
+        """The model without its LM head."""
+        base: nn.Module = self.model.base_model
+        return base
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    # ---- matching -----------------------------------------------------------------------------------------------
+
+    def segments(self, heads: Sequence[str], inputs: Sequence[Any]) -> tuple[list[Segment], dict[str, Tensor]]:
+        """Tokenize raw views: ``head`` + pictures + text each.
+
+        Returns:
+            The segments, and the picture inputs (``pixel_values`` …) of all of them in order.
+        """
+        texts, pictures = [], []
+        for row, (head, value) in enumerate(zip(heads, inputs, strict=True)):
+            own, text = as_parts(value, row)
+            pictures += own
+            texts.append(head + self.image_markup * len(own) + text)
+        features = self.processor(
+            text=texts,
+            images=pictures or None,
+            text_kwargs={"padding": True, "padding_side": "right", "add_special_tokens": False},
+            common_kwargs={"return_tensors": "pt"},
+        )
+        vision = {name: value for name, value in features.items() if name not in _TEXT_FEATURES}
+        grids = iter(vision.get("image_grid_thw", ()))
+        rows = []
+        for i, attended in enumerate(features["attention_mask"].bool()):
+            ids = features["input_ids"][i][attended]
+            kinds = features["mm_token_type_ids"][i][attended] if "mm_token_type_ids" in features else None
+            rows.append(Segment(ids, self._positions(ids, kinds, grids)))
+        return rows, vision
+
+    def text_segment(self, text: str, *, placeholder: bool = False) -> Segment:
+        """A segment of text alone, with a placeholder for ``Z*`` at its end if asked."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        ids = torch.tensor(ids + [self.tokenizer.eos_token_id] * placeholder, dtype=torch.long)
+        return Segment(ids, self._positions(ids, None, iter(())), is_feature=placeholder)
+
+    def _positions(self, ids: Tensor, kinds: Tensor | None, grids: Iterator[Tensor]) -> Tensor:
+        """Positions of a segment from 0: (1, L), or (3, L) for M-RoPE backbones."""
+        plain = torch.arange(len(ids))[None]
+        if not hasattr(self.base, "get_rope_index"):
+            return plain
+        if kinds is None or not kinds.any():
+            return plain.expand(3, -1)
+        count = int((kinds.diff(prepend=kinds.new_zeros(1)) == 1).sum())
+        grid = torch.stack([next(grids) for _ in range(count)])
+        rope_index: Any = self.base.get_rope_index
+        positions: Tensor = rope_index(ids[None], kinds[None], image_grid_thw=grid)[0]
+        return positions[:, 0]
+
+    def answer_logits(self, packed: Packed, vision: dict[str, Tensor], embeddings: Tensor | None = None) -> Tensor:
+        """Next-token logits over the vocabulary at every answer slot; the LM head runs there only.
+
+        Args:
+            packed: The sequences, on the model's device.
+            vision: ``pixel_values`` and the like of all raw pictures in order.
+            embeddings: ``Z*`` for the placeholders in reading order, (number of placeholders, D).
+
+        Returns:
+            (B, A, V); rows of absent slots (-1) hold no meaning.
+        """
+        positions = packed.position_ids
+        mask = additive(packed.mask, self.model.dtype)
+        with self._replaced(packed.features, embeddings):
+            out = self.base(
+                input_ids=packed.input_ids,
+                attention_mask=mask,
+                position_ids=positions[0] if len(positions) == 1 else positions,
+                **vision,
+            )
+        rows = torch.arange(len(packed.slots), device=packed.slots.device)[:, None]
+        logits: Tensor = self.model.get_output_embeddings()(out.last_hidden_state[rows, packed.slots])
+        return logits
+
+    @contextmanager
+    def _replaced(self, where: Tensor, embeddings: Tensor | None) -> Iterator[None]:
+        """Put ``embeddings`` in place of the input embeddings at ``where`` (B, T) while the block runs."""
+        if embeddings is None:
+            yield
+            return
+
+        def swap(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            return output.masked_scatter(where[..., None], embeddings.to(output.dtype))
+
+        handle = self.model.get_input_embeddings().register_forward_hook(swap)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+_GENERATION_PROMPT = {"chat_template": {"add_generation_prompt": True}}
+_HUB_KEYS = frozenset({"token", "cache_dir", "local_files_only", "trust_remote_code"})
+
+
+def as_parts(value: Any, row: int) -> tuple[list[Image.Image], str]:
+    """An input as (RGB pictures, text).
+
+    Args:
+        value: Text; a picture; a path (``Path``, or a string that ends like a picture's name); or
+            ``{"text": …, "image": …}`` with one or several pictures.
+        row: Where it stands in the batch, for the error.
+
+    Raises:
+        RematchError: If it is none of these, or empty.
+
+    >>> as_parts("a dog", 0)
+    ([], 'a dog')
+    """
+    if isinstance(value, Path | Image.Image):
+        return [load_image(value)], ""
+    if isinstance(value, str):
+        if value.lower().endswith(EXTENSIONS):
+            return [load_image(value)], ""
+        text, images = value, []
+    elif isinstance(value, dict) and value.keys() <= {"text", "image"}:
+        text, found = value.get("text") or "", value.get("image")
+        images = list(found) if isinstance(found, list | tuple) else [found] if found is not None else []
+    else:
+        seen = f"a dictionary with the keys {sorted(map(str, value))}" if isinstance(value, dict) else repr(value)
+        raise RematchError(
+            f"input {row}: {seen} is no query or document. Give text, a picture, a path, or a dictionary with "
+            "'text' and/or 'image'."
+        )
+    if not text.strip() and not images:
+        raise RematchError(f"input {row}: empty, so there is nothing to embed. Give it text or a picture.")
+    return [load_image(image) for image in images], text
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Twelve hex digits that tell one base from another: shapes of all weights and the values of a few.
+
+    The input embedding is left out: learnable tokens may have been added to it.
+    """
+    digest = hashlib.sha256()
+    vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())
+    left_out = {id(p) for module in vocabulary if module is not None for p in module.parameters()}
+    weights = [(name, p) for name, p in model.named_parameters() if id(p) not in left_out]
+    for name, weight in weights:
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+    for _, weight in weights[:: max(1, len(weights) // 8)]:
+        digest.update(weight.detach().flatten()[:64].half().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def resize_vocabulary(model: PreTrainedModel, size: int) -> None:
+    """Grow the input embedding to ``size`` rows; many released models have spare rows, and nothing changes then."""
+    if size > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(size, mean_resizing=False)

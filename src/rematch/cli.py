@@ -1,0 +1,187 @@
+"""The command ``rematch``: parse, call, print. Heavy imports happen inside the commands."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rematch import __version__
+from rematch.errors import RematchError
+
+if TYPE_CHECKING:
+    from rematch.evaluate.run import TaskResult
+
+app = typer.Typer(
+    help="Multimodal retrieval from a multimodal LLM: train, evaluate, search.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Benchmark data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"rematch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Directory of the report.")] = Path("rematch-demo"),
+    steps: Annotated[int, typer.Option(min=2, help="Training steps per arm.")] = 40,
+) -> None:
+    """Fine-tune the tiny base twice, evaluate, search, and write an HTML report; under five minutes on two cores."""
+    from rematch.demo import run_demo
+
+    report = run_demo(output, steps)
+    typer.echo(f"\nReport: {report}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML; see recipes/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, such as train.steps=200.")] = None,
+) -> None:
+    """Train a retriever from a recipe."""
+    from rematch.train.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+    from rematch.train.run import train as run
+
+    run(settings)
+    typer.echo(f"Model and log: {settings.train.output}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory, hub name, or rematch-tiny.")] = "rematch-tiny",
+    benchmark: Annotated[str, typer.Option(help="picto.")] = "picto",
+    output: Annotated[Path | None, typer.Option(help="Directory for scores.json.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Read the tasks from a directory in MMEB-eval form instead.")
+    ] = None,
+    queries: Annotated[int, typer.Option(help="Queries per task: 50, 100, 150 or 200.")] = 200,
+) -> None:
+    """Score a model on a benchmark: Hit@1 per task, per meta-task, in and out of distribution."""
+    if benchmark != "picto":
+        raise RematchError(f"--benchmark {benchmark} is unknown; this version has: picto.")
+    if queries not in (50, 100, 150, 200):
+        raise RematchError(f"--queries {queries}: choose 50, 100, 150 or 200.")
+    from rich.progress import Progress
+
+    from rematch.data.mmeb import read_eval
+    from rematch.data.picto_tasks import evaluation_tasks
+    from rematch.evaluate.run import baselines, evaluate, summary, write_json
+    from rematch.model import ReMatch
+
+    loaded = ReMatch(model)
+    tasks = (
+        read_eval(data) if data else [*evaluation_tasks(queries=queries), *evaluation_tasks(ood=True, queries=queries)]
+    )
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("evaluating", total=len(tasks))
+        results = evaluate(loaded, tasks, progress=lambda _: progress.advance(bar))
+    _print_table(results)
+    if output:
+        means = summary(results)
+        per_task = {r.task.name: {k: round(v, 2) for k, v in r.scores.items()} for r in results}
+        content = {"benchmark": "picto", "model": model, "scores": means, **baselines(tasks), "tasks": per_task}
+        write_json(output / "scores.json", content)
+        typer.echo(f"Scores: {output / 'scores.json'}")
+
+
+def _print_table(results: "list[TaskResult]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from rematch.evaluate.run import baselines, summary
+
+    floor = {name: baselines([r.task for r in results])[name] for name in ("chance", "commonest")}
+    table = Table(title="Hit@1 (%)")
+    for column in ("task", "meta-task", "Hit@1", "Hit@10", "MRR"):
+        table.add_column(column, justify="left" if column in ("task", "meta-task") else "right")
+    for r in results:
+        cells = [f"{r.scores[k]:.1f}" for k in ("hit@1", "hit@10", "mrr")]
+        table.add_row(r.task.name, r.task.meta_task, *cells)
+    table.add_section()
+    for name, value in summary(results).items():
+        table.add_row(f"[bold]{name}", "", f"[bold]{value:.1f}", "", "")
+    for name, means in floor.items():
+        table.add_row(f"{name}, overall", "", f"{means['overall']:.1f}", "", "")
+    Console().print(table)
+
+
+@app.command()
+def search(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory or hub name; left out: rematch-tiny.")],
+    corpus: Annotated[str | None, typer.Argument(help="A folder of pictures, or a .jsonl/.parquet file.")] = None,
+    text: Annotated[str | None, typer.Option(help="Query text.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Query picture.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Results.")] = 5,
+    rerank: Annotated[int, typer.Option(min=0, help="Let the matching head reorder the best so many.")] = 0,
+) -> None:
+    """Exact search in a folder of pictures or a file of documents."""
+    if corpus is None:
+        model, corpus = "rematch-tiny", model
+    query = {"text": text} if text else {}
+    if image:
+        query["image"] = image  # type: ignore[assignment]
+    if not query:
+        raise RematchError("no query. Give --text, --image, or both.")
+    from rich.console import Console
+    from rich.table import Table
+
+    from rematch.model import ReMatch
+    from rematch.search.exact import Searcher, read_corpus
+
+    documents = read_corpus(corpus)
+    searcher = Searcher(ReMatch(model), documents, show_progress=len(documents) > 64)
+    table = Table("rank", "document", "score", "by")
+    for rank, hit in enumerate(searcher.search(query, top, rerank), 1):
+        table.add_row(str(rank), hit.name, f"{hit.score:.3f}", "P(yes)" if hit.reranked else "cosine")
+    Console().print(table)
+    if model == "rematch-tiny":
+        typer.echo(
+            "rematch-tiny knows Picto's emoji scenes and little else; train a model for your own pictures.", err=True
+        )
+
+
+@data_app.command()
+def export(
+    benchmark: Annotated[str, typer.Argument(help="picto.")],
+    directory: Annotated[Path, typer.Argument(help="Created; must not exist.")],
+    layout: Annotated[str, typer.Option("--format", help="mmeb-train or mmeb-eval.")] = "mmeb-eval",
+    samples: Annotated[int, typer.Option(min=1, help="Training samples per task.")] = 2000,
+) -> None:
+    """Write a benchmark to disk in one of MMEB's layouts."""
+    if benchmark != "picto":
+        raise RematchError(f"benchmark {benchmark!r} is unknown; this version has: picto.")
+    from rematch.data.mmeb import export_picto
+
+    export_picto(directory, layout, samples=samples)
+    typer.echo(f"Written: {directory}")
+
+
+def main() -> None:
+    """Entry point: errors a user can mend are one line and exit code 2, never a traceback."""
+    try:
+        app()
+    except RematchError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

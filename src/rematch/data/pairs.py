@@ -1,0 +1,82 @@
+"""Own training data: JSONL or parquet with ``query``, ``positive`` and, if there are, ``negative`` columns."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rematch.data.images import EXTENSIONS
+from rematch.data.schema import Item, Triplet
+from rematch.errors import DataError
+
+
+def read_triplets(path: Path | str) -> list[Triplet]:
+    """Training samples from a file.
+
+    Each column holds a string, the path of a picture (relative to the file), or ``{"text": …, "image": …}``.
+
+    Raises:
+        DataError: If the file is missing, a line does not parse, a column is missing or empty, or a picture is not
+            there; the message names the file and the row.
+    """
+    path = Path(path)
+    triplets = []
+    for row, record in rows(path):
+        if not isinstance(record, dict) or not {"query", "positive"} <= record.keys():
+            seen = sorted(record) if isinstance(record, dict) else type(record).__name__
+            raise DataError(
+                f"{path}:{row}: needs the columns 'query' and 'positive' (and may have 'negative'); has {seen}."
+            )
+        items = {
+            name: item(record[name], path, row, name) for name in ("query", "positive", "negative") if record.get(name)
+        }
+        if missing := {"query", "positive"} - items.keys():
+            raise DataError(f"{path}:{row}: {missing.pop()!r} is empty. Fill it in or delete the row.")
+        triplets.append(Triplet(items["query"], items["positive"], items.get("negative")))
+    if not triplets:
+        raise DataError(f"{path}: holds no samples.")
+    if 0 < sum(t.negative is not None for t in triplets) < len(triplets):
+        row = next(i for i, t in enumerate(triplets, 1) if t.negative is None)
+        raise DataError(f"{path}:{row}: has no 'negative', but other rows have. Give every row one, or none.")
+    return triplets
+
+
+def rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number from 1, record) of every row of a .jsonl or .parquet file."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file. Check the path.")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            table = pyarrow.parquet.read_table(path)
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise DataError(f"{path}: cannot be read as parquet ({error}).") from None
+        yield from enumerate(table.to_pylist(), 1)
+        return
+    if path.suffix not in (".jsonl", ".json"):
+        raise DataError(f"{path}: is neither .jsonl nor .parquet. Convert it to one of them.")
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for row, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield row, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{path}:{row}: not valid JSON ({error.msg}, column {error.colno}). Fix the line."
+                ) from None
+
+
+def item(value: Any, path: Path, row: int, column: str) -> Item:
+    """A cell as an item; picture paths are looked up beside the data file."""
+    if isinstance(value, str):
+        value = {"image": value} if value.lower().endswith(EXTENSIONS) else {"text": value}
+    if not isinstance(value, dict) or not value.keys() <= {"text", "image"} or not any(value.values()):
+        raise DataError(
+            f"{path}:{row}: {column} = {value!r} is neither text, a picture's path, nor {{'text': …, 'image': …}}."
+        )
+    image = path.parent / value["image"] if value.get("image") else None
+    if image is not None and not image.exists():
+        raise DataError(f"{path}:{row}: {column} names the picture {image}, which is not there.")
+    return Item(value.get("text") or "", image)

@@ -1,0 +1,39 @@
+"""Every string a model reads: task instructions, the matching prompt, the learnable tokens' names. Pure text.
+
+The paper does not print its matching prompt; the wording here is ours. The backbone's own chat template goes around
+it ("MVQDM++").
+"""
+
+YES, NO = "Yes", "No"
+
+# One user turn: QUERY, then DOCUMENT, then QUESTION; the assistant answers with one token.
+MATCH_QUERY = "Query: "
+MATCH_DOCUMENT = "\nDocument: "
+MATCH_QUESTION = "\nIs the document relevant to the query? Answer only Yes or No."
+
+# Target-side ("document") instructions per kind of target; MMEB has them for pictures only (ReMatch adds the others).
+DOCUMENT_INSTRUCTIONS = {
+    "label": "Represent the class label: ",
+    "answer": "Represent the answer: ",
+    "caption": "Represent the image caption: ",
+    "image": "Represent the given image.",
+    "crop": "Represent the given cropped image of the object.",
+}
+
+
+def query_token(i: int) -> str:
+    """Name of the i-th learnable query token.
+
+    >>> query_token(0)
+    '<|query_emb_0|>'
+    """
+    return f"<|query_emb_{i}|>"
+
+
+def document_token(i: int) -> str:
+    """Name of the i-th learnable document token.
+
+    >>> document_token(3)
+    '<|doc_emb_3|>'
+    """
+    return f"<|doc_emb_{i}|>"
