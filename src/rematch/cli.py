@@ -179,7 +179,9 @@ def main() -> None:
     try:
         app()
     except RematchError as error:
-        typer.echo(f"error: {error}", err=True)
+        # one that was raised in a data worker comes wrapped in that worker's traceback
+        message = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+        typer.echo(f"error: {message}", err=True)
         sys.exit(2)
 
 

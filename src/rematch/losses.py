@@ -119,7 +119,8 @@ class ReMatchLoss(nn.Module):
 
         names = [field.name for field in dataclasses.fields(Packed)]
         packed = Packed(**{name: features.pop(name) for name in names})
-        logits = self.model.backbone.answer_logits(packed, features, z).float()  # (B, A, V)
+        logits = self.model.backbone.answer_logits(packed, features, z)  # (B, A, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         relevant = (order == 0).repeat(1, len(self.views))  # (B, A)
         yes, no = self.model.backbone.answer_ids
         self._right.append(((logits[..., yes] > logits[..., no]) == relevant).detach())

@@ -42,15 +42,29 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         self._module_classes = {
             f"{c.__module__}.{c.__qualname__}": c for c in (Backbone, MultiTokenFusion)
         }  # our own classes need no trust_remote_code
-        if model_name_or_path is not None:
-            path = Path(resolve(str(model_name_or_path)))
-            if path.exists() and not (path / "modules.json").exists():
-                raise ModelError(
-                    f"{path}: no ReMatch checkpoint (modules.json is not there). Give the output directory of a "
-                    "finished `rematch train`, or build a model with ReMatch.from_backbone."
-                )
-            model_name_or_path = str(path)
-        super().__init__(model_name_or_path, **kwargs)
+        if model_name_or_path is None:
+            super().__init__(**kwargs)
+            return
+        try:
+            super().__init__(resolve(str(model_name_or_path)), **kwargs)
+        except RematchError:
+            raise
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"{model_name_or_path}: cannot be loaded ({str(error).strip().splitlines()[0]}). Give the output "
+                "directory of a finished `rematch train`, a hub name, or rematch-tiny."
+            ) from error
+        if len(self) != 2 or not isinstance(self[0], Backbone) or not isinstance(self[1], MultiTokenFusion):
+            raise ModelError(
+                f"{model_name_or_path}: a SentenceTransformer, but no ReMatch model. Load it with SentenceTransformer."
+            )
+
+    def _load_default_modules(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+        """Without ``modules.json`` the library would put mean pooling on any backbone; that is no ReMatch model."""
+        raise ModelError(
+            f"{model_name_or_path}: no ReMatch checkpoint (modules.json is not there). Give the output directory of a "
+            "finished `rematch train`, or build a model from a backbone with ReMatch.from_backbone."
+        )
 
     @classmethod
     def from_backbone(
@@ -127,6 +141,7 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             done.append(name + ".")
         model._hf_peft_config_loaded = False
         del model.peft_config
+        model._weight_conversions = None  # it would write adapter names into the merged checkpoint
         model.tie_weights()
         return self
 

@@ -7,8 +7,9 @@ every candidate list.
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from PIL import Image
 
@@ -16,6 +17,8 @@ from rematch.data import picto
 from rematch.data.picto import Scene
 from rematch.data.schema import Item, RetrievalTask, Triplet
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
+
+T = TypeVar("T")
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 QUERIES, CANDIDATES, BLOCK = 200, 100, 50
@@ -30,6 +33,10 @@ class Draw:
     held_out: bool
     styles: tuple[str, ...]
     augment: bool
+    turn: int | None = None  # in the test set: number of the query, so that right answers take turns
+
+    def pick(self, answers: Sequence[T]) -> T:
+        return self.rng.choice(answers) if self.turn is None else answers[self.turn % len(answers)]
 
     def scene(self, count: int | None = None, repeats: int = 0, distinct: bool = False) -> Scene:
         return picto.sample_scene(self.rng, held_out=self.held_out, count=count, repeats=repeats, distinct=distinct)
@@ -71,7 +78,7 @@ def _classify(instruction: str, scene: Scene, draw: Draw, right: str, wrong: str
 
 
 def category(draw: Draw) -> Sample:
-    wanted = draw.rng.choice(picto.categories())
+    wanted = draw.pick(picto.categories())
     count = draw.rng.randint(1, 3)
     while picto.objects()[(scene := draw.scene(count, repeats=count)).objects[0]] != wanted:
         pass
@@ -80,7 +87,7 @@ def category(draw: Draw) -> Sample:
 
 
 def background(draw: Draw) -> Sample:
-    wanted = draw.rng.choice(list(picto.COLOURS))
+    wanted = draw.pick(list(picto.COLOURS))
     while (scene := draw.scene()).background != wanted:
         pass
     wrong = _wrong(draw, wanted, list(picto.COLOURS))
@@ -88,7 +95,7 @@ def background(draw: Draw) -> Sample:
 
 
 def count(draw: Draw) -> Sample:
-    n = draw.rng.randint(1, 4)
+    n = draw.pick((1, 2, 3, 4))
     near = draw.rng.choice([m for m in (n - 1, n + 1) if 1 <= m <= 4])
     instruction = "Identify the number of objects in the image."
     return _classify(instruction, draw.scene(n), draw, NUMBERS[n], NUMBERS[near])
@@ -120,7 +127,7 @@ def above(draw: Draw) -> Sample:
 
 
 def how_many(draw: Draw) -> Sample:
-    n = draw.rng.randint(1, 4)
+    n = draw.pick((1, 2, 3, 4))
     scene = draw.scene(4 if n == 4 else draw.rng.randint(n, 4), repeats=n)
     name = Counter(scene.objects).most_common()[0][0]
     if n == 1:
@@ -131,7 +138,7 @@ def how_many(draw: Draw) -> Sample:
 
 
 def what_colour(draw: Draw) -> Sample:
-    wanted = draw.rng.choice(list(picto.COLOURS))
+    wanted = draw.pick(list(picto.COLOURS))
     while (scene := draw.scene()).background != wanted:
         pass
     return _ask(draw, scene, "What colour is the background?", wanted, _wrong(draw, wanted, list(picto.COLOURS)))
@@ -258,8 +265,8 @@ def _fill_from_labels(task: RetrievalTask, draw: Draw, generate: Callable[[Draw]
     labels = list(dict.fromkeys(label for kind in kinds for label in kind))
     instruction_kind = "label" if task.meta_task == "classification" else "answer"
     task.documents = [_text(instruction_kind, label) for label in labels]
-    for _ in range(n_queries):
-        sample = generate(draw)
+    for turn in range(n_queries):
+        sample = generate(replace(draw, turn=turn))
         right, wrong = (d.text for d in sample.documents)
         own = next(kind for kind in kinds if right in kind)
         near = own if len(own) < CANDIDATES // 2 else [right, wrong]

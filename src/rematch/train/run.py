@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rematch.data.mmeb import read_train
 from rematch.data.pairs import read_triplets
 from rematch.data.picto_tasks import training_triplet
 from rematch.data.schema import Triplet
-from rematch.errors import DataError, RecipeError
+from rematch.errors import DataError, RecipeError, RematchError
 from rematch.losses import ReMatchLoss
 from rematch.model import ReMatch
 from rematch.train.collator import Collator
@@ -142,7 +143,12 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
         data_collator=Collator(model, views, settings.seed),
         callbacks=list(callbacks),
     )
-    trainer.train()
+    try:
+        trainer.train()
+    except RematchError:
+        print(file=sys.stderr)  # the progress bar has left the line open
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     model.eval()
     model.save_pretrained(str(partial))
     (partial / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n")

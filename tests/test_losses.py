@@ -1,0 +1,89 @@
+"""The loss against a plain re-implementation of the method's formulas, and each part switched off."""
+
+import math
+
+import pytest
+import torch
+from test_matching import packed_and_separate
+
+from rematch.losses import ReMatchLoss, info_nce, orthogonality
+from rematch.train.collator import Collator
+
+
+def column_features(batch, names=("query", "positive", "negative", "matching")):
+    """What the trainer hands to the loss: one dictionary per column."""
+    found = [{k[len(n) + 1 :]: v for k, v in batch.items() if k.startswith(n + "_")} for n in names]
+    double = lambda v: v.double() if isinstance(v, torch.Tensor) and v.dtype == torch.float32 else v  # noqa: E731
+    return [{k: double(v) for k, v in f.items()} for f in found if f]
+
+
+def test_orthogonality_is_its_formula():
+    e = torch.randn(3, 5, 7, dtype=torch.float64)
+    total = 0.0
+    for vectors in e:
+        unit = [v / v.norm() for v in vectors]
+        pairs = sum((unit[i] @ unit[j]) ** 2 for i in range(5) for j in range(i + 1, 5))
+        total += 2 / (5 * 4) * pairs
+    assert orthogonality(e).item() == pytest.approx((total / 3).item(), abs=1e-14)
+    assert orthogonality(e[:, :1]).item() == 0.0
+
+
+def test_info_nce_is_its_formula():
+    queries, documents = torch.randn(3, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    cos = lambda a, b: (a @ b / (a.norm() * b.norm())).item()  # noqa: E731
+    losses = []
+    for i, q in enumerate(queries):
+        terms = [math.exp(cos(q, d) / 0.02) for d in documents]
+        losses.append(-math.log(terms[i] / sum(terms)))
+    assert info_nce(queries, documents, 0.02).item() == pytest.approx(sum(losses) / 3, rel=1e-12)
+
+
+def test_the_whole_loss_equals_a_plain_one(model, triplets):
+    """L = L_cl + 0.5 L_orth + 0.1 L_qdm, from embeddings and from eight separate matching forwards."""
+    rows = triplets[:4]
+    features = column_features(Collator(model)(rows))
+    parts = ReMatchLoss(model)(features)
+
+    multi = {c: [] for c in ("query", "positive", "negative")}
+    for column, vectors in multi.items():
+        for row in rows:  # one at a time: no padding, no batch
+            task = "query" if column == "query" else "document"
+            vectors.append(model(model.preprocess([row[column]], task=task))["multi_vector"][0])
+    mean = {c: torch.stack(v).mean(1) for c, v in multi.items()}
+    unit = {c: v / v.norm(dim=1, keepdim=True) for c, v in mean.items()}
+    scores = unit["query"] @ torch.cat([unit["positive"], unit["negative"]]).T / 0.02
+    contrastive = -scores.log_softmax(1).diagonal().mean()
+    penalties = []
+    for vectors in [v for column in multi.values() for v in column]:
+        e = vectors / vectors.norm(dim=1, keepdim=True)
+        penalties.append(((e @ e.T) ** 2).triu(1).sum() * 2 / (4 * 3))
+    # rows alone have other positions than padded ones, and the rotary tables are float32
+    assert parts["contrastive"].item() == pytest.approx(contrastive.item(), rel=1e-7)
+    assert parts["orthogonality"].item() == pytest.approx(0.5 * torch.stack(penalties).mean().item(), rel=1e-7)
+
+    _, separate = packed_and_separate(model, rows)  # a new collator of the same seed: the same random slots
+    order = Collator(model).matching(rows)["order"]
+    yes, no = model.backbone.answer_ids
+    log_p = separate.log_softmax(-1)
+    answers = [-log_p[b, a, yes if order[b, a % 2] == 0 else no] for b in range(4) for a in range(8)]
+    assert parts["matching"].item() == pytest.approx(0.1 * torch.stack(answers).mean().item(), rel=1e-9)
+
+
+def test_each_part_can_be_switched_off(model, triplets):
+    batch = Collator(model)(triplets[:3])
+    assert set(ReMatchLoss(model)(column_features(batch))) == {"contrastive", "orthogonality", "matching"}
+    assert set(ReMatchLoss(model, w_orth=0)(column_features(batch))) == {"contrastive", "matching"}
+    assert set(ReMatchLoss(model, w_qdm=0)(column_features(batch))) == {"contrastive", "orthogonality"}
+    without = Collator(model, views=[])([{c: t[c] for c in ("query", "positive")} for t in triplets[:3]])
+    assert not any(k.startswith("matching") for k in without)
+    assert set(ReMatchLoss(model)(column_features(without))) == {"contrastive", "orthogonality"}
+
+
+def test_accuracy_is_counted_per_view_pair(model, triplets):
+    views = ["raw-raw", "feat-feat"]
+    loss = ReMatchLoss(model, views=views)
+    loss(column_features(Collator(model, views)(triplets[:4])))
+    accuracy = loss.pop_accuracy()
+    assert set(accuracy) == {"match_accuracy/raw-raw", "match_accuracy/feat-feat"}
+    assert all(0 <= v <= 100 for v in accuracy.values())
+    assert loss.pop_accuracy() == {}

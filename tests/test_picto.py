@@ -1,0 +1,177 @@
+"""Picto: the same from the same seed, tests of unseen combinations, balanced answers, MMEB's layouts."""
+
+import json
+import random
+from collections import Counter
+from importlib.resources import files
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from rematch.data import picto
+from rematch.data.mmeb import MARKER, export_picto, read_eval, read_train
+from rematch.data.picto_tasks import CANDIDATES, TASKS, evaluation_tasks, training_triplet
+from rematch.errors import DataError
+from rematch.evaluate.run import baselines
+
+
+def test_scenes_and_pictures_follow_from_their_seeds():
+    for augment in (False, True):
+        scenes = [picto.sample_scene(random.Random(5)) for _ in range(2)]
+        first, second = (picto.render(s, "noto", 7, augment=augment) for s in scenes)
+        assert first.tobytes() == second.tobytes()
+        assert first.size == (96, 96)
+    assert picto.render(scenes[0], "noto", 8).tobytes() != picto.render(scenes[0], "noto", 9).tobytes()
+
+
+def test_every_object_has_art_in_every_style():
+    for style in (*picto.TRAIN_STYLES, picto.OOD_STYLE):
+        sprites = picto._sprites(style)
+        assert list(sprites) == list(picto.objects())
+        assert all(np.asarray(s)[..., 3].any() for s in sprites.values())
+    assert 200 <= len(picto.objects()) <= 400
+
+
+def test_the_art_is_small_and_its_licences_lie_beside_it():
+    folder = files("rematch") / "assets/picto"
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 6e6
+    text = (folder / "LICENSES.md").read_text()
+    assert all(
+        word in text for word in ("Apache License 2.0", "CC-BY 4.0", "MIT", "noto.png", "twemoji.png", "fluent.png")
+    )
+
+
+def test_training_and_test_combinations_are_apart():
+    rng = random.Random(0)
+    keys = {
+        held_out: {tuple(sorted(set(s.objects))) for s in scenes if len(set(s.objects)) > 1}
+        for held_out in (False, True)
+        if (scenes := [picto.sample_scene(rng, held_out=held_out) for _ in range(3000)])
+    }
+    assert len(keys[True]) > 1000
+    assert not keys[True] & keys[False]
+
+
+def test_a_near_miss_differs_in_exactly_one_thing_and_stays_in_its_split():
+    rng = random.Random(1)
+    for held_out in (False, True):
+        for _ in range(400):
+            scene = picto.sample_scene(rng, held_out=held_out)
+            other = picto.near_miss(scene, rng)
+            assert picto.is_held_out(other) == held_out
+            assert picto.caption(other) != picto.caption(scene)
+            changed = [a != b for a, b in zip(scene.cells, other.cells, strict=True)]
+            swapped = sum(changed) == 2 and Counter(scene.cells) == Counter(other.cells)
+            assert (scene.background != other.background) + (sum(changed) == 1 or swapped) == 1
+
+
+def test_captions_tell_scenes_apart():
+    """Two scenes have one caption only if they differ in nothing but the free row or column of one or two objects."""
+    rng = random.Random(2)
+    seen = {}
+    for _ in range(4000):
+        scene = picto.sample_scene(rng, count=rng.randint(3, 4))
+        assert seen.setdefault(picto.caption(scene), scene) == scene
+
+
+def test_the_test_set_has_its_size_and_is_fixed():
+    first, second = evaluation_tasks(), evaluation_tasks()
+    assert [t.name for t in first] == list(TASKS)
+    assert {t.meta_task for t in first} == {"classification", "vqa", "retrieval", "grounding"}
+    for task, again in zip(first, second, strict=True):
+        assert len(task.queries) == len(task.candidates) == 200
+        assert len(task.documents) <= 400
+        assert all(len(set(c)) == len(c) == CANDIDATES for c in task.candidates)
+        assert task.candidates == again.candidates
+        assert len({d.key for d in task.documents}) == len(task.documents)
+        assert [q.text for q in task.queries] == [q.text for q in again.queries]
+    small = evaluation_tasks(queries=50)
+    assert [q.text for t in small for q in t.queries] == [q.text for t in first for q in t.queries[:50]]
+    with pytest.raises(ValueError, match="blocks of 50"):
+        evaluation_tasks(queries=60)
+
+
+def test_no_task_is_won_by_the_commonest_answer():
+    floors = baselines([*evaluation_tasks(), *evaluation_tasks(ood=True)])
+    assert floors["chance"]["overall"] == pytest.approx(1.0)
+    assert floors["commonest"]["overall"] < 12
+    for task in evaluation_tasks():
+        answers = Counter(task.documents[c[0]].key for c in task.candidates)
+        share = answers.most_common(1)[0][1] / len(task.queries)
+        assert share <= 1.05 / len(answers) or share <= 0.05, task.name
+
+
+def test_ood_questions_are_drawn_in_the_unseen_style_only(monkeypatch):
+    styles = Counter()
+    render = picto.render
+    monkeypatch.setattr(
+        picto,
+        "render",
+        lambda s, style, seed, augment=False: styles.update([style]) or render(s, style, seed, augment=augment),
+    )
+    evaluation_tasks(ood=True, queries=50)
+    assert styles[picto.OOD_STYLE] > 0
+    assert sum(styles[s] for s in picto.TRAIN_STYLES) == 100  # the documents of the style-to-style task
+    styles.clear()
+    for i in range(200):
+        training_triplet(0, i)
+    assert set(styles) == set(picto.TRAIN_STYLES)
+
+
+def test_training_triplets_follow_from_seed_and_index():
+    a, b = training_triplet(3, 4), training_triplet(3, 4)
+    assert a.query.text == b.query.text
+    assert a.negative is not None
+    assert training_triplet(3, 5).query != a.query
+
+
+def test_export_in_mmeb_eval_form_reads_back_as_the_same_test(tmp_path, monkeypatch):
+    monkeypatch.setattr("rematch.data.picto_tasks.TASKS", {n: TASKS[n] for n in ("Picto-Count", "Picto-T2I")})
+    export_picto(tmp_path / "eval", "mmeb-eval")
+    table = pq.read_table(tmp_path / "eval/Picto-T2I/test-00000-of-00001.parquet").to_pylist()
+    assert list(table[0]) == ["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"]
+    assert len(table) == 200
+    assert table[0]["qry_img_path"] == ""
+    assert table[0]["tgt_img_path"][0].startswith("images/")
+    assert table[0]["tgt_text"][0] == f"{MARKER}\nRepresent the given image."
+    count = pq.read_table(tmp_path / "eval/Picto-Count/test-00000-of-00001.parquet").to_pylist()
+    assert count[0]["qry_text"].startswith(MARKER)
+    assert count[0]["tgt_img_path"] == [""] * 100
+    made = [*evaluation_tasks(), *evaluation_tasks(ood=True)]
+    for task, read in zip(made, read_eval(tmp_path / "eval"), strict=True):
+        assert (task.name, task.meta_task, task.ood) == (read.name, read.meta_task, read.ood)
+        for i in (0, 123):
+            assert task.queries[i].as_input().get("text") == read.queries[i].as_input().get("text")
+            ours, theirs = (t.documents[t.candidates[i][0]] for t in (task, read))
+            assert ours.as_input().get("text") == theirs.as_input().get("text")
+            assert ours.as_input(instruction=False).get("text") == theirs.as_input(instruction=False).get("text")
+            if ours.image is not None:
+                from PIL import Image
+
+                assert Image.open(theirs.image).tobytes() == ours.image.tobytes()
+
+
+def test_export_in_mmeb_train_form_reads_back(tmp_path):
+    export_picto(tmp_path / "train", "mmeb-train", samples=3)
+    table = pq.read_table(tmp_path / "train/Picto_Edit/original-00000-of-00001.parquet").to_pylist()
+    assert list(table[0]) == ["qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"]
+    assert len(read_train(tmp_path / "train")) == 3 * len(TASKS)
+    by_name = {t: training_triplet(0, 0, t) for t in TASKS}
+    first = read_train(tmp_path / "train")[::3]
+    for name, read in zip(sorted(n.replace("-", "_") for n in TASKS), first, strict=True):
+        made = by_name[name.replace("_", "-")]
+        assert made.query.as_input().get("text") == read.query.as_input().get("text")
+        for side in ("positive", "negative"):
+            assert getattr(made, side).as_input().get("text") == getattr(read, side).as_input().get("text")
+    with pytest.raises(DataError, match="exists already"):
+        export_picto(tmp_path / "train", "mmeb-train")
+    with pytest.raises(DataError, match="mmeb-train or mmeb-eval"):
+        export_picto(tmp_path / "other", "coco")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["train"]
+
+
+def test_objects_file_is_consistent():
+    rows = json.loads((files("rematch") / "assets/picto/objects.json").read_text())
+    assert len({r["name"] for r in rows}) == len(rows)
+    assert {r["article"] for r in rows} == {"a", "an", "some"}
