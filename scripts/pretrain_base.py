@@ -26,7 +26,7 @@ from typing import TextIO
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from package_tiny import halve
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -53,7 +53,7 @@ TEMPLATE = (
     "{% endfor %}{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 PATCHES = 36
-CHAT_SHARE = 0.25  # of the steps are chat alone: before the language model names objects there is nothing to match
+CHAT_SHARE = 0.4  # of the steps are chat alone: before the language model names objects there is nothing to match
 SIGHT_BATCH = 96
 
 
@@ -434,8 +434,7 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, output
     model.resize_token_embeddings(128 * -(-(rows + 64) // 128), mean_resizing=False)  # spare rows, as releases have
     model.save_pretrained(output)
     processor.save_pretrained(output)
-    weights = load_file(output / "model.safetensors")
-    save_file({k: v.half() for k, v in weights.items()}, output / "model.safetensors", {"format": "pt"})
+    halve(output)
 
 
 def main() -> None:

@@ -245,7 +245,7 @@ def test_bad_checkpoints(fails, make_model, tmp_path, torch_float32):
     search = lambda path: fails("search", path, tmp_path, "--text", "a")  # noqa: E731
     (tmp_path / "empty").mkdir()
     assert "no ReMatch checkpoint" in search(tmp_path / "empty")
-    assert "cannot be loaded" in search("no-such/model")
+    assert "no ReMatch checkpoint" in search("no-such/model")
 
     make_model(dtype=torch_float32, lora=LoraConfig(r=2)).save_pretrained(str(tmp_path / "a"))
     shutil.copytree(tmp_path / "a", tmp_path / "lost")

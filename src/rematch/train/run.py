@@ -146,7 +146,7 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
     try:
         trainer.train()
     except RematchError:
-        print(file=sys.stderr)  # the progress bar has left the line open
+        sys.stderr.write("\n")  # the progress bar has left the line open
         shutil.rmtree(partial, ignore_errors=True)
         raise
     model.eval()

@@ -1,0 +1,37 @@
+"""Put a trained model into the package as ``rematch-tiny``.
+
+    python scripts/package_tiny.py rematch-model
+
+Weights are stored in half precision (16 MB limit) and declared as float32, so that they load as such. The recipe and
+the training log go along; the scores are written by ``rematch evaluate rematch-tiny --output src/rematch/assets/tiny``.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+TINY = Path(__file__).parents[1] / "src" / "rematch" / "assets" / "tiny"
+LEFT_OUT = shutil.ignore_patterns("tensorboard", "README.md", "training_args.bin")
+
+
+def halve(directory: Path) -> None:
+    """Rewrite every safetensors file of a directory in half precision."""
+    for path in directory.rglob("*.safetensors"):
+        weights = load_file(path)
+        save_file({name: weight.half() for name, weight in weights.items()}, path, {"format": "pt"})
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    shutil.rmtree(TINY, ignore_errors=True)
+    shutil.copytree(sys.argv[1], TINY, ignore=LEFT_OUT)
+    halve(TINY)
+    size = sum(f.stat().st_size for f in TINY.rglob("*") if f.is_file())
+    print(f"{TINY}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

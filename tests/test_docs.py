@@ -1,0 +1,75 @@
+"""The documentation runs: the quickstart from top to bottom, the README's examples, its commands' names."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from rematch import cli
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"```(\w+)([^\n]*)\n(.*?)```", re.DOTALL)
+
+
+def blocks(page: str) -> list[tuple[str, str, str]]:
+    return BLOCK.findall((ROOT / page).read_text())
+
+
+def run_command(line: str, monkeypatch) -> int:
+    monkeypatch.setattr(sys, "argv", shlex.split(line, comments=True))
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_the_quickstart_from_top_to_bottom(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for language, options, code in blocks("docs/quickstart.md"):
+        if "file=" in options:
+            Path(options.split("file=")[1].strip()).write_text(code)
+        elif language == "python":
+            exec(compile(code, "quickstart", "exec"), {})
+        elif language == "bash":
+            for line in code.strip().splitlines():
+                assert run_command(line, monkeypatch) == 0, f"{line}\n{capfd.readouterr().err}"
+                ran.append(line.split()[1])
+    assert ran == ["train", "evaluate", "search", "search"]
+    assert (tmp_path / "scores/scores.json").exists()
+    assert ".png" in capfd.readouterr().out
+
+
+def test_the_readmes_python_runs():
+    code = [c for language, options, c in blocks("README.md") if language == "python" and "notest" not in options]
+    assert len(code) == 1
+    exec(compile(code[0], "README", "exec"), {})
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/method.md", "docs/quickstart.md", "docs/picto.md", "CONTRIBUTING.md"]
+)
+def test_links_and_recipes_exist(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / page).parent / target).exists(), target
+    for path in re.findall(r"(?:recipes|scripts|src)/[\w./-]+\.(?:yaml|py|md)", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_ladders_overrides_are_valid():
+    from rematch.train.recipe import load_recipe
+
+    rungs = re.findall(r"\| `((?:model|loss|data)\.[^`]+)` \|", (ROOT / "docs/method.md").read_text())
+    assert len(rungs) == 5
+    for rung in rungs:
+        load_recipe(ROOT / "recipes/picto.yaml", rung.split())
+
+
+def test_the_readme_opens_with_the_two_commands():
+    readme = (ROOT / "README.md").read_text()
+    assert readme.index("make demo") < readme.index("make test") < 500
+    assert "make test" in (ROOT / ".ci/run").read_text()
