@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 install: $(VENV)/.installed
 
-# torch first and pinned: a range would take the newest build with gigabytes of CUDA
+# torch first and pinned, so that no other package chooses its version
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(shell grep '^torch==' constraints.txt)

@@ -9,7 +9,12 @@ Three kinds of lesson, on training styles and training combinations only:
 - chat: one picture and many question-answer turns (dense caption, look-ups by place and by name, relations, counts,
   colours, Yes/No statements that are true or false by one thing), ordinary causal next-token prediction;
 - matching: a query, a right and a nearly right document, and the Yes/No question about each, in the chat template and
-  the segment layout that ``rematch.matching`` uses.
+  the segment layout that ``rematch.matching`` uses; and statements about a picture, true or false by one thing, as
+  documents for it.
+
+While it learns to chat, every picture token is also read out through the (tied) word embeddings and must name the
+object in its quarter: so pictures and words share a space at the language model's input, and looking a word up in a
+picture becomes a comparison of like with like. Without this, look-ups by name stayed at chance for 1,250 steps.
 
 The log (``log.jsonl``), the scores on held-out combinations and the model end up in ``--output``.
 """
@@ -53,7 +58,7 @@ TEMPLATE = (
     "{% endfor %}{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 PATCHES = 36
-CHAT_SHARE = 0.4  # of the steps are chat alone: before the language model names objects there is nothing to match
+CHAT_SHARE = 0.5  # of the steps are chat alone: before the language model names objects there is nothing to match
 SIGHT_BATCH = 96
 
 
@@ -193,12 +198,38 @@ def turns(scene: picto.Scene, rng: random.Random, count: int) -> list[tuple[str,
     return found
 
 
+def statement(scene: picto.Scene, rng: random.Random) -> tuple[str, bool]:
+    """A short statement about a scene, and whether it is true (about half are)."""
+    names, fits = list(picto.objects()), rng.random() < 0.5
+    kind = rng.choice(("caption", "object", "place", "count", "colour", "category"))
+    if kind == "object":
+        name = rng.choice(scene.objects if fits else names)
+        return picto.with_article(name), name in scene.objects
+    if kind == "place":
+        cell = rng.choice([i for i, name in enumerate(scene.cells) if name])
+        name = scene.cells[cell] if fits else rng.choice([*scene.objects, rng.choice(names)])
+        return f"{picto.with_article(name)} in the {picto.CELLS[cell]}", name == scene.cells[cell]
+    if kind == "count":
+        n = len(scene.objects) if fits else rng.randint(1, 4)
+        return f"{picto_tasks.NUMBERS[n]} objects", n == len(scene.objects)
+    if kind == "colour":
+        colour = scene.background if fits else rng.choice(list(picto.COLOURS))
+        return f"{picto.with_article(colour)} background", colour == scene.background
+    if kind == "category":
+        there = {picto.objects()[name] for name in scene.objects}
+        category = rng.choice(sorted(there) if fits else picto.categories())
+        return picto.with_article(category), category in there
+    return picto.caption(scene if fits else picto.near_miss(scene, rng)), fits
+
+
 class Lessons(Dataset[dict[str, Tensor]]):
     """Ready batches, one per step, each made from its step number alone (so that a resumed run goes on exactly)."""
 
-    def __init__(self, processor: LlavaProcessor, steps: int, chats: int, pairs: int, first: int = 0) -> None:
+    def __init__(
+        self, processor: LlavaProcessor, steps: int, chats: int, pairs: int, facts: int, first: int = 0
+    ) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
-        self.steps, self.chats, self.pairs, self.first = steps, chats, pairs, first
+        self.steps, self.chats, self.pairs, self.facts_per_step, self.first = steps, chats, pairs, facts, first
         self.cache: dict[str, list[int]] = {}
 
     def __len__(self) -> int:
@@ -211,7 +242,7 @@ class Lessons(Dataset[dict[str, Tensor]]):
         early = step < self.steps * CHAT_SHARE
         chats, pairs = (2 * self.chats, 0) if early else (self.chats, self.pairs)
         pictures: list = []
-        rows, labels = [], []
+        rows, labels, cells = [], [], []
         for _ in range(chats):
             scene = picto.sample_scene(rng)
             style = rng.choice(picto.TRAIN_STYLES)
@@ -219,12 +250,18 @@ class Lessons(Dataset[dict[str, Tensor]]):
             ids, target = self.chat(turns(scene, rng, 7))
             rows.append(ids)
             labels.append(target)
-        batch = {"chat_ids": pad(rows, self.tokenizer.pad_token_id), "chat_labels": pad(labels, -100)}
+            cells.append([self.ids(name)[0] if name else -100 for name in scene.cells])
+        batch = {
+            "chat_ids": pad(rows, self.tokenizer.pad_token_id),
+            "chat_labels": pad(labels, -100),
+            "cells": torch.tensor(cells),
+        }
         triplets = [picto_tasks.training_triplet(1 + rng.getrandbits(30), 0) for _ in range(pairs)]
-        items = [(t.query, [t.positive, t.negative]) for t in triplets if t.negative]
+        items = [(t.query, [t.positive, t.negative], [True, False]) for t in triplets if t.negative]
+        items += [self.facts(rng) for _ in range(0 if early else self.facts_per_step)]
         if items:
             batch |= self.match(items)
-        pictures += [i.image for q, d in items for i in (q, *d) if i.image is not None]
+        pictures += [i.image for q, d, _ in items for i in (q, *d) if i.image is not None]
         batch["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
         return batch
 
@@ -252,11 +289,18 @@ class Lessons(Dataset[dict[str, Tensor]]):
         ids = ids + (self.ids(tail) if tail else [])
         return Segment(torch.tensor(ids), torch.arange(len(ids))[None])
 
-    def match(self, items: list[tuple[Item, list[Item]]]) -> dict[str, Tensor]:
-        prompt = self.segment("<|user|>", None)
+    def facts(self, rng: random.Random) -> tuple[Item, list[Item], list[bool]]:
+        """A picture as query, eight statements as documents, and which of them are true."""
+        scene = picto.sample_scene(rng)
+        picture = picto.render(scene, rng.choice(picto.TRAIN_STYLES), rng.getrandbits(32), augment=rng.random() < 0.8)
+        statements = [statement(scene, rng) for _ in range(8)]
+        return Item(image=picture), [Item(text) for text, _ in statements], [fits for _, fits in statements]
+
+    def match(self, items: list[tuple[Item, list[Item], list[bool]]]) -> dict[str, Tensor]:
+        prompt = self.segment("<|user|>" + prompts.MATCH_TASK, None)
         slot = self.segment(prompts.MATCH_QUESTION, None, "<|end|><|assistant|>")
         rows = []
-        for query, documents in items:
+        for query, documents, _ in items:
             q = {"raw": self.segment(prompts.MATCH_QUERY, query)}
             d = [{"raw": self.segment(prompts.MATCH_DOCUMENT, document)} for document in documents]
             rows.append(lay_out(prompt, q, d, slot, [("raw", i, "raw") for i in range(len(d))]))
@@ -266,6 +310,7 @@ class Lessons(Dataset[dict[str, Tensor]]):
             "positions": packed.position_ids[0],
             "mask": packed.mask,
             "slots": packed.slots,
+            "relevant": pad([[int(fits) for fits in true] for _, _, true in items], -1),
         }
 
 
@@ -356,6 +401,12 @@ def losses(
     labels = batch["chat_labels"][:, 1:]
     wanted = labels != -100
     chat = F.cross_entropy(model.lm_head(states[wanted]).float(), labels[wanted])
+    tokens = torch.stack(list(features[:chats]))  # (B, 36, D), row by row
+    edge = int(PATCHES**0.5)
+    half = torch.arange(edge) * 2 // edge
+    quarter = (2 * half[:, None] + half).flatten()  # (36,): the quarter that each picture token lies in
+    named = (tokens @ embed.weight.T).float()
+    chat = chat + 0.3 * F.cross_entropy(named.flatten(0, 1), batch["cells"][:, quarter].flatten())
     if "ids" not in batch:
         return chat, torch.zeros(()), torch.zeros(())
     states = hidden(
@@ -365,10 +416,11 @@ def losses(
         position_ids=batch["positions"],
     )
     slots = batch["slots"]
-    logits = model.lm_head(states[torch.arange(len(slots))[:, None], slots]).float()
-    target = torch.tensor(yes_no).expand(len(slots), 2)
-    match = F.cross_entropy(logits.flatten(0, 1), target.flatten())
-    right = (logits[..., yes_no[0]] > logits[..., yes_no[1]]) == torch.tensor([True, False])
+    there = slots >= 0
+    logits = model.lm_head(states[torch.arange(len(slots))[:, None], slots][there]).float()
+    relevant = batch["relevant"][there] == 1
+    match = F.cross_entropy(logits, torch.where(relevant, *yes_no))
+    right = (logits[..., yes_no[0]] > logits[..., yes_no[1]]) == relevant
     return chat, match, right.float().mean()
 
 
@@ -376,7 +428,7 @@ def losses(
 def evaluate(model: LlavaForConditionalGeneration, processor: LlavaProcessor, per_task: int) -> dict[str, float]:
     """Exact VQA answers by greedy generation, and Yes/No accuracy on near-miss pairs, on held-out combinations."""
     model.eval()
-    lessons = Lessons(processor, 0, 0, 0)
+    lessons = Lessons(processor, 0, 0, 0, 0)
     yes, no = answer_ids(processor.tokenizer)
     scores: dict[str, float] = {}
     for ood in (False, True):
@@ -389,7 +441,7 @@ def evaluate(model: LlavaForConditionalGeneration, processor: LlavaProcessor, pe
                 hits = [generate_answer(model, lessons, s.query) == s.documents[0].text for s in samples]
                 scores[f"vqa/{name}{'/ood' if ood else ''}"] = 100 * sum(hits) / len(hits)
                 vqa.append(sum(hits) / len(hits))
-            batch = lessons.match([(s.query, s.documents[:2]) for s in samples])
+            batch = lessons.match([(s.query, s.documents[:2], [True, False]) for s in samples])
             pictures = [i.image for s in samples for i in (s.query, *s.documents[:2]) if i.image is not None]
             if pictures:
                 batch["pixel_values"] = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
@@ -442,15 +494,19 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, required=True, help="checkpoint and log; an existing one is continued")
     parser.add_argument("--output", type=Path, help="where the finished model goes (default: WORK_DIR/model)")
     parser.add_argument("--sight-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--chats", type=int, default=22, help="conversations per step (twice as many at first)")
-    parser.add_argument("--pairs", type=int, default=40, help="matching samples per step")
+    parser.add_argument("--pairs", type=int, default=24, help="matching samples per step")
+    parser.add_argument("--facts", type=int, default=14, help="pictures with eight statements each per step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--eval-every", type=int, default=500)
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    tokenizer = build_tokenizer()
+    saved = args.work_dir / "tokenizer"
+    if not saved.exists():
+        build_tokenizer().save_pretrained(saved)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(saved)
     model, processor = build(tokenizer)
     model.set_attn_implementation("eager")  # a little faster than sdpa under bf16 autocast on a CPU
     yes_no = answer_ids(tokenizer)
@@ -472,7 +528,7 @@ def main() -> None:
     if not checkpoint.exists():
         learn_to_see(model, processor, args.sight_steps, 2e-3, log)
         save_checkpoint(checkpoint, model, optimizer, 0, 0.0)
-    lessons = Lessons(processor, args.steps, args.chats, args.pairs, first=step)
+    lessons = Lessons(processor, args.steps, args.chats, args.pairs, args.facts, first=step)
     loader = DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=4)
     sums, start = torch.zeros(3), time.time() - seconds
     for batch in loader:

@@ -1,18 +1,22 @@
 """The command as a user types it: help, runs, and one clear line for every kind of bad input."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
-from rematch import cli
+from rematch import ReMatch, cli
 from rematch.backbone import resolve
+from rematch.train.recipe import load_recipe
+from rematch.train.run import build_dataset, train
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -110,7 +114,13 @@ def test_train_evaluate_and_search(rematch, backbone_path, pairs, tmp_path, monk
     assert code == 0, said
     log = [row for row in json.loads((output / "log.json").read_text()) if "loss" in row]
     assert [row["step"] for row in log] == [1, 2]
-    for part in ("contrastive", "orthogonality", "matching", "match_accuracy/raw-raw", "match_accuracy/feat-feat"):
+    for part in (
+        "contrastive",
+        "orthogonality",
+        "matching",
+        "match_accuracy/raw-raw/positive",
+        "match_accuracy/feat-feat/negative",
+    ):
         assert part in log[0]
     assert list((output / "tensorboard").rglob("events*"))
     assert not output.with_name("out.partial").exists()
@@ -197,6 +207,8 @@ def test_bad_recipes(fails, tmp_path):
     recipe.write_text("- a")
     assert "a recipe is a mapping" in fails("train", recipe)
     assert "section.key=value" in fails("train", RECIPES / "picto.yaml", "steps")
+    assert "not valid YAML" in fails("train", RECIPES / "picto.yaml", "train.steps=[")
+    assert "no such recipe" in fails("train", tmp_path)
 
 
 def test_bad_training_data(fails, backbone_path, pairs, tmp_path):
@@ -213,6 +225,8 @@ def test_bad_training_data(fails, backbone_path, pairs, tmp_path):
     assert "pairs.jsonl:2: 'positive' is empty" in message('{"query": "a", "positive": ""}')
     assert "none.png, which is not there" in message('{"query": "a", "positive": "none.png", "negative": "b"}')
     assert "is neither text" in message('{"query": {"txt": "a"}, "positive": "b", "negative": "b"}')
+    assert "is neither text" in message('{"query": {"text": 5}, "positive": "b", "negative": "b"}')
+    assert "is neither text" in message('{"query": "  ", "positive": "b", "negative": "b"}')
     assert "has no 'negative'" in message('{"query": "a", "positive": "b"}')
     whole = (tmp_path / "red.png").read_bytes()
     assert "cut.png: " in message('{"query": "a", "positive": "cut.png", "negative": "b"}', cut=whole[:-40])
@@ -297,6 +311,26 @@ def test_a_broken_picture_met_by_a_data_worker(fails, backbone_path, pairs, tmp_
     assert not list(tmp_path.glob("m*"))
 
 
+def test_mixed_precision_training_returns_the_model_that_it_saves(backbone_path, tmp_path):
+    recipe, *settings = map(str, small(backbone_path, tmp_path / "m", "train.bf16=true"))
+    returned = train(load_recipe(recipe, settings), quiet=True)
+    texts = ["a dog", "a dog above a pizza"]
+    assert np.abs(returned.encode_query(texts) - ReMatch(tmp_path / "m").encode_query(texts)).max() <= 1e-6
+
+
+def test_several_pictures_in_a_row_of_own_data(rematch, backbone_path, pairs, tmp_path):
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    rows[0]["query"] = {"text": "both", "image": ["red.png", "blue.png"]}
+    pairs.write_text("\n".join(map(json.dumps, rows)))
+    code, said = rematch("train", *small(backbone_path, tmp_path / "m", f"data.source={pairs}"))
+    assert code == 0, said
+
+
+def test_the_dataset_can_be_sent_to_workers_that_are_spawned():
+    dataset = build_dataset(load_recipe(RECIPES / "picto.yaml"))
+    assert pickle.loads(pickle.dumps(dataset))[0]["query"].keys() == dataset[0]["query"].keys()
+
+
 def test_a_finished_model_is_not_overwritten(fails, backbone_path, tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m/precious").write_text("")
@@ -310,8 +344,6 @@ def test_options_out_of_range(fails):
 
 
 def test_the_packaged_recipe_is_valid():
-    from rematch.train.recipe import load_recipe
-
     for path in RECIPES.glob("*.yaml"):
         assert load_recipe(path).train.steps == yaml.safe_load(path.read_text())["train"]["steps"]
 

@@ -6,6 +6,7 @@ import re
 from rematch.data.picto_tasks import TASKS
 from rematch.demo import run_demo
 from rematch.evaluate.run import META_TASKS
+from rematch.matching import VIEWS
 
 
 def test_the_demo_writes_both_reports(tmp_path, monkeypatch):
@@ -21,7 +22,7 @@ def test_the_demo_writes_both_reports(tmp_path, monkeypatch):
     for scores in (*report["arms"].values(), report["chance"]):
         assert set(scores) == {"overall", *META_TASKS, "ood_overall"}
         assert all(0 <= v <= 100 for v in scores.values())
-    assert set(report["matching_accuracy"]) == {"raw-raw", "raw-feat", "feat-raw", "feat-feat"}
+    assert set(report["matching_accuracy"]) == {f"{v}/{d}" for v in VIEWS for d in ("positive", "negative")}
     html = page.read_text()
     assert html.count("data:image/png;base64,") > 30
     assert not re.search(r'(?:src|href)="http', html)  # self-contained

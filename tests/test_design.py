@@ -35,8 +35,10 @@ def modules():
 def test_imports_point_one_way():
     for name, tree in modules():
         for node in ast.walk(tree):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{name}: relative import"
+            if isinstance(node, ast.Import):
+                assert not any(a.name.startswith("rematch.") for a in node.names), f"{name}: import rematch.x"
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rematch."):
-                assert node.level == 0
                 target = node.module.removeprefix("rematch.")
                 targets = [f"{target}.{a.name}" if target == "data" else target for a in node.names]
                 for imported in targets:

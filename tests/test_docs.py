@@ -1,5 +1,6 @@
 """The documentation runs: the quickstart from top to bottom, the README's examples, its commands' names."""
 
+import functools
 import re
 import shlex
 import sys
@@ -47,6 +48,17 @@ def test_the_readmes_python_runs():
     code = [c for language, options, c in blocks("README.md") if language == "python" and "notest" not in options]
     assert len(code) == 1
     exec(compile(code[0], "README", "exec"), {})
+
+
+def test_the_readmes_commands_are_understood(monkeypatch):
+    """Each line is parsed by the real command line; what it would run is replaced."""
+    called = []
+    for command in cli.app.registered_commands + cli.data_app.registered_commands:
+        monkeypatch.setattr(command, "callback", functools.wraps(command.callback)(lambda **kw: called.append(kw)))
+    code = [c for language, _, c in blocks("README.md") if language == "bash" and c.startswith("rematch")]
+    for line in code[0].strip().splitlines():
+        assert run_command(line, monkeypatch) == 0, line
+    assert len(called) == 4
 
 
 @pytest.mark.parametrize(

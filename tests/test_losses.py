@@ -82,8 +82,11 @@ def test_each_part_can_be_switched_off(model, triplets):
 def test_accuracy_is_counted_per_view_pair(model, triplets):
     views = ["raw-raw", "feat-feat"]
     loss = ReMatchLoss(model, views=views)
-    loss(column_features(Collator(model, views)(triplets[:4])))
+    loss(column_features(Collator(model, views)(triplets)))
     accuracy = loss.pop_accuracy()
-    assert set(accuracy) == {"match_accuracy/raw-raw", "match_accuracy/feat-feat"}
-    assert all(0 <= v <= 100 for v in accuracy.values())
+    assert set(accuracy) == {f"match_accuracy/{v}/{d}" for v in views for d in ("positive", "negative")}
+    queries, positives, negatives = ([t[c] for t in triplets] for c in ("query", "positive", "negative"))
+    for documents, side, wanted in ((positives, "positive", True), (negatives, "negative", False)):
+        hits = (model.match(queries, documents, "raw-raw") > 0.5) == wanted
+        assert accuracy[f"match_accuracy/raw-raw/{side}"] == pytest.approx(100 * hits.mean(), abs=0.01)
     assert loss.pop_accuracy() == {}

@@ -7,7 +7,7 @@ import torch
 
 from rematch.losses import fuse
 from rematch.matching import VIEWS
-from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_QUESTION
+from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_QUESTION, MATCH_TASK
 from rematch.train.collator import Collator
 
 MIXED = (0, 3, 6, 9)
@@ -24,7 +24,7 @@ def one_question(model, query, document, query_z, document_z, views):
     (raw_query, raw_document), _ = backbone.segments([MATCH_QUERY, MATCH_DOCUMENT], [query, document])
     query_view, document_view = views.split("-")
     placeholder = [backbone.tokenizer.eos_token_id]
-    prompt = tokens(backbone.prefix)
+    prompt = tokens(backbone.prefix + MATCH_TASK)
     q = raw_query.ids.tolist() if query_view == "raw" else tokens(MATCH_QUERY) + placeholder
     d = raw_document.ids.tolist() if document_view == "raw" else tokens(MATCH_DOCUMENT) + placeholder
     slot = tokens(MATCH_QUESTION + backbone.suffix)

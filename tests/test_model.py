@@ -9,6 +9,7 @@ from sentence_transformers import SentenceTransformer
 from test_losses import column_features
 
 from rematch import ReMatch
+from rematch.errors import ModelError, RematchError
 from rematch.losses import ReMatchLoss
 from rematch.train.collator import Collator
 
@@ -97,6 +98,43 @@ def test_long_text_keeps_the_learnable_tokens(model):
     assert features["input_ids"].shape[1] <= 60
 
 
+def test_a_picture_and_too_long_a_text_is_an_error(model):
+    model.backbone.tokenizer.model_max_length = 60
+    long = {"text": "a dog above a pizza, " * 40, "image": Image.new("RGB", (96, 96))}
+    with pytest.raises(RematchError, match="longer than the 60 tokens"):
+        model.encode_query(["a dog", long])
+
+
+def test_templates_that_put_pictures_first_are_read(make_model):
+    backbone = make_model(dtype=SINGLE).backbone
+    backbone.processor.chat_template = (
+        "{% for m in messages %}USER: {% for p in m.content %}{% if p.type == 'image' %}<image> {% endif %}{% endfor %}"
+        "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %} ASSISTANT:{% endfor %}"
+    )
+    assert backbone._read_template() == ("USER: ", " ASSISTANT:", "<image> ")
+
+
+def test_a_rematch_model_is_no_backbone():
+    with pytest.raises(ModelError, match="is a ReMatch model already"):
+        ReMatch.from_backbone("rematch-tiny")
+
+
+def test_an_adapter_on_a_bfloat16_base_trains_in_float32_and_its_base_is_known_in_any_dtype(make_model):
+    model = make_model(dtype=torch.bfloat16, lora=LoraConfig(r=2))
+    assert {p.dtype for p in model.backbone.parameters() if p.requires_grad} == {torch.float32}
+    assert model.backbone.fingerprint == make_model(dtype=SINGLE).backbone.fingerprint
+
+
+def test_multi_vectors_refuse_what_would_break_their_shape(model):
+    with pytest.raises(RematchError, match="truncate_dim"):
+        model.encode_query(["a"], multi_vector=True, truncate_dim=3)
+
+
+def test_text_that_holds_a_placeholder_is_an_error(model):
+    with pytest.raises(RematchError, match="<image>, which stands for a picture"):
+        model.encode_query(["look at <image>"])
+
+
 def test_save_and_load_through_both_classes(make_model, triplets, tmp_path):
     model = make_model(dtype=SINGLE)
     a_step(model, triplets)
@@ -112,6 +150,7 @@ def test_save_and_load_through_both_classes(make_model, triplets, tmp_path):
     )
     plain = SentenceTransformer(str(tmp_path / "m"), trust_remote_code=True)
     assert type(plain) is SentenceTransformer
+    assert "trust_remote_code=True" in (tmp_path / "m/README.md").read_text()
     assert np.abs(plain.encode_query(inputs(triplets)) - expected[0]).max() <= 1e-6
 
 
@@ -156,7 +195,7 @@ def test_no_learnable_tokens_means_the_last_token(make_model):
 def test_public_names():
     import rematch
 
-    assert set(rematch.__all__) == {"ReMatch", "ReMatchLoss", "RematchError", "Searcher", "train"}
+    assert set(rematch.__all__) == {"ReMatch", "ReMatchLoss", "RematchError", "Searcher"}
     assert all(getattr(rematch, name) is not None for name in rematch.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Rematch'"):
         rematch.Rematch  # noqa: B018

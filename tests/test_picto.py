@@ -8,6 +8,7 @@ from importlib.resources import files
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from rematch.data import picto
 from rematch.data.mmeb import MARKER, export_picto, read_eval, read_train
@@ -147,23 +148,23 @@ def test_export_in_mmeb_eval_form_reads_back_as_the_same_test(tmp_path, monkeypa
             assert ours.as_input().get("text") == theirs.as_input().get("text")
             assert ours.as_input(instruction=False).get("text") == theirs.as_input(instruction=False).get("text")
             if ours.image is not None:
-                from PIL import Image
-
                 assert Image.open(theirs.image).tobytes() == ours.image.tobytes()
 
 
 def test_export_in_mmeb_train_form_reads_back(tmp_path):
-    export_picto(tmp_path / "train", "mmeb-train", samples=3)
+    samples = 40
+    export_picto(tmp_path / "train", "mmeb-train", samples=samples)
     table = pq.read_table(tmp_path / "train/Picto_Edit/original-00000-of-00001.parquet").to_pylist()
     assert list(table[0]) == ["qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"]
-    assert len(read_train(tmp_path / "train")) == 3 * len(TASKS)
-    by_name = {t: training_triplet(0, 0, t) for t in TASKS}
-    first = read_train(tmp_path / "train")[::3]
-    for name, read in zip(sorted(n.replace("-", "_") for n in TASKS), first, strict=True):
-        made = by_name[name.replace("_", "-")]
-        assert made.query.as_input().get("text") == read.query.as_input().get("text")
-        for side in ("positive", "negative"):
-            assert getattr(made, side).as_input().get("text") == getattr(read, side).as_input().get("text")
+    assert len(read_train(tmp_path / "train")) == samples * len(TASKS)
+    names = [name.replace("_", "-") for name in sorted(n.replace("-", "_") for n in TASKS)]
+    made = [training_triplet(0, i, name) for name in names for i in range(samples)]
+    for ours, theirs in zip(made, read_train(tmp_path / "train"), strict=True):
+        for side in ("query", "positive", "negative"):
+            a, b = getattr(ours, side), getattr(theirs, side)
+            assert a.as_input().get("text") == b.as_input().get("text")
+            assert (a.image is None) == (b.image is None)
+            assert a.image is None or Image.open(b.image).tobytes() == a.image.tobytes()
     with pytest.raises(DataError, match="exists already"):
         export_picto(tmp_path / "train", "mmeb-train")
     with pytest.raises(DataError, match="mmeb-train or mmeb-eval"):

@@ -13,17 +13,15 @@ if TYPE_CHECKING:
     from rematch.losses import ReMatchLoss
     from rematch.model import ReMatch
     from rematch.search.exact import Searcher
-    from rematch.train.run import train
 
 __version__ = "0.1.0"
-__all__ = ["ReMatch", "ReMatchLoss", "RematchError", "Searcher", "train"]
+__all__ = ["ReMatch", "ReMatchLoss", "RematchError", "Searcher"]
 
 _HOME = {
     "ReMatch": "rematch.model",
     "ReMatchLoss": "rematch.losses",
     "RematchError": "rematch.errors",
     "Searcher": "rematch.search.exact",
-    "train": "rematch.train.run",
 }
 
 

@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import get_peft_model_state_dict
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
-from rematch.data.images import EXTENSIONS, load_image
+from rematch.data.inputs import as_parts
 from rematch.errors import ModelError, RematchError
 from rematch.matching import Packed, Segment, additive
-from rematch.prompts import NO, YES
+from rematch.prompts import NO, YES, document_token, query_token
 
 PACKAGED = {"rematch-base": "assets/base", "rematch-tiny": "assets/tiny"}
 _MARK = "[[CONTENT]]"
@@ -34,8 +36,10 @@ _TEXT_FEATURES = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm
 
 
 def resolve(name: str) -> str:
-    """The directory of a packaged model (``rematch-base``, ``rematch-tiny``); any other name unchanged."""
-    return str(files("rematch") / PACKAGED[name]) if name in PACKAGED else name
+    """The directory of a packaged model (``rematch-base``, ``rematch-tiny``) or local model; a hub name unchanged."""
+    if name in PACKAGED:
+        return str(files("rematch") / PACKAGED[name])
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ships no types
@@ -46,6 +50,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         fingerprint: Of the base that a saved adapter belongs to; checked on load.
         adapter: Whether the checkpoint is an adapter, so that one that lost it is not taken for a whole model.
         answer_ids: Token ids of Yes and No; checked against the tokenizer on load.
+        document_instructions: Whether documents were trained with their instruction; evaluation does as training did.
         kwargs: As for sentence-transformers' ``Transformer``.
 
     Raises:
@@ -53,7 +58,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
             lacks its adapter or was made for another base.
     """
 
-    config_keys = [*Transformer.config_keys, "fingerprint", "adapter", "answer_ids"]
+    config_keys = [*Transformer.config_keys, "fingerprint", "adapter", "answer_ids", "document_instructions"]
 
     def __init__(
         self,
@@ -62,9 +67,12 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         fingerprint: str | None = None,
         adapter: bool = False,
         answer_ids: list[int] | None = None,
+        document_instructions: bool = True,
         **kwargs: Any,
     ) -> None:
         path = resolve(str(model_name_or_path))
+        if adapter and not Path(path).is_dir():
+            path = snapshot_download(path)  # its files are checked below; the base is fetched by its own name
         self.saved_fingerprint = fingerprint
         if adapter and not any((Path(path) / f).exists() for f in ("adapter_model.safetensors", "adapter_model.bin")):
             raise ModelError(
@@ -75,7 +83,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         kwargs = {"transformer_task": "any-to-any", "processing_kwargs": _GENERATION_PROMPT} | kwargs
         try:
             super().__init__(path, **kwargs)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             if isinstance(error, RematchError):
                 raise
             raise ModelError(
@@ -86,6 +94,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         self.module_output_name = "token_embeddings"
         self._check_processor(model_name_or_path)
         self.prefix, self.suffix, self.image_markup = self._read_template()
+        self.document_instructions = document_instructions
         self.answer_ids = [self._single_token(word) for word in (YES, NO)]
         if answer_ids is not None and answer_ids != self.answer_ids:
             raise ModelError(
@@ -184,12 +193,14 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         text = {"type": "text", "text": _MARK}
         try:
             prefix, suffix = render([text]).split(_MARK)
-            picture = render([text, {"type": "image"}, text]).split(_MARK)[1]
+            picture = render([{"type": "image"}, text]).split(_MARK)[0].removeprefix(prefix)
         except Exception as error:
             raise ModelError(
                 f"the chat template cannot render a user turn of text and a picture ({error}). Use a backbone whose "
                 "template takes structured content."
             ) from error
+        if not picture.strip():
+            raise ModelError("the chat template leaves pictures out. Use a backbone whose template takes pictures.")
         return prefix, suffix, picture
 
     def _single_token(self, word: str) -> int:
@@ -204,17 +215,40 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
     # ---- embedding ----------------------------------------------------------------------------------------------
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
-        """Chat-template and tokenize inputs; see :func:`as_parts` for what an input may be."""
+        """Chat-template and tokenize inputs; see :func:`~rematch.data.inputs.as_parts` for what an input may be."""
         kwargs["task"] = kwargs.get("task") or "document"
         turns = []
         for row, value in enumerate(inputs):
-            pictures, text = as_parts(value, row)
+            pictures, text = self._parts(value, row)
             content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
             if prompt or text:
                 content.append({"type": "text", "text": (prompt or "") + text})
             turns.append([{"role": "user", "content": content}])
         features: dict[str, Any] = super().preprocess(turns, **kwargs)
+        self._check_tokens(features, kwargs["task"])
         return features
+
+    def _parts(self, value: Any, row: int) -> tuple[list[Image.Image], str]:
+        """:func:`~rematch.data.inputs.as_parts`, without text that would be taken for a picture."""
+        pictures, text = as_parts(value, row)
+        placeholder = getattr(self.processor, "image_token", None)
+        if placeholder and placeholder in text:
+            raise RematchError(f"input {row}: its text holds {placeholder}, which stands for a picture. Take it out.")
+        return pictures, text
+
+    def _check_tokens(self, features: dict[str, Any], task: str) -> None:
+        """An input that was cut must not have lost the learnable tokens at its end."""
+        name = query_token if task == "query" else document_token
+        vocabulary = self.tokenizer.get_added_vocab()
+        last = [vocabulary[name(i)] for i in range(len(vocabulary)) if name(i) in vocabulary]
+        if not last:
+            return
+        for row, attended in enumerate(features["attention_mask"].bool()):
+            if features["input_ids"][row][attended][-len(last) :].tolist() != last:
+                raise RematchError(
+                    f"input {row}: longer than the {self.tokenizer.model_max_length} tokens that the model takes, "
+                    "pictures included. Shorten the text, use fewer or smaller pictures, or raise max_seq_length."
+                )
 
     def _verify_left_padding(self, *args: Any) -> None:
         """The learnable tokens are found from the attention mask: either padding side is right."""
@@ -247,7 +281,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         """
         texts, pictures = [], []
         for row, (head, value) in enumerate(zip(heads, inputs, strict=True)):
-            own, text = as_parts(value, row)
+            own, text = self._parts(value, row)
             pictures += own
             texts.append(head + self.image_markup * len(own) + text)
         features = self.processor(
@@ -265,9 +299,12 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
             rows.append(Segment(ids, self._positions(ids, kinds, grids)))
         return rows, vision
 
-    def text_segment(self, text: str, *, placeholder: bool = False) -> Segment:
-        """A segment of text alone, with a placeholder for ``Z*`` at its end if asked."""
+    def text_segment(self, text: str, *, placeholder: bool = False, opening: bool = False) -> Segment:
+        """A segment of text alone; with a placeholder for ``Z*`` at its end; or the one that opens the sequence."""
         ids = self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        bos = self.tokenizer.bos_token_id
+        if opening and bos in self.tokenizer.encode(text)[:1] and ids[:1] != [bos]:
+            ids = [bos, *ids]  # the chat template leaves it to the tokenizer, and embeddings get it too
         ids = torch.tensor(ids + [self.tokenizer.eos_token_id] * placeholder, dtype=torch.long)
         return Segment(ids, self._positions(ids, None, iter(())), is_feature=placeholder)
 
@@ -339,42 +376,9 @@ _GENERATION_PROMPT = {"chat_template": {"add_generation_prompt": True}}
 _HUB_KEYS = frozenset({"token", "cache_dir", "local_files_only", "trust_remote_code"})
 
 
-def as_parts(value: Any, row: int) -> tuple[list[Image.Image], str]:
-    """An input as (RGB pictures, text).
-
-    Args:
-        value: Text; a picture; a path (``Path``, or a string that ends like a picture's name); or
-            ``{"text": …, "image": …}`` with one or several pictures.
-        row: Where it stands in the batch, for the error.
-
-    Raises:
-        RematchError: If it is none of these, or empty.
-
-    >>> as_parts("a dog", 0)
-    ([], 'a dog')
-    """
-    if isinstance(value, Path | Image.Image):
-        return [load_image(value)], ""
-    if isinstance(value, str):
-        if value.lower().endswith(EXTENSIONS):
-            return [load_image(value)], ""
-        text, images = value, []
-    elif isinstance(value, dict) and value.keys() <= {"text", "image"}:
-        text, found = value.get("text") or "", value.get("image")
-        images = list(found) if isinstance(found, list | tuple) else [found] if found is not None else []
-    else:
-        seen = f"a dictionary with the keys {sorted(map(str, value))}" if isinstance(value, dict) else repr(value)
-        raise RematchError(
-            f"input {row}: {seen} is no query or document. Give text, a picture, a path, or a dictionary with "
-            "'text' and/or 'image'."
-        )
-    if not text.strip() and not images:
-        raise RematchError(f"input {row}: empty, so there is nothing to embed. Give it text or a picture.")
-    return [load_image(image) for image in images], text
-
-
 def fingerprint(model: PreTrainedModel) -> str:
-    """Twelve hex digits that tell one base from another: shapes of all weights and the values of a few.
+    """Twelve hex digits that tell one base from another, whatever dtype it is loaded in: shapes of all weights and the
+    values of a few.
 
     The input embedding is left out: learnable tokens may have been added to it.
     """
@@ -385,7 +389,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     for name, weight in weights:
         digest.update(f"{name}{tuple(weight.shape)}".encode())
     for _, weight in weights[:: max(1, len(weights) // 8)]:
-        digest.update(weight.detach().flatten()[:64].half().cpu().numpy().tobytes())
+        digest.update(weight.detach().flatten()[:64].bfloat16().view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 

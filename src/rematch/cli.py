@@ -79,6 +79,8 @@ def evaluate(
         raise RematchError(f"--benchmark {benchmark} is unknown; this version has: picto.")
     if queries not in (50, 100, 150, 200):
         raise RematchError(f"--queries {queries}: choose 50, 100, 150 or 200.")
+    if output and output.is_file():
+        raise RematchError(f"--output {output} is a file. Give a directory.")
     from rich.progress import Progress
 
     from rematch.data.mmeb import read_eval
@@ -141,6 +143,7 @@ def search(
     if not query:
         raise RematchError("no query. Give --text, --image, or both.")
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from rematch.model import ReMatch
@@ -150,7 +153,7 @@ def search(
     searcher = Searcher(ReMatch(model), documents, show_progress=len(documents) > 64)
     table = Table("rank", "document", "score", "by")
     for rank, hit in enumerate(searcher.search(query, top, rerank), 1):
-        table.add_row(str(rank), hit.name, f"{hit.score:.3f}", "P(yes)" if hit.reranked else "cosine")
+        table.add_row(str(rank), escape(hit.name), f"{hit.score:.3f}", "P(yes)" if hit.reranked else "cosine")
     Console().print(table)
     if model == "rematch-tiny":
         typer.echo(

@@ -1,6 +1,5 @@
 """``rematch demo``: the whole life of a model in five minutes, and a report of it."""
 
-import os
 import random
 import tempfile
 import time
@@ -57,7 +56,6 @@ def run_demo(output: Path, steps: int) -> Path:
         raise RematchError(f"{output} is a file. Give a directory with --output.")
     began = time.time()
     transformers_logging.disable_progress_bar()
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     tasks = [*evaluation_tasks(queries=BLOCK), *evaluation_tasks(ood=True, queries=BLOCK)]
     columns = (
         TextColumn("{task.description:<34}"),
@@ -88,7 +86,6 @@ def run_demo(output: Path, steps: int) -> Path:
         results["rematch-tiny"] = evaluate(tiny, tasks, progress=evaluated)
         progress.update(bar, description="indexing, searching, reporting")
         searches = example_searches(tiny)
-        maps = attention_maps(tiny, random.Random(3))
         progress.update(bar, completed=total, description="done")
     floors = baselines(tasks)
     content = {
@@ -100,10 +97,13 @@ def run_demo(output: Path, steps: int) -> Path:
         "commonest": floors["commonest"],
         "arms": {name: summary(found) for name, found in results.items()},
         "matching_accuracy": {
-            view: logs["rematch"][-1].get(f"match_accuracy/{view}") for view in arms["rematch"].loss.views
+            key.removeprefix("match_accuracy/"): value
+            for key, value in logs["rematch"][-1].items()
+            if key.startswith("match_accuracy/")
         },
     }
     write_json(output / "report.json", content)
+    maps = attention_maps(tiny, random.Random(3))
     return write_report(output / "report.html", content, logs, searches, results["rematch-tiny"], maps)
 
 

@@ -8,7 +8,8 @@ Shapes: B samples, K learnable tokens, D width, A answer slots.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ class ReMatchLoss(nn.Module):
         self.w_orth = w_orth
         self.w_qdm = w_qdm
         self.views = tuple(views)
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # the trainer's, under mixed precision
         self._right: list[Tensor] = []
 
     def forward(self, features: Sequence[dict[str, Any]], labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -119,18 +121,23 @@ class ReMatchLoss(nn.Module):
 
         names = [field.name for field in dataclasses.fields(Packed)]
         packed = Packed(**{name: features.pop(name) for name in names})
-        logits = self.model.backbone.answer_logits(packed, features, z)  # (B, A, V)
+        with self.autocast():
+            logits = self.model.backbone.answer_logits(packed, features, z)  # (B, A, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         relevant = (order == 0).repeat(1, len(self.views))  # (B, A)
         yes, no = self.model.backbone.answer_ids
-        self._right.append(((logits[..., yes] > logits[..., no]) == relevant).detach())
+        right = ((logits[..., yes] > logits[..., no]) == relevant).detach().unflatten(1, (len(self.views), 2))
+        self._right.append(right.gather(2, order.argsort(1)[:, None].expand_as(right)))  # (B, views, 2): d+, d-
         return F.cross_entropy(logits.flatten(0, 1), torch.where(relevant, yes, no).flatten())
 
     def pop_accuracy(self) -> dict[str, float]:
-        """Yes/No accuracy in percent per view pair since the last call; empty if nothing was matched."""
+        """Yes/No accuracy in percent since the last call, for each view pair with d+ and with d-; empty if none."""
         if not self._right:
             return {}
-        per_slot = torch.cat(self._right).float().mean(0).view(len(self.views), 2).mean(1)
+        mean = torch.cat(self._right).float().mean(0).tolist()
         self._right.clear()
-        named = zip(self.views, per_slot.tolist(), strict=True)
-        return {f"match_accuracy/{view}": round(100 * value, 2) for view, value in named}
+        return {
+            f"match_accuracy/{view}/{document}": round(100 * value, 2)
+            for view, pair in zip(self.views, mean, strict=True)
+            for document, value in zip(("positive", "negative"), pair, strict=True)
+        }

@@ -21,11 +21,28 @@ from torch import Tensor, nn
 from rematch.backbone import Backbone, resize_vocabulary, resolve
 from rematch.errors import ModelError, RematchError
 from rematch.matching import VIEWS, Packed, Segment, lay_out, pack
-from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_QUESTION, document_token, query_token
+from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_QUESTION, MATCH_TASK, document_token, query_token
 from rematch.tokens import MultiTokenFusion, add_tokens_to_template
 
 Views = Literal["raw-raw", "raw-feat", "feat-raw", "feat-feat"]
 _DOCUMENTS_PER_PACK = 8
+_CARD = """---
+library_name: sentence-transformers
+tags: [sentence-transformers, multimodal, retrieval, reranking, rematch]
+---
+# ReMatch retriever
+
+Embeds and judges pictures and texts; fine-tuned from `{base}` with {tokens} learnable tokens.
+
+```python
+from rematch import ReMatch
+
+model = ReMatch("this directory")
+model.encode_query(["a dog"]), model.encode_document(["dog.png"]), model.match(["a dog"], ["dog.png"])
+```
+
+With `rematch-mm` installed, `SentenceTransformer("this directory", trust_remote_code=True)` gives the same vectors.
+"""
 
 
 class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transformers ships no types
@@ -93,6 +110,11 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             ModelError: If the backbone cannot be used; the message says why.
         """
         backbone = Backbone(name_or_path, model_kwargs=model_kwargs)
+        if (
+            query_token(0) in backbone.tokenizer.get_added_vocab()
+            or (Path(resolve(name_or_path)) / "modules.json").exists()
+        ):
+            raise ModelError(f"{name_or_path}: is a ReMatch model already. Load it with ReMatch(path).")
         names = [query_token(i) for i in range(num_tokens)] + [document_token(i) for i in range(num_tokens)]
         backbone.tokenizer.add_tokens(names, special_tokens=True)
         ids = backbone.tokenizer.convert_tokens_to_ids(names)
@@ -106,8 +128,14 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         backbone.processor.chat_template = add_tokens_to_template(backbone.processor.chat_template, num_tokens)
         if lora is not None:
             _add_lora(backbone, lora, ids, lora_vision)
+            for parameter in backbone.parameters():
+                if parameter.requires_grad:  # an adapter on a bfloat16 base: its small updates need float32
+                    parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         fusion = MultiTokenFusion(num_tokens, backbone.width, scale)
         return cls(modules=[backbone, fusion], device=device)
+
+    def _create_model_card(self, path: str, *args: Any, **kwargs: Any) -> None:
+        (Path(path) / "README.md").write_text(_CARD.format(base=self.backbone.base_name, tokens=self.fusion.num_tokens))
 
     @property
     def backbone(self) -> Backbone:
@@ -163,6 +191,16 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         """
         if not multi_vector:
             return super().encode(inputs, *args, **kwargs)
+        usual = {
+            "pool": None,
+            "truncate_dim": None,
+            "output_value": "sentence_embedding",
+            "normalize_embeddings": False,
+        }
+        unfit = [name for name, value in usual.items() if kwargs.get(name, value) != value]
+        if args or unfit:
+            named = ", ".join(unfit) or "positional arguments"
+            raise RematchError(f"multi_vector=True does not go with {named}: it returns whole unit vectors.")
         self.fusion.flat_output = True
         try:
             flat = super().encode(inputs, *args, **kwargs)
@@ -267,7 +305,7 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             inputs += list(query) * raw_query + [documents[i] for i in sorted(raw_documents)]
         raw, vision = backbone.segments(heads, inputs) if inputs else ([], {})
         remaining = iter(raw)
-        prompt = backbone.text_segment(backbone.prefix)
+        prompt = backbone.text_segment(backbone.prefix + MATCH_TASK, opening=True)
         slot = backbone.text_segment(MATCH_QUESTION + backbone.suffix)
         query_feat = backbone.text_segment(MATCH_QUERY, placeholder=True)
         document_feat = backbone.text_segment(MATCH_DOCUMENT, placeholder=True)

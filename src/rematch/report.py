@@ -45,9 +45,9 @@ def attention_maps(model: ReMatch, rng: random.Random) -> list[tuple[str, Image.
             scene = picto.sample_scene(rng, held_out=True, count=3, distinct=True)
             picture = picto.render(scene, "noto", 1)
             features = model.preprocess([picture], task="document")
-            inputs = {k: features[k] for k in ("input_ids", "attention_mask", "pixel_values")}
+            inputs = {k: features[k].to(model.device) for k in ("input_ids", "attention_mask", "pixel_values")}
             attentions = backbone.base(**inputs, output_attentions=True).attentions
-            mean = torch.stack([a[0].mean(0) for a in attentions]).mean(0)  # (T, T)
+            mean = torch.stack([a[0].mean(0) for a in attentions]).mean(0).float().cpu()  # (T, T)
             k = model.fusion.num_tokens
             is_patch = features["input_ids"][0] == backbone.model.config.image_token_id
             edge = int(is_patch.sum().item() ** 0.5)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from sentence_transformers.base.modules import Module
 from torch import Tensor, nn
 
+from rematch.errors import ModelError
 from rematch.prompts import document_token, query_token
 
 
@@ -94,6 +95,11 @@ class MultiTokenFusion(Module):  # type: ignore[misc]  # sentence-transformers s
     def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> "MultiTokenFusion":
         hub = {k: kwargs[k] for k in ("token", "cache_folder", "revision", "local_files_only") if k in kwargs}
         config = cls.load_config(model_name_or_path, subfolder=subfolder, **hub)
+        if not config:
+            raise ModelError(
+                f"{model_name_or_path}: the folder {subfolder} with the token fusion is missing; the checkpoint is "
+                "incomplete. Copy it again."
+            )
         module = cls(**config)
         cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=module, **hub)
         return module

@@ -11,7 +11,6 @@ In both, text that goes with a picture begins with the marker ``<|image_1|>``, a
 import os
 import shutil
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ def export_picto(directory: Path | str, layout: str, *, samples: int = 2000, see
 
 def _saver(root: Path, folder: str) -> Callable[[Item], tuple[str, str]]:
     """A function that writes an item's picture once and gives (text with marker, picture path)."""
-    known: dict[int, str] = {}
+    known: dict[int, tuple[Item, str]] = {}  # holds the items, so that an id is not used twice
 
     def save(item: Item) -> tuple[str, str]:
         text = item.instruction + item.text
@@ -72,8 +71,8 @@ def _saver(root: Path, folder: str) -> Callable[[Item], tuple[str, str]]:
             path = f"images/{folder}/{len(known)}.png"
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             item.image.save(root / path)
-            known[id(item)] = path
-        return f"{MARKER}\n{text}", known[id(item)]
+            known[id(item)] = item, path
+        return f"{MARKER}\n{text}", known[id(item)][1]
 
     return save
 
@@ -82,7 +81,7 @@ def _write_train(root: Path, name: str, samples: int, seed: int) -> None:
     config = name.replace("-", "_")  # as MMEB: ImageNet_1K here, ImageNet-1K in eval
     save = _saver(root, f"{config}/Train")
     columns: dict[str, list[str]] = {c: [] for c in _TRAIN_COLUMNS}
-    for triplet in islice((picto_tasks.training_triplet(seed, i, name) for i in range(samples)), samples):
+    for triplet in (picto_tasks.training_triplet(seed, i, name) for i in range(samples)):
         parts = (triplet.query, triplet.positive, triplet.negative)
         saved = [save(part) for part in parts if part is not None]
         # targets: MMEB has instructions for pictures only

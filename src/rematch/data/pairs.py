@@ -43,7 +43,7 @@ def read_triplets(path: Path | str) -> list[Triplet]:
 
 def rows(path: Path) -> Iterator[tuple[int, Any]]:
     """(number from 1, record) of every row of a .jsonl or .parquet file."""
-    if not path.exists():
+    if not path.is_file():
         raise DataError(f"{path}: no such file. Check the path.")
     if path.suffix == ".parquet":
         import pyarrow.parquet
@@ -56,12 +56,14 @@ def rows(path: Path) -> Iterator[tuple[int, Any]]:
         return
     if path.suffix not in (".jsonl", ".json"):
         raise DataError(f"{path}: is neither .jsonl nor .parquet. Convert it to one of them.")
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open("rb") as file:
         for row, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 yield row, json.loads(line)
+            except UnicodeDecodeError:
+                raise DataError(f"{path}:{row}: not UTF-8. Convert the file.") from None
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"{path}:{row}: not valid JSON ({error.msg}, column {error.colno}). Fix the line."
@@ -72,11 +74,17 @@ def item(value: Any, path: Path, row: int, column: str) -> Item:
     """A cell as an item; picture paths are looked up beside the data file."""
     if isinstance(value, str):
         value = {"image": value} if value.lower().endswith(EXTENSIONS) else {"text": value}
-    if not isinstance(value, dict) or not value.keys() <= {"text", "image"} or not any(value.values()):
+    known = isinstance(value, dict) and value.keys() <= {"text", "image"}
+    text, names = (value.get("text") or "", value.get("image") or []) if known else ("", [])
+    names = names if isinstance(names, list) else [names]
+    typed = isinstance(text, str) and all(isinstance(name, str) for name in names)
+    if not typed or not (text.strip() or names):
         raise DataError(
-            f"{path}:{row}: {column} = {value!r} is neither text, a picture's path, nor {{'text': …, 'image': …}}."
+            f"{path}:{row}: {column} = {value!r} is neither text, a picture's path, nor {{'text': …, 'image': …}} with "
+            "something in it."
         )
-    image = path.parent / value["image"] if value.get("image") else None
-    if image is not None and not image.exists():
-        raise DataError(f"{path}:{row}: {column} names the picture {image}, which is not there.")
-    return Item(value.get("text") or "", image)
+    images = [path.parent / name for name in names]
+    for image in images:
+        if not image.is_file():
+            raise DataError(f"{path}:{row}: {column} names the picture {image}, which is not there.")
+    return Item(text, images if len(images) > 1 else images[0] if images else None)

@@ -7,7 +7,7 @@ every candidate list.
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -64,8 +64,8 @@ def _text(kind: str, text: str) -> Item:
     return Item(text, instruction=DOCUMENT_INSTRUCTIONS[kind], key=text)
 
 
-def _picture(kind: str, image: Image.Image) -> Item:
-    return Item(image=image, instruction=DOCUMENT_INSTRUCTIONS[kind])
+def _picture(kind: str, image: Image.Image, key: str = "") -> Item:
+    return Item(image=image, instruction=DOCUMENT_INSTRUCTIONS[kind], key=key)
 
 
 def _wrong(draw: Draw, right: str, among: list[str] | tuple[str, ...]) -> str:
@@ -178,7 +178,7 @@ def edit(draw: Draw) -> Sample:
     change = f"replace the {old} with {picto.with_article(new)}."
     query = Item(change, draw.picture(before, style), "Find a similar image with the described change: ")
     near = before if draw.rng.random() < 0.3 else picto.near_miss(after, draw.rng, ("object", "swap", "colour"))
-    return Sample(query, [_picture("image", draw.picture(s, style)) for s in (after, near)])
+    return Sample(query, [_picture("image", draw.picture(s, style), picto.caption(s)) for s in (after, near)])
 
 
 def grounding(draw: Draw) -> Sample:
@@ -197,7 +197,7 @@ def grounding(draw: Draw) -> Sample:
 
 def _scenes(draw: Draw, scene: Scene, style: str) -> list[Item]:
     near = picto.near_miss(scene, draw.rng)
-    return [_picture("image", draw.picture(s, style)) for s in (scene, near)]
+    return [_picture("image", draw.picture(s, style), picto.caption(s)) for s in (scene, near)]
 
 
 # name: (meta-task, generator). The names are the benchmark's.
@@ -223,11 +223,6 @@ def training_triplet(seed: int, index: int, task: str | None = None) -> Triplet:
     _, generate = TASKS[task or rng.choice(list(TASKS))]
     sample = generate(Draw(rng, held_out=False, styles=picto.TRAIN_STYLES, augment=True))
     return Triplet(sample.query, sample.documents[0], sample.documents[1])
-
-
-def training_triplets(seed: int, count: int) -> Iterator[Triplet]:
-    """The first ``count`` samples of a stream."""
-    return (training_triplet(seed, i) for i in range(count))
 
 
 def evaluation_tasks(*, ood: bool = False, queries: int = QUERIES) -> list[RetrievalTask]:
@@ -282,11 +277,11 @@ def _fill_in_blocks(task: RetrievalTask, draw: Draw, generate: Callable[[Draw], 
         block = range(start, start + CANDIDATES)
         while len(task.documents) < start + CANDIDATES:
             sample = generate(draw)
-            texts = [d.text for d in sample.documents]
-            if texts[0] and set(texts) & {d.text for d in task.documents[start:]}:
-                continue  # a caption already in this block would be a second right answer
+            keys = {d.key for d in sample.documents} - {""}
+            if keys & {d.key for d in task.documents[start:]}:
+                continue  # a scene or caption that is in this block already could be a second right answer
             gold = len(task.documents)
             task.documents += sample.documents[:2]
             task.queries.append(sample.query)
             task.candidates.append([gold] + [i for i in block if i != gold])
-    task.documents = [replace(d, key=d.key or f"{task.name}-{i}") for i, d in enumerate(task.documents)]
+    task.documents = [replace(d, key=d.text or f"{task.name}-{i}") for i, d in enumerate(task.documents)]

@@ -1,6 +1,6 @@
 """The one form in which every reader hands out data: items, triplets for training, tasks for evaluation."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -14,13 +14,13 @@ class Item:
 
     Attributes:
         text: May be empty if there is a picture.
-        image: A decoded picture or the path of one.
+        image: A decoded picture, the path of one, or several paths.
         instruction: Kept apart from the text so that it can be left off (target instructions are an ablation).
         key: Identity of a document within its task; two items with one key are one document.
     """
 
     text: str = ""
-    image: Picture | None = None
+    image: Picture | list[Path] | None = None
     instruction: str = ""
     key: str = ""
 
@@ -65,4 +65,3 @@ class RetrievalTask:
     documents: list[Item]
     candidates: list[list[int]]
     ood: bool = False
-    notes: dict[str, float] = field(default_factory=dict)

@@ -4,7 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,15 @@ META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 
 @dataclass
 class TaskResult:
-    """Scores of one task in percent, and the ranking behind them.
-
-    Attributes:
-        order: For each query its candidates' document indices, best first; at most ten are kept.
-    """
+    """Scores of one task in percent, and for each query the rank of its answer."""
 
     task: RetrievalTask
     scores: dict[str, float]
     ranks: NDArray[np.int64]
-    order: list[list[int]] = field(default_factory=list)
 
 
 def evaluate_task(
-    model: ReMatch, task: RetrievalTask, *, batch_size: int = 64, document_instructions: bool = True
+    model: ReMatch, task: RetrievalTask, *, batch_size: int = 64, document_instructions: bool | None = None
 ) -> TaskResult:
     """Rank every query's candidates by cosine.
 
@@ -41,20 +36,21 @@ def evaluate_task(
         model: Anything with ``encode_query`` and ``encode_document``.
         task: The task; the first candidate of each query is its answer.
         batch_size: Inputs per forward.
-        document_instructions: Put the target-side instruction before documents.
+        document_instructions: Put the target-side instruction before documents; by default as the model was trained.
     """
+    if document_instructions is None:
+        document_instructions = model.backbone.document_instructions
     queries = _encode(model.encode_query, task.queries, True, batch_size)
     documents = _encode(model.encode_document, task.documents, document_instructions, batch_size)
     candidates = [np.array(c) for c in task.candidates]
-    ranks, order = [], []
+    ranks = []
     for query, own in zip(queries, candidates, strict=True):
         scores = documents[own] @ query
         ranks.append(answer_ranks(scores[None])[0])
-        order.append([int(i) for i in own[np.argsort(-scores, kind="stable")[:10]]])
     found = np.array(ranks)
     scores = {f"hit@{k}": hit_at(found, k) for k in (1, 5, 10)}
     scores |= {"mrr": mrr(found), "ndcg@10": ndcg_at(found, 10)}
-    return TaskResult(task, scores, found, order)
+    return TaskResult(task, scores, found)
 
 
 def _encode(encode: Callable[..., Any], items: list[Item], instructions: bool, batch_size: int) -> NDArray[np.float32]:
@@ -68,7 +64,7 @@ def evaluate(
     tasks: list[RetrievalTask],
     *,
     progress: Callable[[str], None] = lambda _: None,
-    document_instructions: bool = True,
+    document_instructions: bool | None = None,
 ) -> list[TaskResult]:
     """Evaluate task after task; ``progress`` is told each one's name when it is done."""
     results = []
@@ -82,14 +78,15 @@ def summary(results: list[TaskResult]) -> dict[str, float]:
     """Hit@1 means: ``overall`` and each meta-task over the in-distribution tasks, ``ood_overall`` over the others."""
     ind = [r for r in results if not r.task.ood]
     means = {"overall": _mean(ind)}
-    means |= {meta: _mean([r for r in ind if r.task.meta_task == meta]) for meta in META_TASKS}
+    by_meta = {meta: [r for r in ind if r.task.meta_task == meta] for meta in META_TASKS}
+    means |= {meta: _mean(found) for meta, found in by_meta.items() if found}
     if ood := [r for r in results if r.task.ood]:
         means["ood_overall"] = _mean(ood)
     return {name: round(value, 2) for name, value in means.items()}
 
 
 def _mean(results: list[TaskResult]) -> float:
-    return float(np.mean([r.scores["hit@1"] for r in results])) if results else float("nan")
+    return float(np.mean([r.scores["hit@1"] for r in results]))
 
 
 def baselines(tasks: list[RetrievalTask]) -> dict[str, dict[str, float]]:
@@ -110,5 +107,5 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON under a temporary name, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     os.replace(partial, path)

@@ -90,7 +90,7 @@ def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     path = Path(path)
     try:
         raw = yaml.safe_load(path.read_text()) or {}
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise RecipeError(f"{path}: no such recipe. Those that ship with the project lie in recipes/.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None
@@ -108,7 +108,10 @@ def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
             place = place[parent]
             if not isinstance(place, dict):
                 raise RecipeError(f"override {override!r}: {parent} is a value, not a section.")
-        place[leaf] = yaml.safe_load(value)
+        try:
+            place[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise RecipeError(f"override {override!r}: its value is not valid YAML.") from None
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:

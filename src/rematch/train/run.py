@@ -5,6 +5,10 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from rematch.data.mmeb import read_train
 from rematch.data.pairs import read_triplets
@@ -33,7 +37,11 @@ def build_model(recipe: Recipe) -> ReMatch:
         lora = LoraConfig(r=settings.lora.r, lora_alpha=settings.lora.alpha, lora_dropout=settings.lora.dropout)
     torch.manual_seed(recipe.train.seed)
     vision = settings.lora.vision if settings.lora else False
-    model = ReMatch.from_backbone(settings.backbone, settings.num_tokens, lora=lora, lora_vision=vision)
+    dtype = {} if lora else {"dtype": torch.float32}  # small updates of whole weights would be lost in bfloat16
+    model = ReMatch.from_backbone(
+        settings.backbone, settings.num_tokens, lora=lora, lora_vision=vision, model_kwargs=dtype
+    )
+    model.backbone.document_instructions = recipe.data.document_instructions
     if lora is None and not settings.train_vision:
         for name, parameter in model.backbone.model.named_parameters():
             if "vision" in name or "visual" in name:
@@ -48,14 +56,17 @@ def build_dataset(recipe: Recipe) -> Dataset:
     triplet: Callable[[int], Triplet]
     if source == "picto":
         count, has_negatives = recipe.data.samples or total, True
-
-        def triplet(index: int) -> Triplet:
-            return training_triplet(seed, index)
+        triplet = partial(training_triplet, seed)
     else:
         path = Path(source)
         read = read_train(path) if path.is_dir() else read_triplets(path)
         samples = read[: recipe.data.samples]
-        count, has_negatives = len(samples), samples[0].negative is not None
+        count, has_negatives = len(samples), bool(samples) and all(t.negative is not None for t in samples)
+        if not has_negatives and any(t.negative is not None for t in samples) and recipe.data.hard_negatives:
+            raise DataError(
+                f"{source}: some samples have a hard negative and others none. Give every one a negative, or train "
+                "without them (data.hard_negatives=false)."
+            )
         triplet = samples.__getitem__
     if count < recipe.train.batch_size:
         raise DataError(
@@ -63,13 +74,22 @@ def build_dataset(recipe: Recipe) -> Dataset:
             f"(train.batch_size={max(2, count)}) or bring more data."
         )
     columns = ["query", "positive"] + ["negative"] * (has_negatives and recipe.data.hard_negatives)
-    instruct = recipe.data.document_instructions
-
-    def rows(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        found = [triplet(i) for i in batch["index"]]
-        return {c: [getattr(t, c).as_input(instruct or c == "query") for t in found] for c in columns}
-
+    rows = _Rows(triplet, columns, recipe.data.document_instructions)
     return Dataset.from_dict({"index": list(range(count))}).with_transform(rows)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """From indices to the columns of a batch; a class, so that data workers can be started by pickling it."""
+
+    triplet: Callable[[int], Triplet]
+    columns: list[str]
+    document_instructions: bool
+
+    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        found = [self.triplet(i) for i in batch["index"]]
+        instruct = {c: self.document_instructions or c == "query" for c in self.columns}
+        return {c: [getattr(t, c).as_input(instruct[c]) for t in found] for c in self.columns}
 
 
 class _Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-transformers ships no types
@@ -99,7 +119,9 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
     """
     settings = recipe.train
     output = Path(settings.output)
-    if output.exists() and any(output.iterdir()):
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("this version trains on one device; start it without torchrun or accelerate launch.")
+    if output.is_file() or (output.exists() and any(output.iterdir())):
         raise RecipeError(f"{output}: exists already. Choose another train.output=… or remove it.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     dataset = build_dataset(recipe)
@@ -128,12 +150,13 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
         logging_steps=settings.log_every,
         logging_first_step=True,
         save_strategy="no",
-        report_to=["tensorboard"],
+        report_to=["tensorboard"] if find_spec("tensorboard") else [],
         dataloader_num_workers=settings.workers,
         dataloader_drop_last=True,
         remove_unused_columns=False,
         disable_tqdm=quiet,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel: the loss calls parts of the model by name
     views = recipe.loss.views if recipe.loss.w_qdm else []
     trainer = _Trainer(
         model=model,
@@ -143,12 +166,18 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
         data_collator=Collator(model, views, settings.seed),
         callbacks=list(callbacks),
     )
+    if quiet:
+        trainer.remove_callback(PrinterCallback)
+    loss.autocast = trainer.accelerator.autocast
     try:
         trainer.train()
     except RematchError:
         sys.stderr.write("\n")  # the progress bar has left the line open
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward ran under autocast
+    loss.autocast = nullcontext
+    os.environ.pop("TENSORBOARD_LOGGING_DIR")
     model.eval()
     model.save_pretrained(str(partial))
     (partial / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n")
