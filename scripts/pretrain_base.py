@@ -558,9 +558,9 @@ def main() -> None:
             if step % 250 == 0:
                 save_checkpoint(checkpoint, model, optimizer, step, time.time() - start)
     output = args.output or args.work_dir / "model"
-    scores = evaluate(model, processor, 200)
-    print(json.dumps(scores, indent=2))
     save(model, processor, output)
+    scores = evaluate(LlavaForConditionalGeneration.from_pretrained(output), processor, 200)
+    print(json.dumps(scores, indent=2))
     (output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     (output / "log.jsonl").write_text((args.work_dir / "log.jsonl").read_text())
 
