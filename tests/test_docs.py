@@ -1,6 +1,7 @@
 """The documentation runs: the quickstart from top to bottom, the README's examples, its commands' names."""
 
 import functools
+import json
 import re
 import shlex
 import sys
@@ -85,3 +86,19 @@ def test_the_readme_opens_with_the_two_commands():
     readme = (ROOT / "README.md").read_text()
     assert readme.index("make demo") < readme.index("make test") < 500
     assert "make test" in (ROOT / ".ci/run").read_text()
+
+
+def test_the_scores_in_the_docs_are_those_of_the_committed_reports():
+    page = (ROOT / "docs/picto.md").read_text()
+    report = json.loads((ROOT / "docs/demo-report.json").read_text())
+    columns = ("overall", "classification", "vqa", "retrieval", "grounding", "ood_overall")
+    rows = {**report["arms"], "chance": report["chance"], "commonest answer": report["commonest"]}
+    for name, scores in rows.items():
+        cells = " | ".join(f"{scores[c]:.1f}" for c in columns)
+        assert f"| {name} | {cells} |" in page
+    tiny = json.loads((ROOT / "src/rematch/assets/tiny/scores.json").read_text())
+    cells = " | ".join(f"{tiny['scores'][c]:.1f}" for c in columns)
+    assert f"| rematch-tiny, whole test set | {cells} |" in page
+    base = json.loads((ROOT / "src/rematch/assets/base/scores.json").read_text())
+    assert f"exact VQA answers {base['vqa']:.1f} %" in page
+    assert f"Yes/No matching {base['match']:.1f} %" in page

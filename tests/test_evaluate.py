@@ -22,6 +22,20 @@ def test_hits_equal_an_independent_script(make_model, torch_float32):
         assert result.scores["hit@1"] == pytest.approx(100 * np.mean(result.ranks == 1))
 
 
+def test_text_documents_shared_by_tasks_are_encoded_once(make_model, torch_float32, monkeypatch):
+    model = make_model(dtype=torch_float32)
+    tasks = evaluation_tasks(queries=50)[:2]
+    apart = [evaluate_task(model, task).ranks for task in tasks]
+    encoded = []
+    encode = model.encode_document
+    monkeypatch.setattr(
+        model, "encode_document", lambda inputs, **kw: encoded.append(len(inputs)) or encode(inputs, **kw)
+    )
+    together = [result.ranks for result in evaluate(model, tasks)]
+    assert all(np.array_equal(a, b) for a, b in zip(apart, together, strict=True))
+    assert encoded == [len(tasks[0].documents), 0]
+
+
 def test_nan_and_ties_are_misses():
     assert hit_at(answer_ranks(np.full((3, 5), np.nan)), 1) == 0
     assert hit_at(answer_ranks(np.ones((3, 5))), 1) == 0

@@ -27,8 +27,16 @@ class TaskResult:
     ranks: NDArray[np.int64]
 
 
+Vectors = dict[str, NDArray[np.float32]]
+
+
 def evaluate_task(
-    model: ReMatch, task: RetrievalTask, *, batch_size: int = 64, document_instructions: bool | None = None
+    model: ReMatch,
+    task: RetrievalTask,
+    *,
+    batch_size: int = 64,
+    document_instructions: bool | None = None,
+    known: Vectors | None = None,
 ) -> TaskResult:
     """Rank every query's candidates by cosine.
 
@@ -37,11 +45,14 @@ def evaluate_task(
         task: The task; the first candidate of each query is its answer.
         batch_size: Inputs per forward.
         document_instructions: Put the target-side instruction before documents; by default as the model was trained.
+        known: Vectors of documents that are text alone, by their text; used and added to. Tasks share many of them.
     """
     if document_instructions is None:
         document_instructions = model.backbone.document_instructions
-    queries = _encode(model.encode_query, task.queries, True, batch_size)
-    documents = _encode(model.encode_document, task.documents, document_instructions, batch_size)
+    queries = _encode(model.encode_query, [query.as_input() for query in task.queries], batch_size)
+    documents = _encode_documents(
+        model, task.documents, document_instructions, batch_size, {} if known is None else known
+    )
     candidates = [np.array(c) for c in task.candidates]
     ranks = []
     for query, own in zip(queries, candidates, strict=True):
@@ -53,10 +64,20 @@ def evaluate_task(
     return TaskResult(task, scores, found)
 
 
-def _encode(encode: Callable[..., Any], items: list[Item], instructions: bool, batch_size: int) -> NDArray[np.float32]:
-    inputs = [item.as_input(instructions) for item in items]
+def _encode(encode: Callable[..., Any], inputs: list[dict[str, Any]], batch_size: int) -> NDArray[np.float32]:
     vectors: NDArray[np.float32] = encode(inputs, batch_size=batch_size, show_progress_bar=False)
     return vectors
+
+
+def _encode_documents(
+    model: ReMatch, documents: list[Item], instructions: bool, batch_size: int, known: Vectors
+) -> NDArray[np.float32]:
+    inputs = [document.as_input(instructions) for document in documents]
+    names = [str(x["text"]) if x.keys() == {"text"} else None for x in inputs]
+    new = [i for i, name in enumerate(names) if name is None or name not in known]
+    found = dict(zip(new, _encode(model.encode_document, [inputs[i] for i in new], batch_size), strict=True))
+    known |= {name: found[i] for i, name in enumerate(names) if name is not None and i in found}
+    return np.stack([found[i] if name is None else known[name] for i, name in enumerate(names)])
 
 
 def evaluate(
@@ -67,9 +88,10 @@ def evaluate(
     document_instructions: bool | None = None,
 ) -> list[TaskResult]:
     """Evaluate task after task; ``progress`` is told each one's name when it is done."""
-    results = []
+    results: list[TaskResult] = []
+    known: Vectors = {}
     for task in tasks:
-        results.append(evaluate_task(model, task, document_instructions=document_instructions))
+        results.append(evaluate_task(model, task, document_instructions=document_instructions, known=known))
         progress(task.name)
     return results
 
