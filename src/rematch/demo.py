@@ -11,17 +11,20 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from rematch.data import picto
+from rematch.data.picto import Scene
 from rematch.data.picto_tasks import BLOCK, evaluation_tasks
 from rematch.data.schema import Item
 from rematch.errors import RematchError
 from rematch.evaluate.run import TaskResult, baselines, evaluate, summary, write_json
 from rematch.model import ReMatch
+from rematch.prompts import DOCUMENT_INSTRUCTIONS
 from rematch.report import attention_maps, write_report
 from rematch.search.exact import Searcher
 from rematch.train.recipe import Loss, Model, Recipe, Train
 from rematch.train.run import train
 
 BATCH = 24
+IMAGE = DOCUMENT_INSTRUCTIONS["image"]
 _STEP_COST = {"contrastive": 1.0, "rematch": 3.0}  # relative seconds, for the time left
 _TASK_COST = 1.2
 
@@ -118,26 +121,28 @@ def read_log(directory: Path) -> list[dict[str, float]]:
 def example_searches(model: ReMatch) -> list[tuple[dict[str, Any], list[tuple[Item, float]]]]:
     """A small index of held-out scenes, and four searches in it: by text, by picture, and by both."""
     rng = random.Random(7)
-    scenes = [picto.sample_scene(rng, held_out=True) for _ in range(80)]
-    scenes += [picto.near_miss(scene, rng) for scene in scenes[:20]]
-    styles = [rng.choice(picto.TRAIN_STYLES) for _ in scenes]
+    scenes = [picto.sample_scene(rng, held_out=True, distinct=True) for _ in range(80)]
+    before = scenes[1]
+    old, new = before.objects[0], scenes[2].objects[0]
+    a, b, c, d = (new if name == old else name for name in before.cells)
+    scenes += [Scene((a, b, c, d), before.background), *(picto.near_miss(scene, rng) for scene in scenes[:19])]
     corpus = [
-        Item(image=picto.render(s, t, i), key=picto.caption(s))
-        for i, (s, t) in enumerate(zip(scenes, styles, strict=True))
+        Item(image=picto.render(scene, rng.choice(picto.TRAIN_STYLES), i), instruction=IMAGE, key=picto.caption(scene))
+        for i, scene in enumerate(scenes)
     ]
     searcher = Searcher(model, corpus)
-    shown = next(s for s in scenes if len(s.objects) == 2)
+    to_scene = "Find me an image that matches the given caption: "
     queries: list[dict[str, Any]] = [
-        {"text": f"Find me an image that matches the given caption: {picto.caption(scenes[0])}"},
-        {"text": f"Find me an image that matches the given caption: {picto.caption(scenes[3])}"},
+        {"text": to_scene + picto.caption(scenes[0])},
+        {"text": to_scene + picto.caption(scenes[3])},
         {
             "text": "Find an image that shows the same scene drawn in another style.",
-            "image": picto.render(shown, picto.OOD_STYLE, 99),
+            "image": picto.render(next(s for s in scenes if len(s.objects) == 2), picto.OOD_STYLE, 99),
         },
         {
-            "text": f"Find a similar image with the described change: replace the {scenes[1].objects[0]} with "
-            f"{picto.with_article(scenes[2].objects[0])}.",
-            "image": picto.render(scenes[1], "noto", 98),
+            "text": "Find a similar image with the described change: "
+            f"replace the {old} with {picto.with_article(new)}.",
+            "image": picto.render(before, "noto", 98),
         },
     ]
     return [(q, [(corpus[h.index], h.score) for h in searcher.search(q, 5)]) for q in queries]
