@@ -8,6 +8,7 @@ from typing import Any
 from rematch.data.images import EXTENSIONS
 from rematch.data.schema import Item, Triplet
 from rematch.errors import DataError
+from rematch.prompts import DOCUMENT_INSTRUCTIONS
 
 
 def read_triplets(path: Path | str) -> list[Triplet]:
@@ -71,7 +72,10 @@ def rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def item(value: Any, path: Path, row: int, column: str) -> Item:
-    """A cell as an item; picture paths are looked up beside the data file."""
+    """A cell as an item; picture paths are looked up beside the data file.
+
+    A document with a picture gets the instruction that Picto's and MMEB's picture targets have.
+    """
     if isinstance(value, str):
         value = {"image": value} if value.lower().endswith(EXTENSIONS) else {"text": value}
     known = isinstance(value, dict) and value.keys() <= {"text", "image"}
@@ -87,4 +91,7 @@ def item(value: Any, path: Path, row: int, column: str) -> Item:
     for image in images:
         if not image.is_file():
             raise DataError(f"{path}:{row}: {column} names the picture {image}, which is not there.")
-    return Item(text, images if len(images) > 1 else images[0] if images else None)
+    instruction = DOCUMENT_INSTRUCTIONS["image"] if images and column != "query" else ""
+    if instruction and text:
+        instruction += " "
+    return Item(text, images if len(images) > 1 else images[0] if images else None, instruction)

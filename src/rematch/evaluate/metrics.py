@@ -25,8 +25,8 @@ def answer_ranks(scores: NDArray[np.floating]) -> NDArray[np.int64]:
 def hit_at(ranks: NDArray[np.int64], k: int) -> float:
     """Share of queries whose answer is among the first ``k``, in percent.
 
-    >>> hit_at(np.array([1, 2, 11]), 10)
-    66.66666666666667
+    >>> hit_at(np.array([1, 2, 11, 12]), 10)
+    50.0
     """
     return float(100 * (ranks <= k).mean())
 

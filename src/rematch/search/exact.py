@@ -1,7 +1,7 @@
 """Exact search: a folder of pictures or a data file as corpus, cosine over all of it, reranking by matching."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rematch.data.pairs import item, rows
 from rematch.data.schema import Item
 from rematch.errors import DataError
 from rematch.model import ReMatch
+from rematch.prompts import DOCUMENT_INSTRUCTIONS
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,15 @@ def read_corpus(source: Path | str) -> list[Item]:
         found = sorted(p for p in source.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("._"))
         if not found:
             raise DataError(f"{source}: holds no pictures ({', '.join(EXTENSIONS)}).")
-        return [Item(image=path, key=str(path.relative_to(source))) for path in found]
+        instruction = DOCUMENT_INSTRUCTIONS["image"]
+        return [Item(image=path, instruction=instruction, key=str(path.relative_to(source))) for path in found]
     documents = []
     for row, record in rows(source):
         value = record.get("document", record) if isinstance(record, dict) else record
         if isinstance(value, dict):
             value = {k: v for k, v in value.items() if k in ("text", "image")}
         document = item(value, source, row, "document")
-        documents.append(Item(document.text, document.image, key=str(document.image or document.text)))
+        documents.append(replace(document, key=str(document.image or document.text)))
     if not documents:
         raise DataError(f"{source}: holds no documents.")
     return documents
@@ -72,8 +74,8 @@ class Searcher:
     def __init__(self, model: ReMatch, corpus: Sequence[Item], *, show_progress: bool = False) -> None:
         self.model = model
         self.corpus = list(corpus)
-        inputs = [document.as_input() for document in self.corpus]
-        self.vectors: NDArray[np.float32] = model.encode_document(inputs, show_progress_bar=show_progress)
+        self.inputs = [document.as_input(model.backbone.document_instructions) for document in self.corpus]
+        self.vectors: NDArray[np.float32] = model.encode_document(self.inputs, show_progress_bar=show_progress)
 
     def search(self, query: dict[str, Any], top: int = 5, rerank: int = 0) -> list[Hit]:
         """The best documents for a query.
@@ -87,8 +89,7 @@ class Searcher:
         order = np.argsort(-scores, kind="stable")[: max(top, rerank)]
         if rerank:
             best = order[:rerank]
-            inputs = [self.corpus[i].as_input() for i in best]
-            judged = self.model.match([query] * len(best), inputs)
+            judged = self.model.match([query] * len(best), [self.inputs[i] for i in best])
             ranking = np.argsort(-judged, kind="stable")
             hits = [self._hit(best[j], judged[j], True) for j in ranking]
             hits += [self._hit(i, scores[i], False) for i in order[rerank:]]
