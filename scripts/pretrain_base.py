@@ -31,10 +31,11 @@ from typing import TextIO
 
 import torch
 import torch.nn.functional as F
+from base_lessons import IMAGE, PATCHES, Lessons, SightLessons, turns
 from package_tiny import halve
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -48,18 +49,15 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from rematch import prompts
 from rematch.data import picto, picto_tasks
 from rematch.data.schema import Item
-from rematch.matching import Segment, additive, lay_out, pack
+from rematch.matching import additive
 
-IMAGE, PAD = "<image>", "<|pad|>"
+PAD = "<|pad|>"
 TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>"
     "{% if message.content is string %}{{ message.content }}{% else %}"
     "{% for part in message.content %}{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-PATCHES = 36
-CHAT_SHARE = 0.5  # of the steps are chat alone: before the language model names objects there is nothing to match
-SIGHT_BATCH = 96
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -147,201 +145,6 @@ def build(tokenizer: PreTrainedTokenizerFast) -> tuple[LlavaForConditionalGenera
     return LlavaForConditionalGeneration(config), processor
 
 
-def turns(scene: picto.Scene, rng: random.Random, count: int) -> list[tuple[str, str]]:
-    """Question-answer turns about one scene, the dense caption among them."""
-    names = list(picto.objects())
-    there = list(dict.fromkeys(scene.objects))
-    unique, near = picto.unique_objects(scene), picto.neighbours(scene)
-    found = [("Describe the image.", picto.caption(scene))]
-    makers = {
-        "place": 2,
-        "where": 3,
-        "relation": 4,
-        "how_many": 3,
-        "count": 1,
-        "colour": 1,
-        "kind": 1,
-        "true": 4,
-        "is": 1,
-    }
-    while len(found) < count:
-        kind = rng.choices(list(makers), list(makers.values()))[0]
-        if kind == "place":
-            cell = rng.randrange(4)
-            found.append((f"What is in the {picto.CELLS[cell]}?", scene.cells[cell] or "nothing"))
-        elif kind == "where" and unique:
-            name = rng.choice(unique)
-            found.append((f"Where is the {name}?", picto.CELLS[scene.cells.index(name)]))
-        elif kind == "relation" and near:
-            relation, anchor, cell = rng.choice(near)
-            found.append((f"What is {relation} the {anchor}?", scene.cells[cell]))
-        elif kind == "how_many":
-            name = rng.choice(there) if rng.random() < 0.85 else rng.choice(names)
-            n = picto_tasks.NUMBERS[scene.objects.count(name)]
-            found.append((f"How many times do you see {picto.with_article(name)}?", n))
-        elif kind == "count":
-            found.append(("How many objects are there?", picto_tasks.NUMBERS[len(scene.objects)]))
-        elif kind == "colour":
-            found.append(("What colour is the background?", scene.background))
-        elif kind == "kind":
-            name = rng.choice(there)
-            found.append((f"What is {picto.with_article(name)}?", picto.with_article(picto.objects()[name])))
-        elif kind == "is":
-            name = rng.choice(there) if rng.random() < 0.5 else rng.choice(names)
-            answer = prompts.YES if name in there else prompts.NO
-            found.append((f"Do you see {picto.with_article(name)}?", answer))
-        elif kind == "true":
-            true = rng.random() < 0.5
-            said = picto.caption(scene if true else picto.near_miss(scene, rng))
-            found.append((f"Does it show {said}?", prompts.YES if true else prompts.NO))
-    rng.shuffle(found)
-    return found
-
-
-def statement(scene: picto.Scene, rng: random.Random) -> tuple[str, bool]:
-    """A short statement about a scene, and whether it is true (about half are)."""
-    names, fits = list(picto.objects()), rng.random() < 0.5
-    kind = rng.choice(("caption", "object", "place", "count", "colour", "category"))
-    if kind == "object":
-        name = rng.choice(scene.objects if fits else names)
-        return picto.with_article(name), name in scene.objects
-    if kind == "place":
-        cell = rng.choice([i for i, name in enumerate(scene.cells) if name])
-        name = scene.cells[cell] if fits else rng.choice([*scene.objects, rng.choice(names)])
-        return f"{picto.with_article(name)} in the {picto.CELLS[cell]}", name == scene.cells[cell]
-    if kind == "count":
-        n = len(scene.objects) if fits else rng.randint(1, 4)
-        return f"{picto_tasks.NUMBERS[n]} objects", n == len(scene.objects)
-    if kind == "colour":
-        colour = scene.background if fits else rng.choice(list(picto.COLOURS))
-        return f"{picto.with_article(colour)} background", colour == scene.background
-    if kind == "category":
-        there = {picto.objects()[name] for name in scene.objects}
-        category = rng.choice(sorted(there) if fits else picto.categories())
-        return picto.with_article(category), category in there
-    return picto.caption(scene if fits else picto.near_miss(scene, rng)), fits
-
-
-class Lessons(Dataset[dict[str, Tensor]]):
-    """Ready batches, one per step, each made from its step number alone (so that a resumed run goes on exactly)."""
-
-    def __init__(
-        self, processor: LlavaProcessor, steps: int, chats: int, pairs: int, facts: int, first: int = 0
-    ) -> None:
-        self.processor, self.tokenizer = processor, processor.tokenizer
-        self.steps, self.chats, self.pairs, self.facts_per_step, self.first = steps, chats, pairs, facts, first
-        self.cache: dict[str, list[int]] = {}
-
-    def __len__(self) -> int:
-        return self.steps - self.first
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        torch.set_num_threads(1)
-        step = self.first + index
-        rng = random.Random(f"base/{step}")
-        early = step < self.steps * CHAT_SHARE
-        chats, pairs = (2 * self.chats, 0) if early else (self.chats, self.pairs)
-        pictures: list = []
-        rows, labels, cells = [], [], []
-        for _ in range(chats):
-            scene = picto.sample_scene(rng)
-            style = rng.choice(picto.TRAIN_STYLES)
-            pictures.append(picto.render(scene, style, rng.getrandbits(32), augment=rng.random() < 0.8))
-            ids, target = self.chat(turns(scene, rng, 7))
-            rows.append(ids)
-            labels.append(target)
-            cells.append([self.ids(name)[0] if name else -100 for name in scene.cells])
-        batch = {
-            "chat_ids": pad(rows, self.tokenizer.pad_token_id),
-            "chat_labels": pad(labels, -100),
-            "cells": torch.tensor(cells),
-        }
-        triplets = [picto_tasks.training_triplet(1 + rng.getrandbits(30), 0) for _ in range(pairs)]
-        items = [(t.query, [t.positive, t.negative], [True, False]) for t in triplets if t.negative]
-        items += [self.facts(rng) for _ in range(0 if early else self.facts_per_step)]
-        if items:
-            batch |= self.match(items)
-        pictures += [i.image for q, d, _ in items for i in (q, *d) if i.image is not None]
-        batch["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-        return batch
-
-    def ids(self, text: str) -> list[int]:
-        if text not in self.cache:
-            self.cache[text] = self.tokenizer.encode(text, add_special_tokens=False)
-        return self.cache[text]
-
-    def chat(self, dialogue: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
-        ids: list[int] = []
-        labels: list[int] = []
-        for i, (question, answer) in enumerate(dialogue):
-            asked = self.ids("<|user|>") + (self.ids(IMAGE) * PATCHES if i == 0 else []) + self.ids(question)
-            asked += self.ids("<|end|><|assistant|>")
-            said = self.ids(answer) + self.ids("<|end|>")
-            ids += asked + said
-            labels += [-100] * len(asked) + said
-        return ids, labels
-
-    def segment(self, head: str, item: Item | None, tail: str = "") -> Segment:
-        ids = self.ids(head) if head else []
-        if item is not None:
-            text = item.instruction + item.text
-            ids = ids + (self.ids(IMAGE) * PATCHES if item.image is not None else []) + (self.ids(text) if text else [])
-        ids = ids + (self.ids(tail) if tail else [])
-        return Segment(torch.tensor(ids), torch.arange(len(ids))[None])
-
-    def facts(self, rng: random.Random) -> tuple[Item, list[Item], list[bool]]:
-        """A picture as query, eight statements as documents, and which of them are true."""
-        scene = picto.sample_scene(rng)
-        picture = picto.render(scene, rng.choice(picto.TRAIN_STYLES), rng.getrandbits(32), augment=rng.random() < 0.8)
-        statements = [statement(scene, rng) for _ in range(8)]
-        return Item(image=picture), [Item(text) for text, _ in statements], [fits for _, fits in statements]
-
-    def match(self, items: list[tuple[Item, list[Item], list[bool]]]) -> dict[str, Tensor]:
-        prompt = self.segment("<|user|>" + prompts.MATCH_TASK, None)
-        slot = self.segment(prompts.MATCH_QUESTION, None, "<|end|><|assistant|>")
-        rows = []
-        for query, documents, _ in items:
-            q = {"raw": self.segment(prompts.MATCH_QUERY, query)}
-            d = [{"raw": self.segment(prompts.MATCH_DOCUMENT, document)} for document in documents]
-            rows.append(lay_out(prompt, q, d, slot, [("raw", i, "raw") for i in range(len(d))]))
-        packed = pack(rows, self.tokenizer.pad_token_id)
-        return {
-            "ids": packed.input_ids,
-            "positions": packed.position_ids[0],
-            "mask": packed.mask,
-            "slots": packed.slots,
-            "relevant": pad([[int(fits) for fits in true] for _, _, true in items], -1),
-        }
-
-
-class SightLessons(Dataset[tuple[Tensor, Tensor]]):
-    """Batches of pictures and the number of the object in each cell (0: nothing)."""
-
-    def __init__(self, processor: LlavaProcessor, steps: int) -> None:
-        self.processor, self.steps = processor, steps
-        self.numbers = {name: i for i, name in enumerate(["", *picto.objects()])}
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        torch.set_num_threads(1)
-        rng = random.Random(f"sight/{step}")
-        pictures, cells = [], []
-        for _ in range(SIGHT_BATCH):
-            scene = picto.sample_scene(rng, count=4 if rng.random() < 0.7 else None)
-            picture = picto.render(
-                scene, rng.choice(picto.TRAIN_STYLES), rng.getrandbits(32), augment=rng.random() < 0.8
-            )
-            seen = scene.cells
-            if rng.random() < 0.15:  # a crop, as grounding shows them: one object fills the picture
-                cell = rng.choice([i for i, name in enumerate(seen) if name])
-                picture, seen = picto.crop(picture, cell), (seen[cell],) * 4
-            pictures.append(picture)
-            cells.append([self.numbers[name] for name in seen])
-        return self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"], torch.tensor(cells)
-
-
 def learn_to_see(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int, lr: float, log: TextIO
 ) -> None:
@@ -373,10 +176,6 @@ def learn_to_see(
             log.write(line + "\n")
             log.flush()
             right = 0.0
-
-
-def pad(rows: list[list[int]], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:

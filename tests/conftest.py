@@ -67,8 +67,3 @@ def triplets() -> list[dict]:
     found = [training_triplet(0, i, name) for i, name in enumerate(TASKS)]
     random.Random(0).shuffle(found)
     return [{c: getattr(t, c).as_input() for c in ("query", "positive", "negative")} for t in found]
-
-
-@pytest.fixture
-def torch_float32():
-    return torch.float32

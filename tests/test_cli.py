@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -252,7 +253,7 @@ def test_bad_search_input(fails, tmp_path, monkeypatch):
     assert "decompression bomb" in fails("search", "rematch-tiny", tmp_path, "--text", "a")
 
 
-def test_bad_checkpoints(fails, make_model, tmp_path, torch_float32):
+def test_bad_checkpoints(fails, make_model, tmp_path):
     from peft import LoraConfig
 
     Image.new("RGB", (30, 30)).save(tmp_path / "ok.png")
@@ -261,7 +262,7 @@ def test_bad_checkpoints(fails, make_model, tmp_path, torch_float32):
     assert "no ReMatch checkpoint" in search(tmp_path / "empty")
     assert "no ReMatch checkpoint" in search("no-such/model")
 
-    make_model(dtype=torch_float32, lora=LoraConfig(r=2)).save_pretrained(str(tmp_path / "a"))
+    make_model(dtype=torch.float32, lora=LoraConfig(r=2)).save_pretrained(str(tmp_path / "a"))
     shutil.copytree(tmp_path / "a", tmp_path / "lost")
     (tmp_path / "lost/adapter_model.safetensors").unlink()
     assert "adapter_model.safetensors is not there" in search(tmp_path / "lost")
@@ -272,7 +273,7 @@ def test_bad_checkpoints(fails, make_model, tmp_path, torch_float32):
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(settings))
     assert "trained on another base" in search(tmp_path / "a")
 
-    make_model(dtype=torch_float32).save_pretrained(str(tmp_path / "torn"))
+    make_model(dtype=torch.float32).save_pretrained(str(tmp_path / "torn"))
     weights = tmp_path / "torn/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "cannot be loaded" in search(tmp_path / "torn")

@@ -95,22 +95,19 @@ def evaluate(
     with Progress(transient=True) as progress:
         bar = progress.add_task("evaluating", total=len(tasks))
         results = evaluate(loaded, tasks, progress=lambda _: progress.advance(bar))
-    _print_table(results)
+    means, floors = summary(results), baselines(tasks)
+    _print_table(results, means, floors)
     if output:
-        means = summary(results)
         per_task = {r.task.name: {k: round(v, 2) for k, v in r.scores.items()} for r in results}
-        content = {"benchmark": "picto", "model": model, "scores": means, **baselines(tasks), "tasks": per_task}
+        content = {"benchmark": "picto", "model": model, "scores": means, **floors, "tasks": per_task}
         write_json(output / "scores.json", content)
         typer.echo(f"Scores: {output / 'scores.json'}")
 
 
-def _print_table(results: "list[TaskResult]") -> None:
+def _print_table(results: "list[TaskResult]", means: dict[str, float], floors: dict[str, dict[str, float]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from rematch.evaluate.run import baselines, summary
-
-    floor = {name: baselines([r.task for r in results])[name] for name in ("chance", "commonest")}
     table = Table(title="Hit@1 (%)")
     for column in ("task", "meta-task", "Hit@1", "Hit@10", "MRR"):
         table.add_column(column, justify="left" if column in ("task", "meta-task") else "right")
@@ -118,10 +115,10 @@ def _print_table(results: "list[TaskResult]") -> None:
         cells = [f"{r.scores[k]:.1f}" for k in ("hit@1", "hit@10", "mrr")]
         table.add_row(r.task.name, r.task.meta_task, *cells)
     table.add_section()
-    for name, value in summary(results).items():
+    for name, value in means.items():
         table.add_row(f"[bold]{name}", "", f"[bold]{value:.1f}", "", "")
-    for name, means in floor.items():
-        table.add_row(f"{name}, overall", "", f"{means['overall']:.1f}", "", "")
+    for name, floor in floors.items():
+        table.add_row(f"{name}, overall", "", f"{floor['overall']:.1f}", "", "")
     Console().print(table)
 
 
