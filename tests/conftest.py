@@ -40,20 +40,21 @@ def _rms_norm(module, x):
     return torch.nn.functional.rms_norm(x, module.weight.shape, module.weight.to(x.dtype), module.variance_epsilon)
 
 
+def build_model(path: Path, num_tokens: int = 4, dtype: torch.dtype = torch.float64, **kwargs) -> ReMatch:
+    """A new model on the tiny backbone, the same each time."""
+    torch.manual_seed(1)
+    model = ReMatch.from_backbone(str(path), num_tokens, model_kwargs={"dtype": dtype}, **kwargs)
+    model.fusion.to(dtype)
+    for module in model.modules():
+        if type(module).__name__ == "Qwen3RMSNorm":  # rounds to float32 inside, which would hide in float64 tests
+            module.forward = partial(_rms_norm, module)
+    return model.eval()
+
+
 @pytest.fixture
 def make_model(backbone_path):
     """A new model on the tiny backbone, in float64 unless asked otherwise."""
-
-    def make(num_tokens: int = 4, dtype: torch.dtype = torch.float64, **kwargs) -> ReMatch:
-        torch.manual_seed(1)
-        model = ReMatch.from_backbone(str(backbone_path), num_tokens, model_kwargs={"dtype": dtype}, **kwargs)
-        model.fusion.to(dtype)
-        for module in model.modules():
-            if type(module).__name__ == "Qwen3RMSNorm":  # rounds to float32 inside, which would hide in float64 tests
-                module.forward = partial(_rms_norm, module)
-        return model.eval()
-
-    return make
+    return partial(build_model, backbone_path)
 
 
 @pytest.fixture

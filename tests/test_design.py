@@ -8,7 +8,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "rematch"
 RANKS = [
     {"errors", "prompts"},
     {"data", "evaluate.metrics", "matching"},
-    {"tokens", "backbone"},
+    {"tokens", "pictures", "reading", "lora", "parallel"},
+    {"backbone", "batch"},
     {"model"},
     {"losses", "search"},
     {"train", "evaluate"},

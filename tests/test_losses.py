@@ -10,13 +10,6 @@ from rematch.losses import ReMatchLoss, info_nce, orthogonality
 from rematch.train.collator import Collator
 
 
-def column_features(batch, names=("query", "positive", "negative", "matching")):
-    """What the trainer hands to the loss: one dictionary per column."""
-    found = [{k[len(n) + 1 :]: v for k, v in batch.items() if k.startswith(n + "_")} for n in names]
-    double = lambda v: v.double() if isinstance(v, torch.Tensor) and v.dtype == torch.float32 else v  # noqa: E731
-    return [{k: double(v) for k, v in f.items()} for f in found if f]
-
-
 def test_orthogonality_is_its_formula():
     e = torch.randn(3, 5, 7, dtype=torch.float64)
     total = 0.0
@@ -41,8 +34,7 @@ def test_info_nce_is_its_formula():
 def test_the_whole_loss_equals_a_plain_one(model, triplets):
     """L = L_cl + 0.5 L_orth + 0.1 L_qdm, from embeddings and from eight separate matching forwards."""
     rows = triplets[:4]
-    features = column_features(Collator(model)(rows))
-    parts = ReMatchLoss(model)(features)
+    parts = ReMatchLoss(model)([Collator(model)(rows)["batch"]])
 
     multi = {c: [] for c in ("query", "positive", "negative")}
     for column, vectors in multi.items():
@@ -61,32 +53,32 @@ def test_the_whole_loss_equals_a_plain_one(model, triplets):
     assert parts["contrastive"].item() == pytest.approx(contrastive.item(), rel=1e-7)
     assert parts["orthogonality"].item() == pytest.approx(0.5 * torch.stack(penalties).mean().item(), rel=1e-7)
 
-    _, separate = packed_and_separate(model, rows)  # a new collator of the same seed: the same random slots
-    order = Collator(model).matching(rows)["order"]
+    _, separate = packed_and_separate(model, rows)
     yes, no = model.backbone.answer_ids
     log_p = separate.log_softmax(-1)
-    answers = [-log_p[b, a, yes if order[b, a % 2] == 0 else no] for b in range(4) for a in range(8)]
+    answers = [-log_p[b, a, yes if a % 2 == 0 else no] for b in range(4) for a in range(8)]
     assert parts["matching"].item() == pytest.approx(0.1 * torch.stack(answers).mean().item(), rel=1e-9)
 
 
 def test_each_part_can_be_switched_off(model, triplets):
-    batch = Collator(model)(triplets[:3])
-    assert set(ReMatchLoss(model)(column_features(batch))) == {"contrastive", "orthogonality", "matching"}
-    assert set(ReMatchLoss(model, w_orth=0)(column_features(batch))) == {"contrastive", "matching"}
-    assert set(ReMatchLoss(model, w_qdm=0)(column_features(batch))) == {"contrastive", "orthogonality"}
-    without = Collator(model, views=[])([{c: t[c] for c in ("query", "positive")} for t in triplets[:3]])
-    assert not any(k.startswith("matching") for k in without)
-    assert set(ReMatchLoss(model)(column_features(without))) == {"contrastive", "orthogonality"}
+    batch = [Collator(model)(triplets[:3])["batch"]]
+    assert set(ReMatchLoss(model)(batch)) == {"contrastive", "orthogonality", "matching"}
+    assert set(ReMatchLoss(model, w_orth=0)(batch)) == {"contrastive", "matching"}
+    assert set(ReMatchLoss(model, w_qdm=0)(batch)) == {"contrastive", "orthogonality"}
+    without = Collator(model, views=[])([{c: t[c] for c in ("query", "positive")} for t in triplets[:3]])["batch"]
+    assert without.matching == []
+    assert set(ReMatchLoss(model)([without])) == {"contrastive", "orthogonality"}
 
 
 def test_accuracy_is_counted_per_view_pair(model, triplets):
     views = ["raw-raw", "feat-feat"]
     loss = ReMatchLoss(model, views=views)
-    loss(column_features(Collator(model, views)(triplets)))
-    accuracy = loss.pop_accuracy()
+    loss([Collator(model, views)(triplets)["batch"]])
+    accuracy = loss.pop_metrics()
+    assert 0 < accuracy.pop("token_cosine") < 1
     assert set(accuracy) == {f"match_accuracy/{v}/{d}" for v in views for d in ("positive", "negative")}
     queries, positives, negatives = ([t[c] for t in triplets] for c in ("query", "positive", "negative"))
     for documents, side, wanted in ((positives, "positive", True), (negatives, "negative", False)):
         hits = (model.match(queries, documents, "raw-raw") > 0.5) == wanted
         assert accuracy[f"match_accuracy/raw-raw/{side}"] == pytest.approx(100 * hits.mean(), abs=0.01)
-    assert loss.pop_accuracy() == {}
+    assert loss.pop_metrics() == {}

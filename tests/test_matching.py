@@ -1,13 +1,15 @@
 """The unified mask against eight forwards of their own, and what an answer slot can see."""
 
-import dataclasses
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from rematch.losses import fuse
-from rematch.matching import VIEWS
+from rematch.losses import ReMatchLoss
+from rematch.matching import VIEWS, unified_mask
+from rematch.pictures import Pictures
 from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_QUESTION, MATCH_TASK
+from rematch.tokens import fuse
 from rematch.train.collator import Collator
 
 MIXED = (0, 3, 6, 9)
@@ -21,15 +23,16 @@ def one_question(model, query, document, query_z, document_z, views):
     """P(answer) logits of one question in a forward of its own, written out plainly: no segments, no packing."""
     backbone = model.backbone
     tokens = lambda text: backbone.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
-    (raw_query, raw_document), _ = backbone.segments([MATCH_QUERY, MATCH_DOCUMENT], [query, document])
+    raw_query = tokens(MATCH_QUERY) + backbone.reader.read(query).content.ids.tolist()
+    raw_document = tokens(MATCH_DOCUMENT) + backbone.reader.read(document).content.ids.tolist()
     query_view, document_view = views.split("-")
     placeholder = [backbone.tokenizer.eos_token_id]
-    prompt = tokens(backbone.prefix + MATCH_TASK)
-    q = raw_query.ids.tolist() if query_view == "raw" else tokens(MATCH_QUERY) + placeholder
-    d = raw_document.ids.tolist() if document_view == "raw" else tokens(MATCH_DOCUMENT) + placeholder
-    slot = tokens(MATCH_QUESTION + backbone.suffix)
+    prompt = tokens(backbone.reader.prefix + MATCH_TASK)
+    q = raw_query if query_view == "raw" else tokens(MATCH_QUERY) + placeholder
+    d = raw_document if document_view == "raw" else tokens(MATCH_DOCUMENT) + placeholder
+    slot = tokens(MATCH_QUESTION + backbone.reader.suffix)
     ids = torch.tensor([prompt + q + d + slot])
-    gap = len(raw_query.ids) - len(q)  # Z_q sits where the raw query would end
+    gap = len(raw_query) - len(q)  # Z_q sits where the raw query would end
     position = list(range(len(prompt))) + [len(prompt) + gap + i for i in range(len(q) + len(d) + len(slot))]
     n, end_q, end_d = len(prompt), len(prompt) + len(q), len(prompt) + len(q) + len(d)
     mask = torch.full((1, 1, ids.shape[1], ids.shape[1]), torch.finfo(torch.float64).min, dtype=torch.float64)
@@ -56,34 +59,46 @@ def one_question(model, query, document, query_z, document_z, views):
     return backbone.model.lm_head(out[0, -1])
 
 
+def answer(model, rows, questions, z=None):
+    """Logits of questions about inputs, in one packed forward."""
+    read = model.backbone.reader.read
+    packed, shown = model.backbone.reader.pack_matching([(read(q), [read(d) for d in ds]) for q, ds in rows], questions)
+    features = vars(packed) | {"vectors": None}
+    if shown:
+        features["unseen"] = Pictures.collect([r.vision for r in shown], [r.visual_tokens for r in shown])
+    with nothing_projected(model):
+        return model(features | {"vectors": z})["answer_logits"]
+
+
+@contextmanager
+def nothing_projected(model):
+    """Take vectors for Z* themselves."""
+    projector, model.fusion.projector = model.fusion.projector, torch.nn.Identity()
+    yield
+    model.fusion.projector = projector
+
+
 def packed_and_separate(model, rows):
     """Logits of all eight questions of every row: in one packed forward, and in forwards of their own."""
-    collator = Collator(model)
-    features = collator.matching(rows)
-    order = features["order"]
     queries = embed(model, [r["query"] for r in rows], "query")
     documents = [embed(model, [r[c] for r in rows], "document") for c in ("positive", "negative")]
     z_query = model.fusion.projector(queries)
     z_documents = torch.stack([model.fusion.projector(d) for d in documents], 1)
-    z_slots = z_documents.gather(1, order[..., None].expand_as(z_documents))
     questions = [(q, i, d) for q, d in (v.split("-") for v in VIEWS) for i in (0, 1)]
-    sequences = [
-        ([r["query"]], [(r["positive"], r["negative"])[j] for j in o]) for r, o in zip(rows, order, strict=True)
-    ]
-    packed, vision = model.pack_matching(sequences, [questions] * len(rows))
-    vision = {k: v.double() for k, v in vision.items()}
-    together = model.backbone.answer_logits(packed, vision, torch.cat([z_query[:, None], z_slots], 1).flatten(0, 1))
+    sequences = [(r["query"], [r["positive"], r["negative"]]) for r in rows]
+    z = torch.cat([z_query[:, None], z_documents], 1).flatten(0, 1)
+    together = answer(model, sequences, [questions] * len(rows), z)
     separate = torch.stack(
         [
             torch.stack(
                 [
                     one_question(
-                        model, r["query"], (r["positive"], r["negative"])[o[i]], z_query[b], z_slots[b, i], f"{q}-{d}"
+                        model, r["query"], (r["positive"], r["negative"])[i], z_query[b], z_documents[b, i], f"{q}-{d}"
                     )
                     for q, i, d in questions
                 ]
             )
-            for b, (r, o) in enumerate(zip(rows, order, strict=True))
+            for b, r in enumerate(rows)
         ]
     )
     return together, separate
@@ -109,16 +124,11 @@ def test_one_forward_equals_eight_in_logits_and_gradients(model, triplets):
 
 
 def test_gradient_flows_through_z_into_the_embedding(model, triplets):
-    rows = [triplets[i] for i in MIXED]
-    features = Collator(model, ["feat-feat"]).matching(rows)
-    query = embed(model, [r["query"] for r in rows], "query").detach().requires_grad_()
-    documents = [
-        embed(model, [r[c] for r in rows], "document").detach().requires_grad_() for c in ("positive", "negative")
-    ]
-    from rematch.losses import ReMatchLoss
-
-    ReMatchLoss(model, views=["feat-feat"]).matching(features, query, documents).backward()
-    assert all(x.grad.abs().sum() > 0 for x in (query, *documents))
+    batch = Collator(model, ["feat-feat"])([triplets[i] for i in MIXED])["batch"]
+    loss = ReMatchLoss(model, views=["feat-feat"])
+    vectors = torch.randn(len(batch.keys), 32, dtype=torch.float64, requires_grad=True)
+    torch.stack([loss.match(step, batch, None, vectors) for step in batch.matching]).sum().backward()
+    assert (vectors.grad.abs().sum(1) > 0).all()
 
 
 @pytest.mark.parametrize("views", VIEWS)
@@ -126,17 +136,15 @@ def test_no_slot_sees_another_document(model, triplets, views):
     """Another second document of the same length leaves the first one's logits equal to the bit."""
     row = triplets[0]
     others = [{"text": "a dog above a pizza"}, {"text": "a fox below a taco"}]
-    lengths = {len(s.ids) for s in model.backbone.segments([MATCH_DOCUMENT] * 2, others)[0]}
-    assert len(lengths) == 1
+    assert len({len(model.backbone.reader.read(other).ids) for other in others}) == 1
     query_view, document_view = views.split("-")
     z = torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     logits = []
     for other, last in zip(others, (z[2], -z[2]), strict=True):
         questions = [(query_view, 0, document_view), (query_view, 1, document_view)]
-        packed, vision = model.pack_matching([([row["query"]], [row["positive"], other])], [questions])
         feats = [z[0]] * (query_view == "feat") + [z[1], last] * (document_view == "feat")
-        vision = {k: v.double() for k, v in vision.items()}
-        logits.append(model.backbone.answer_logits(packed, vision, torch.stack(feats) if feats else None)[0])
+        z_given = torch.stack(feats) if feats else None
+        logits.append(answer(model, [(row["query"], [row["positive"], other])], [questions], z_given)[0])
     assert torch.equal(logits[0][0], logits[1][0])
     assert not torch.equal(logits[0][1], logits[1][1])
 
@@ -147,20 +155,24 @@ def test_the_place_of_the_positive_tells_nothing(model, triplets):
     questions = [("raw", 0, "raw"), ("raw", 1, "raw")]
     scores = []
     for pair in ([row["positive"], row["negative"]], [row["negative"], row["positive"]]):
-        packed, vision = model.pack_matching([([row["query"]], pair)], [questions])
-        scores.append(model.backbone.answer_logits(packed, {k: v.double() for k, v in vision.items()})[0])
+        scores.append(answer(model, [(row["query"], pair)], [questions])[0])
     assert (scores[0] - scores[1].flip(0)).abs().max() <= 1e-12
 
 
-def test_the_collator_puts_the_positive_first_half_of_the_time(model, triplets):
-    collator = Collator(model, ["feat-feat"])
-    first = torch.cat([collator.matching(triplets)["order"][:, 0] for _ in range(20)]).float()
+def test_the_collator_puts_the_positive_first_half_of_the_time(model):
+    rows = [{"query": {"text": f"query {i}"}, "positive": {"text": f"document {i}"}} for i in range(200)]
+    steps = Collator(model, ["feat-feat"])(rows)["batch"].matching
+    first = torch.cat([step.tensors["relevant"][:, 0] for step in steps]).float()
     assert 0.4 < first.mean() < 0.6
 
 
 def test_without_hard_negatives_another_samples_document_serves(model, triplets):
     rows = [{"query": t["query"], "positive": t["positive"]} for t in triplets[:3]]
-    assert Collator(model).matching(rows)["negative_row"].tolist() == [1, 2, 0]
+    batch = Collator(model)(rows)["batch"]
+    for step in batch.matching:
+        for query, *documents in step.tensors["read"].view(-1, 3).tolist():
+            row = batch.inputs[:, 0].tolist().index(query)
+            assert set(documents) == {batch.inputs[row, 1].item(), batch.inputs[(row + 1) % 3, 1].item()}
 
 
 def test_match_equals_the_plain_question(model, triplets):
@@ -193,7 +205,8 @@ def test_match_takes_vectors_for_feature_views_and_packs_neighbours(model, tripl
         assert model.match(*given, views) == pytest.approx(together, abs=1e-6)
 
 
-def test_packing_pads_without_empty_rows(model, triplets):
-    packed, _ = model.pack_matching([([t["query"]], [t["positive"]]) for t in triplets[:3]], [[("raw", 0, "raw")]] * 3)
-    assert packed.mask.any(-1).all()
-    assert {f.name for f in dataclasses.fields(packed)} == {"input_ids", "position_ids", "mask", "slots", "features"}
+def test_padding_sees_itself(model, triplets):
+    read = model.backbone.reader.read
+    rows = [(read(t["query"]), [read(t["positive"])]) for t in triplets[:3]]
+    packed, _ = model.backbone.reader.pack_matching(rows, [[("raw", 0, "raw")]] * 3)
+    assert unified_mask(packed.owner, packed.visible).any(-1).all()

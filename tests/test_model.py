@@ -6,7 +6,6 @@ import torch
 from peft import LoraConfig
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from test_losses import column_features
 
 from rematch import ReMatch
 from rematch.errors import ModelError, RematchError
@@ -18,12 +17,7 @@ SINGLE = torch.float32
 
 def a_step(model, triplets, rate=0.5):
     """One plain SGD step on all three losses."""
-    batch = Collator(model)(triplets[:4])
-    features = [
-        {k: v.float() if isinstance(v, torch.Tensor) and v.dtype == torch.float64 else v for k, v in f.items()}
-        for f in column_features(batch)
-    ]
-    sum(ReMatchLoss(model)(features).values()).backward()
+    sum(ReMatchLoss(model)([Collator(model)(triplets[:4])["batch"]]).values()).backward()
     with torch.no_grad():
         for p in model.parameters():
             if p.grad is not None and p.requires_grad:
@@ -111,7 +105,7 @@ def test_templates_that_put_pictures_first_are_read(make_model):
         "{% for m in messages %}USER: {% for p in m.content %}{% if p.type == 'image' %}<image> {% endif %}{% endfor %}"
         "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %} ASSISTANT:{% endfor %}"
     )
-    assert backbone._read_template() == ("USER: ", " ASSISTANT:", "<image> ")
+    assert backbone.reader._read_template() == ("USER: ", " ASSISTANT:", "<image> ")
 
 
 def test_a_rematch_model_is_no_backbone():

@@ -6,6 +6,8 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from rematch.backbone import Backbone
 from rematch.matching import Segment, lay_out, pack
+from rematch.pictures import Pictures, as_inputs, see
+from rematch.reading import Reader
 
 IMAGE, START, END = 5, 3, 4
 
@@ -16,6 +18,8 @@ class Bare(Backbone):
     def __init__(self, model):
         torch.nn.Module.__init__(self)
         self.model = model
+        self.reader = Reader.__new__(Reader)
+        self.reader._rope_index = self.base.get_rope_index
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +50,14 @@ def picture_segment(backbone, before, height, width, after):
     ids = torch.tensor([*before, START, *[IMAGE] * (height * width), END, *after])
     grid = torch.tensor([1, 2 * height, 2 * width])
     pixels = torch.randn(4 * height * width, 3 * 2 * 4 * 4, dtype=torch.float64)
-    positions = backbone._positions(ids, (ids == IMAGE).int(), iter([grid]))
+    tokens = {"input_ids": ids, "mm_token_type_ids": (ids == IMAGE).int(), "image_grid_thw": grid[None]}
+    positions = backbone.reader._positions(tokens)
     return Segment(ids, positions), pixels, grid
 
 
 def text_segment(backbone, *ids):
     ids = torch.tensor(ids)
-    return Segment(ids, backbone._positions(ids, None, iter(())))
+    return Segment(ids, backbone.reader._positions({"input_ids": ids}))
 
 
 def test_segment_positions_join_to_those_of_the_whole_sequence(backbone):
@@ -76,12 +81,11 @@ def test_packed_documents_equal_one_at_a_time(backbone):
         views = [{"raw": segment} for segment, _, _ in chosen]
         segments = lay_out(prompt, {"raw": query}, views, slot, [("raw", i, "raw") for i in range(len(chosen))])
         pictures = [query_picture, *[(pixels, grid) for _, pixels, grid in chosen]]
-        vision = {
-            "pixel_values": torch.cat([pixels for pixels, _ in pictures]),
-            "image_grid_thw": torch.stack([grid for _, grid in pictures]),
-        }
+        visions = [{"pixel_values": pixels, "image_grid_thw": grid[None]} for pixels, grid in pictures]
+        tokens = [int(grid.prod()) // 4 for _, grid in pictures]
         with torch.no_grad():
-            return backbone.answer_logits(pack([segments], 0), vision)[0]
+            seen = see(backbone.base, Pictures.collect(visions, tokens))
+            return backbone.answer_logits(vars(pack([segments], 0)) | as_inputs(seen))[0]
 
     together = logits(documents)
     separate = torch.stack([logits([document])[0] for document in documents])

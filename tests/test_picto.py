@@ -156,10 +156,11 @@ def test_export_in_mmeb_train_form_reads_back(tmp_path):
     export_picto(tmp_path / "train", "mmeb-train", samples=samples)
     table = pq.read_table(tmp_path / "train/Picto_Edit/original-00000-of-00001.parquet").to_pylist()
     assert list(table[0]) == ["qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"]
-    assert len(read_train(tmp_path / "train")) == samples * len(TASKS)
+    assert [len(config) for config in read_train(tmp_path / "train")] == [samples] * len(TASKS)
     names = [name.replace("_", "-") for name in sorted(n.replace("-", "_") for n in TASKS)]
     made = [training_triplet(0, i, name) for name in names for i in range(samples)]
-    for ours, theirs in zip(made, read_train(tmp_path / "train"), strict=True):
+    read = [triplet for config in read_train(tmp_path / "train") for triplet in config]
+    for ours, theirs in zip(made, read, strict=True):
         for side in ("query", "positive", "negative"):
             a, b = getattr(ours, side), getattr(theirs, side)
             assert a.as_input().get("text") == b.as_input().get("text")

@@ -17,22 +17,19 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import get_peft_model_state_dict
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoModelForMultimodalLM, Cache, DynamicCache, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
-from rematch.data.inputs import as_parts
 from rematch.errors import ModelError, RematchError
-from rematch.matching import Packed, Segment, additive
-from rematch.prompts import NO, YES, document_token, query_token
+from rematch.matching import additive, unified_mask
+from rematch.prompts import NO, YES
+from rematch.reading import Reader, too_long
 
 PACKAGED = {"rematch-base": "assets/base", "rematch-tiny": "assets/tiny"}
-_MARK = "[[CONTENT]]"
-_TEXT_FEATURES = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
 
 
 def resolve(name: str) -> str:
@@ -51,6 +48,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         adapter: Whether the checkpoint is an adapter, so that one that lost it is not taken for a whole model.
         answer_ids: Token ids of Yes and No; checked against the tokenizer on load.
         document_instructions: Whether documents were trained with their instruction; evaluation does as training did.
+        matching: How it was trained to answer, ``"packed"`` or ``"reuse"``; scoring does as training did.
         kwargs: As for sentence-transformers' ``Transformer``.
 
     Raises:
@@ -58,7 +56,14 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
             lacks its adapter or was made for another base.
     """
 
-    config_keys = [*Transformer.config_keys, "fingerprint", "adapter", "answer_ids", "document_instructions"]
+    config_keys = [
+        *Transformer.config_keys,
+        "fingerprint",
+        "adapter",
+        "answer_ids",
+        "document_instructions",
+        "matching",
+    ]
 
     def __init__(
         self,
@@ -68,6 +73,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         adapter: bool = False,
         answer_ids: list[int] | None = None,
         document_instructions: bool = True,
+        matching: str = "packed",
         **kwargs: Any,
     ) -> None:
         path = resolve(str(model_name_or_path))
@@ -93,8 +99,9 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
             ) from error
         self.module_output_name = "token_embeddings"
         self._check_processor(model_name_or_path)
-        self.prefix, self.suffix, self.image_markup = self._read_template()
+        self.reader = Reader(self.processor, self.base)
         self.document_instructions = document_instructions
+        self.matching = matching
         self.answer_ids = [self._single_token(word) for word in (YES, NO)]
         if answer_ids is not None and answer_ids != self.answer_ids:
             raise ModelError(
@@ -183,26 +190,6 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
                 "Use the instruction-tuned variant of the model, or set processor.chat_template and save it."
             )
 
-    def _read_template(self) -> tuple[str, str, str]:
-        """(what the chat template puts before the content, after it, and for a picture)."""
-
-        def render(content: list[dict[str, str]]) -> str:
-            turn = [{"role": "user", "content": content}]
-            return str(self.processor.apply_chat_template(turn, add_generation_prompt=True))
-
-        text = {"type": "text", "text": _MARK}
-        try:
-            prefix, suffix = render([text]).split(_MARK)
-            picture = render([{"type": "image"}, text]).split(_MARK)[0].removeprefix(prefix)
-        except Exception as error:
-            raise ModelError(
-                f"the chat template cannot render a user turn of text and a picture ({error}). Use a backbone whose "
-                "template takes structured content."
-            ) from error
-        if not picture.strip():
-            raise ModelError("the chat template leaves pictures out. Use a backbone whose template takes pictures.")
-        return prefix, suffix, picture
-
     def _single_token(self, word: str) -> int:
         ids = self.tokenizer.encode(word, add_special_tokens=False)
         if len(ids) != 1:
@@ -219,7 +206,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         kwargs["task"] = kwargs.get("task") or "document"
         turns = []
         for row, value in enumerate(inputs):
-            pictures, text = self._parts(value, row)
+            pictures, text = self.reader.parts(value, row)
             content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
             if prompt or text:
                 content.append({"type": "text", "text": (prompt or "") + text})
@@ -228,27 +215,14 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         self._check_tokens(features, kwargs["task"])
         return features
 
-    def _parts(self, value: Any, row: int) -> tuple[list[Image.Image], str]:
-        """:func:`~rematch.data.inputs.as_parts`, without text that would be taken for a picture."""
-        pictures, text = as_parts(value, row)
-        placeholder = getattr(self.processor, "image_token", None)
-        if placeholder and placeholder in text:
-            raise RematchError(f"input {row}: its text holds {placeholder}, which stands for a picture. Take it out.")
-        return pictures, text
-
     def _check_tokens(self, features: dict[str, Any], task: str) -> None:
         """An input that was cut must not have lost the learnable tokens at its end."""
-        name = query_token if task == "query" else document_token
-        vocabulary = self.tokenizer.get_added_vocab()
-        last = [vocabulary[name(i)] for i in range(len(vocabulary)) if name(i) in vocabulary]
+        last = self.reader.learnable_ids(task)
         if not last:
             return
         for row, attended in enumerate(features["attention_mask"].bool()):
             if features["input_ids"][row][attended][-len(last) :].tolist() != last:
-                raise RematchError(
-                    f"input {row}: longer than the {self.tokenizer.model_max_length} tokens that the model takes, "
-                    "pictures included. Shorten the text, use fewer or smaller pictures, or raise max_seq_length."
-                )
+                raise too_long(row, self.tokenizer.model_max_length)
 
     def _verify_left_padding(self, *args: Any) -> None:
         """The learnable tokens are found from the attention mask: either padding side is right."""
@@ -266,6 +240,22 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         base: nn.Module = self.model.base_model
         return base
 
+    def _vision_parameters(self) -> list[nn.Parameter]:
+        """All that pictures pass on their way to the language model."""
+        language = {id(p) for p in self.model.get_decoder().parameters()}
+        language |= {id(p) for p in self.model.get_output_embeddings().parameters()}
+        return [p for p in self.model.parameters() if id(p) not in language]
+
+    def freeze_vision(self) -> None:
+        """Train neither the vision tower nor what joins it to the language model."""
+        for parameter in self._vision_parameters():
+            parameter.requires_grad_(False)
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether anything that pictures pass on their way to the language model is being trained."""
+        return any(p.requires_grad for p in self._vision_parameters())
+
     @property
     def width(self) -> int:
         """D."""
@@ -273,77 +263,58 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
 
     # ---- matching -----------------------------------------------------------------------------------------------
 
-    def segments(self, heads: Sequence[str], inputs: Sequence[Any]) -> tuple[list[Segment], dict[str, Tensor]]:
-        """Tokenize raw views: ``head`` + pictures + text each.
-
-        Returns:
-            The segments, and the picture inputs (``pixel_values`` …) of all of them in order.
-        """
-        texts, pictures = [], []
-        for row, (head, value) in enumerate(zip(heads, inputs, strict=True)):
-            own, text = self._parts(value, row)
-            pictures += own
-            texts.append(head + self.image_markup * len(own) + text)
-        features = self.processor(
-            text=texts,
-            images=pictures or None,
-            text_kwargs={"padding": True, "padding_side": "right", "add_special_tokens": False},
-            common_kwargs={"return_tensors": "pt"},
-        )
-        vision = {name: value for name, value in features.items() if name not in _TEXT_FEATURES}
-        grids = iter(vision.get("image_grid_thw", ()))
-        rows = []
-        for i, attended in enumerate(features["attention_mask"].bool()):
-            ids = features["input_ids"][i][attended]
-            kinds = features["mm_token_type_ids"][i][attended] if "mm_token_type_ids" in features else None
-            rows.append(Segment(ids, self._positions(ids, kinds, grids)))
-        return rows, vision
-
-    def text_segment(self, text: str, *, placeholder: bool = False, opening: bool = False) -> Segment:
-        """A segment of text alone; with a placeholder for ``Z*`` at its end; or the one that opens the sequence."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False) if text else []
-        bos = self.tokenizer.bos_token_id
-        if opening and bos in self.tokenizer.encode(text)[:1] and ids[:1] != [bos]:
-            ids = [bos, *ids]  # the chat template leaves it to the tokenizer, and embeddings get it too
-        ids = torch.tensor(ids + [self.tokenizer.eos_token_id] * placeholder, dtype=torch.long)
-        return Segment(ids, self._positions(ids, None, iter(())), is_feature=placeholder)
-
-    def _positions(self, ids: Tensor, kinds: Tensor | None, grids: Iterator[Tensor]) -> Tensor:
-        """Positions of a segment from 0: (1, L), or (3, L) for M-RoPE backbones."""
-        plain = torch.arange(len(ids))[None]
-        if not hasattr(self.base, "get_rope_index"):
-            return plain
-        if kinds is None or not kinds.any():
-            return plain.expand(3, -1)
-        count = int((kinds.diff(prepend=kinds.new_zeros(1)) == 1).sum())
-        grid = torch.stack([next(grids) for _ in range(count)])
-        rope_index: Any = self.base.get_rope_index
-        positions: Tensor = rope_index(ids[None], kinds[None], image_grid_thw=grid)[0]
-        return positions[:, 0]
-
-    def answer_logits(self, packed: Packed, vision: dict[str, Tensor], embeddings: Tensor | None = None) -> Tensor:
+    def answer_logits(
+        self, features: dict[str, Any], embeddings: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
         """Next-token logits over the vocabulary at every answer slot; the LM head runs there only.
 
         Args:
-            packed: The sequences, on the model's device.
-            vision: ``pixel_values`` and the like of all raw pictures in order.
+            features: The fields of :class:`~rematch.matching.Packed`, and the pictures as the base model takes them.
             embeddings: ``Z*`` for the placeholders in reading order, (number of placeholders, D).
+            cache: Keys and values of the context, if there is any.
 
         Returns:
             (B, A, V); rows of absent slots (-1) hold no meaning.
         """
-        positions = packed.position_ids
-        mask = additive(packed.mask, self.model.dtype)
-        with self._replaced(packed.features, embeddings):
-            out = self.base(
-                input_ids=packed.input_ids,
-                attention_mask=mask,
-                position_ids=positions[0] if len(positions) == 1 else positions,
-                **vision,
-            )
-        rows = torch.arange(len(packed.slots), device=packed.slots.device)[:, None]
-        logits: Tensor = self.model.get_output_embeddings()(out.last_hidden_state[rows, packed.slots])
+        positions, slots = features["position_ids"], features["slots"]
+        inputs = {
+            "input_ids": features["input_ids"],
+            "attention_mask": additive(
+                unified_mask(features["owner"], features["visible"], features["context"].shape[1]), self.model.dtype
+            ),
+            "position_ids": positions[0] if len(positions) == 1 else positions,
+        }
+        pictures = {name: value for name, value in features.items() if name.startswith("mm_")}
+        with self._replaced(features["features"], embeddings):
+            out = self.base(**inputs, **pictures, past_key_values=cache, use_cache=cache is not None)
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        logits: Tensor = self.model.get_output_embeddings()(out.last_hidden_state[rows, slots])
         return logits
+
+    def embed_keeping(self, parts: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """Embed, and keep what attention has computed.
+
+        Args:
+            parts: Padded batches, as for :meth:`forward`.
+
+        Returns:
+            The last hidden states of each part, (B, L, D); and per layer the keys and the values of all their tokens
+            one after the other, padding included, (sum of B · L, heads, head width) each.
+        """
+        accepted = signature(self.base.forward).parameters
+        states, layers = [], []
+        for part in parts:
+            cache = DynamicCache()
+            inputs = {name: value for name, value in part.items() if name in accepted}
+            states.append(self.base(**inputs, past_key_values=cache, use_cache=True).last_hidden_state)
+            layers.append([(layer.keys, layer.values) for layer in cache.layers])
+
+        def flat(found: list[Tensor]) -> Tensor:
+            return torch.cat([one.transpose(1, 2).flatten(0, 1) for one in found])
+
+        return states, [
+            (flat([k for k, _ in level]), flat([v for _, v in level])) for level in zip(*layers, strict=True)
+        ]
 
     @contextmanager
     def _replaced(self, where: Tensor, embeddings: Tensor | None) -> Iterator[None]:

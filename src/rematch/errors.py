@@ -19,3 +19,7 @@ class RecipeError(RematchError):
 
 class ModelError(RematchError):
     """A backbone cannot be used, or a checkpoint is incomplete or belongs to another base."""
+
+
+class TrainingError(RematchError):
+    """A training run cannot go on."""

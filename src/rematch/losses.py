@@ -7,33 +7,73 @@
 Shapes: B samples, K learnable tokens, D width, A answer slots.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from sentence_transformers.base.losses.gradcache import RandContext
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 
-from rematch.matching import VIEWS, Packed
+from rematch.batch import Batch, Step
+from rematch.matching import VIEWS
 from rematch.model import ReMatch
+from rematch.parallel import aligned, first_row, gather, mean_over_processes, piling_up, touch
+from rematch.pictures import Pictures, Seen
 from rematch.tokens import fuse
 
 
-def info_nce(queries: Tensor, documents: Tensor, temperature: float) -> Tensor:
+def info_nce(
+    queries: Tensor,
+    documents: Tensor,
+    temperature: float | Tensor,
+    *,
+    first: int = 0,
+    masked: Tensor | None = None,
+    hardness: float = 0.0,
+    largest: int = 1 << 24,
+) -> Tensor:
     """``-log exp(cos(q_i, d_i)/τ) / Σ_j exp(cos(q_i, d_j)/τ)``, mean over the queries.
 
     Args:
         queries: (B, D).
-        documents: (M, D), M ≥ B; the i-th is the i-th query's positive, the others are negatives.
+        documents: (M, D), M ≥ B; number ``first`` + i is the i-th query's positive, the others are negatives.
         temperature: τ.
+        first: Where this process's positives begin among the documents of all.
+        masked: True for documents that are no negatives of a query although they are not its positive, (B, M).
+        hardness: β; a negative counts ``exp(β cos)`` times, so that hard ones count more.
+        largest: Scores in memory at once; more queries are worked off in turns, again in the backward pass.
 
     >>> round(info_nce(torch.eye(2), torch.eye(2), 1.0).item(), 4)
     0.3133
     """
-    scores = F.normalize(queries, dim=-1) @ F.normalize(documents, dim=-1).T / temperature
-    return F.cross_entropy(scores, torch.arange(len(queries), device=scores.device))
+    queries, documents = F.normalize(queries, dim=-1), F.normalize(documents, dim=-1)
+    targets = first + torch.arange(len(queries), device=queries.device)
+
+    def total(queries: Tensor, targets: Tensor, masked: Tensor | None) -> Tensor:
+        cosines = queries @ documents.T
+        scores = cosines / temperature
+        positive = F.one_hot(targets, len(documents)).bool()
+        if hardness:
+            scores = scores + hardness * cosines.detach().masked_fill(positive, 0.0)
+        if masked is not None:
+            scores = scores.masked_fill(masked & ~positive, -torch.inf)
+        return F.cross_entropy(scores, targets, reduction="sum")
+
+    rows = max(1, largest // len(documents))
+    if rows >= len(queries):
+        return total(queries, targets, masked) / len(queries)
+    losses = []
+    for start in range(0, len(queries), rows):
+        part = slice(start, start + rows)
+        some = None if masked is None else masked[part]
+        losses.append(checkpoint(total, queries[part], targets[part], some, use_reentrant=False))
+    return torch.stack(losses).sum() / len(queries)
 
 
 def orthogonality(multi_vector: Tensor) -> Tensor:
@@ -57,10 +97,17 @@ def orthogonality(multi_vector: Tensor) -> Tensor:
 
 
 class ReMatchLoss(nn.Module):
-    """The three losses on one batch of query, positive, (negative,) and matching features.
+    """The three losses on a :class:`~rematch.train.collator.Batch`.
 
     Calling it returns the weighted parts by name; sentence-transformers' trainer adds them up and logs each. Each part
-    can be switched off: no ``negative`` column, ``w_orth=0``, ``w_qdm=0`` (the matching forward is not run then).
+    can be switched off: no ``negative`` column, ``w_orth=0``, ``w_qdm=0`` (the matching forwards are not run then).
+
+    With ``gradient_cache`` the activations of one mini-batch are in memory at a time (https://arxiv.org/abs/2101.06983):
+
+    1. embed every mini-batch without a graph, remembering the state of the random generators;
+    2. all losses from the vectors; the gradient goes back to the vectors;
+    3. in the backward pass, matching runs once more with a graph and adds its gradient of the vectors (it reads them as
+       ``Z*``), then every mini-batch is embedded once more with a graph, and the vectors' gradient goes on from there.
 
     Args:
         model: The model in training.
@@ -68,6 +115,13 @@ class ReMatchLoss(nn.Module):
         w_orth: Weight of the orthogonality penalty.
         w_qdm: Weight of the matching loss.
         views: The view pairs that are asked, as in the collator; each for d+ and d-.
+        gradient_cache: Bound the memory by the mini-batch instead of the batch, for one more forward pass.
+        learn_temperature: Train τ, from ``temperature`` on.
+        mask_duplicates: A document identical to a query's positive is no negative of it.
+        symmetric: Add InfoNCE from each positive to all queries, and halve the sum.
+        hardness: β of :func:`info_nce`.
+        matryoshka: Widths at which InfoNCE is taken besides the whole one, all averaged.
+        largest: Scores in memory at once, as for :func:`info_nce`.
     """
 
     def __init__(
@@ -78,66 +132,251 @@ class ReMatchLoss(nn.Module):
         w_orth: float = 0.5,
         w_qdm: float = 0.1,
         views: Sequence[str] = VIEWS,
+        gradient_cache: bool = False,
+        learn_temperature: bool = False,
+        mask_duplicates: bool = False,
+        symmetric: bool = False,
+        hardness: float = 0.0,
+        matryoshka: Sequence[int] = (),
+        largest: int = 1 << 24,
     ) -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learn_temperature else None
+        if self.log_temperature is not None:
+            self.log_temperature.register_hook(mean_over_processes)  # type: ignore[no-untyped-call]
         self.w_orth = w_orth
         self.w_qdm = w_qdm
         self.views = tuple(views)
-        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # the trainer's, under mixed precision
+        self.gradient_cache = gradient_cache
+        self.mask_duplicates = mask_duplicates
+        self.symmetric = symmetric
+        self.hardness = hardness
+        self.matryoshka = tuple(matryoshka)
+        self.largest = largest
         self._right: list[Tensor] = []
+        self._cosines: list[Tensor] = []
 
-    def forward(self, features: Sequence[dict[str, Any]], labels: Tensor | None = None) -> dict[str, Tensor]:
-        columns = [column for column in features if "slots" not in column]
-        multi = [self.model(dict(column))["multi_vector"] for column in columns]  # query, positive, …: (B, K, D) each
-        queries, *documents = (fuse(m) for m in multi)  # E*, (B, D) each
-        parts = {"contrastive": info_nce(queries, torch.cat(documents), self.temperature)}
-        if self.w_orth:
-            parts["orthogonality"] = self.w_orth * orthogonality(torch.cat(multi))
-        matching = [column for column in features if "slots" in column]
-        if self.w_qdm and matching:
-            parts["matching"] = self.w_qdm * self.matching(matching[0], queries, documents)
+    def forward(self, features: Sequence[Any], labels: Tensor | None = None) -> dict[str, Tensor]:
+        batch = features[0]
+        seen = self.see(batch)
+        if self.gradient_cache and torch.is_grad_enabled():
+            return self._forward_cached(batch, seen)
+        embedded = [(self.embed(step, batch, seen), weight) for step, weight in aligned(batch.embedding)]
+        idle = sum((one.sum() * 0.0 for (one, _), weight in embedded if not weight), start=touch(self.model))
+        multi = torch.cat([one for (one, _), weight in embedded if weight])
+        parts = self.contrast(multi, batch)
+        parts["contrastive"] = parts["contrastive"] + idle
+        shares = [share * weight for (_, share), weight in embedded if share is not None]
+        if self.w_qdm:
+            steps = aligned(batch.matching)
+            shares += [self.match(step, batch, seen, fuse(multi)) * weight for step, weight in steps]
+        if shares:
+            parts["matching"] = torch.stack(shares).sum()
         return parts
 
-    def matching(self, features: dict[str, Any], queries: Tensor, documents: Sequence[Tensor]) -> Tensor:
-        """L_qdm: next-token cross-entropy of Yes for d+ and No for d- at every answer slot, mean over the slots.
+    # ---- the parts ----------------------------------------------------------------------------------------------
+
+    def contrast(self, multi: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """L_cl and ``w_orth`` · L_orth from the multi-vectors of all distinct inputs, (N, K, D)."""
+        with torch.autocast(multi.device.type, enabled=False):  # cosines of half precision are too coarse for τ = 0.02
+            return self._contrast(multi, batch)
+
+    def _contrast(self, multi: Tensor, batch: Batch) -> dict[str, Tensor]:
+        inputs = batch.inputs.to(multi.device)
+        vectors, keys = fuse(multi), batch.keys.to(multi.device)
+        queries = vectors[inputs[:, 0]]  # E*, (B, D)
+        documents = torch.cat([gather(vectors[column]) for column in inputs.T[1:]])  # of all processes, (M, D)
+        masked = None
+        if self.mask_duplicates:
+            others = torch.cat([gather(keys[column]) for column in inputs.T[1:]])
+            masked = keys[inputs[:, 1]][:, None] == others[None]
+        first = first_row(len(queries))
+        options: dict[str, Any] = {"first": first, "hardness": self.hardness, "largest": self.largest}
+        tau = self.temperature if self.log_temperature is None else self.log_temperature.exp()
+        losses = []
+        for width in (*self.matryoshka, vectors.shape[1]):
+            loss = info_nce(queries[:, :width], documents[:, :width], tau, masked=masked, **options)
+            if self.symmetric:
+                back = info_nce(vectors[inputs[:, 1], :width], gather(queries[:, :width]), tau, **options)
+                loss = (loss + back) / 2
+            losses.append(loss)
+        parts = {"contrastive": torch.stack(losses).mean()}
+        if multi.shape[1] > 1:
+            unit = F.normalize(multi.detach(), dim=-1)
+            pairs = torch.triu_indices(multi.shape[1], multi.shape[1], offset=1)
+            self._cosines.append((unit @ unit.mT)[:, pairs[0], pairs[1]].abs().mean())
+        if self.w_orth:
+            parts["orthogonality"] = self.w_orth * orthogonality(multi[inputs.T.flatten()])
+        return parts
+
+    def embed(self, step: Step, batch: Batch, seen: list[Seen] | None) -> tuple[Tensor, Tensor | None]:
+        """Multi-vectors of the inputs of one step, (n, K, D); and in ``reuse`` mode its share of ``w_qdm`` · L_qdm."""
+        features = self._features(step, batch, seen)
+        if not step.parts:
+            return self.model(features)["multi_vector"], None
+        relevant = features.pop("relevant")
+        out = self.model(features)
+        return out["multi_vector"], self.answers(out["answer_logits"], relevant, batch)
+
+    def match(self, step: Step, batch: Batch, seen: list[Seen] | None, vectors: Tensor) -> Tensor:
+        """A matching step's share of ``w_qdm`` · L_qdm.
 
         Args:
-            features: The packed batch of :class:`rematch.train.collator.Collator`: slots in the order of the views,
-                both document slots for each.
-            queries: E* of the queries, (B, D).
-            documents: E* of the positives, and of the hard negatives if there are any, (B, D) each.
+            step: One of the batch's matching steps.
+            batch: The batch.
+            seen: Of :meth:`see`.
+            vectors: E* of all distinct inputs, (N, D).
         """
-        features = dict(features)
-        order = features.pop("order")  # (B, 2): the document (0: d+, 1: d-) that stands in each slot
-        negative_row = features.pop("negative_row")  # (B,): without hard negatives, whose positive serves as d-
-        negatives = documents[1] if len(documents) > 1 else documents[0][negative_row]
-        pair = torch.stack([documents[0], negatives], dim=1)  # (B, 2, D)
-        pair = pair.gather(1, order[..., None].expand_as(pair))
-        read = [queries[:, None]] if any(v.startswith("feat") for v in self.views) else []
-        read += [pair] if any(v.endswith("feat") for v in self.views) else []
-        z = self.model.fusion.projector(torch.cat(read, dim=1).flatten(0, 1)) if read else None  # in reading order
+        features = self._features(step, batch, seen)
+        relevant, read = features.pop("relevant"), features.pop("read")
+        features["vectors"] = vectors[read] if len(read) else None
+        return self.answers(self.model(features)["answer_logits"], relevant, batch)
 
-        names = [field.name for field in dataclasses.fields(Packed)]
-        packed = Packed(**{name: features.pop(name) for name in names})
-        with self.autocast():
-            logits = self.model.backbone.answer_logits(packed, features, z)  # (B, A, V)
+    def answers(self, logits: Tensor, relevant: Tensor, batch: Batch) -> Tensor:
+        """Next-token cross-entropy of Yes for d+ and No for d- at some answer slots, over the number of all.
+
+        Args:
+            logits: (b, A, V), for every view pair both document slots.
+            relevant: Whether each slot's document is d+, (b, 2).
+            batch: The batch.
+        """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        relevant = (order == 0).repeat(1, len(self.views))  # (B, A)
-        yes, no = self.model.backbone.answer_ids
-        right = ((logits[..., yes] > logits[..., no]) == relevant).detach().unflatten(1, (len(self.views), 2))
-        self._right.append(right.gather(2, order.argsort(1)[:, None].expand_as(right)))  # (B, views, 2): d+, d-
-        return F.cross_entropy(logits.flatten(0, 1), torch.where(relevant, yes, no).flatten())
+        yes, no = self.backbone.answer_ids
+        wanted = relevant.repeat(1, len(self.views))  # (b, A)
+        right = ((logits[..., yes] > logits[..., no]) == wanted).detach().view(-1, len(self.views), 2)
+        positive_first = (~relevant).int().argsort(dim=1, stable=True)[:, None]
+        if torch.is_grad_enabled() or not self.gradient_cache:
+            self._right.append(right.gather(2, positive_first.expand_as(right)))  # (b, views, 2): d+, d-
+        total: Tensor = F.cross_entropy(logits.flatten(0, 1), torch.where(wanted, yes, no).flatten(), reduction="sum")
+        share: Tensor = total * (self.w_qdm / (len(batch.inputs) * wanted.shape[1]))
+        return share
 
-    def pop_accuracy(self) -> dict[str, float]:
-        """Yes/No accuracy in percent since the last call, for each view pair with d+ and with d-; empty if none."""
+    def see(self, batch: Batch) -> list[Seen] | None:
+        """What a frozen vision tower makes of the batch's distinct pictures, run once; ``None`` if it trains."""
+        if self.backbone.trains_vision:
+            return None
+        pictures = batch.pictures or (self.blank if isinstance(self.model, FSDPModule) else None)
+        if pictures is None:
+            return []
+        seen: list[Seen] = []
+        with torch.no_grad():
+            for start, weight in aligned(range(0, len(pictures), PICTURES_AT_ONCE)):
+                some = range(start, min(start + PICTURES_AT_ONCE, len(pictures)))
+                found = self.model({"pictures": pictures.take(some)})["seen"]
+                seen += found if weight else []
+        return seen
+
+    @property
+    def backbone(self) -> Any:
+        """The backbone of the model, which a trainer may have wrapped."""
+        model: Any = getattr(self.model, "module", self.model)
+        return model.backbone
+
+    def _features(self, step: Step, batch: Batch, seen: list[Seen] | None) -> dict[str, Any]:
+        """A step's inputs on the model's device, its pictures seen already or to be seen with it."""
+        device = self.backbone.model.device
+        features: dict[str, Any] = {name: value.to(device) for name, value in step.tensors.items()}
+        parts = step.parts or [step]
+        sets = [number for part in parts for number in part.sets]
+        if seen is not None:
+            features["seen"] = [seen[i] for i in sets]
+        elif sets and batch.pictures is not None:
+            features["unseen"] = batch.pictures.take(sets)
+        elif isinstance(self.model, FSDPModule):
+            features["idle"] = self.blank
+        if step.parts:
+            features["parts"] = [{n: v.to(device) for n, v in part.tensors.items()} for part in parts]
+            features["shown"] = [len(part.sets) for part in parts]
+        return features
+
+    @cached_property
+    def blank(self) -> Pictures:
+        """A picture for a process that has none, where the others look at theirs: sharded towers are run together."""
+        reading = self.backbone.reader.read(Image.new("RGB", (64, 64), "white"))
+        return Pictures.collect([reading.vision], [reading.visual_tokens])
+
+    # ---- gradient cache -----------------------------------------------------------------------------------------
+
+    def _forward_cached(self, batch: Batch, seen: list[Seen] | None) -> dict[str, Tensor]:
+        device = torch.empty(0, device=self.backbone.model.device)
+        states: list[RandContext] = []
+        with torch.no_grad():
+            embedded = []
+            for step, weight in aligned(batch.embedding):
+                states.append(RandContext(device))
+                out = self.embed(step, batch, seen)
+                embedded += [out] if weight else []
+            multi = torch.cat([one for one, _ in embedded]).requires_grad_()
+        parts = self.contrast(multi, batch)
+        own = [p for p in (self.log_temperature,) if p is not None]
+        gradient, *own_gradients = torch.autograd.grad(torch.stack(list(parts.values())).sum(), [multi, *own])
+        shares = [share for _, share in embedded if share is not None]
+        with torch.no_grad():
+            for step, weight in aligned(batch.matching) if self.w_qdm else ():
+                states.append(RandContext(device))
+                shares.append(self.match(step, batch, seen, fuse(multi)) * weight)
+        if shares:
+            parts["matching"] = torch.stack(shares).sum()
+        parts = {name: value.detach() for name, value in parts.items()}
+        hook = partial(
+            self._backward_cached, batch=batch, seen=seen, multi=multi.detach(), gradient=gradient, states=states
+        )
+        carrier = parts["contrastive"].requires_grad_()  # whatever the parts are added up to has gradient 1 here
+        carrier.register_hook(hook)  # type: ignore[no-untyped-call]
+        for parameter, own_gradient in zip(own, own_gradients, strict=True):
+            parts["contrastive"] = parts["contrastive"] + own_gradient * (parameter - parameter.detach())
+        return parts
+
+    @torch.enable_grad()
+    def _backward_cached(
+        self,
+        outer: Tensor,
+        *,
+        batch: Batch,
+        seen: list[Seen] | None,
+        multi: Tensor,
+        gradient: Tensor,
+        states: list[RandContext],
+    ) -> None:
+        """Step 3, scaled by ``outer``, the gradient that the loss itself receives (fp16 scale, accumulation)."""
+        gradient = gradient * outer
+        steps = aligned(batch.embedding)
+        embedding, matching = states[: len(steps)], states[len(steps) :]
+        for (step, weight), state in zip(aligned(batch.matching) if matching else (), matching, strict=True):
+            leaf = multi.clone().requires_grad_()
+            with state, piling_up(self.model):
+                torch.autograd.backward(self.match(step, batch, seen, fuse(leaf)) * (outer * weight))
+            if leaf.grad is not None:  # None if no view reads the vectors
+                gradient = gradient + leaf.grad
+        gradients = list(torch.split(gradient, [step.size for step in batch.embedding]))
+        gradients += [torch.zeros_like(gradients[-1])] * (len(steps) - len(gradients))
+        for i, ((step, weight), state) in enumerate(zip(steps, embedding, strict=True)):
+            last = i == len(steps) - 1
+            with state, piling_up(self.model, last):
+                vectors, share = self.embed(step, batch, seen)
+                surrogate = (vectors * gradients[i]).sum() + (touch(self.model) if last else 0.0)
+                surrogate = surrogate if share is None else surrogate + share * (outer * weight)
+                torch.autograd.backward(surrogate)
+
+    def pop_metrics(self) -> dict[str, float]:
+        """Since the last call: Yes/No accuracy in percent for each view pair with d+ and with d-, and the mean |cosine|
+        between the token vectors of an input.
+        """
+        found = {}
+        if self._cosines:
+            found["token_cosine"] = round(torch.stack(self._cosines).mean().item(), 4)
+            self._cosines.clear()
         if not self._right:
-            return {}
+            return found
         mean = torch.cat(self._right).float().mean(0).tolist()
         self._right.clear()
-        return {
+        return found | {
             f"match_accuracy/{view}/{document}": round(100 * value, 2)
             for view, pair in zip(self.views, mean, strict=True)
             for document, value in zip(("positive", "negative"), pair, strict=True)
         }
+
+
+PICTURES_AT_ONCE = 64

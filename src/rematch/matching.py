@@ -40,6 +40,8 @@ class Segment:
         start: Position of its first token in the whole.
         is_slot: Its last token predicts the answer.
         is_feature: Its last token is a placeholder whose input embedding is replaced by ``Z*``.
+        source: Of a segment whose keys and values are there already (:func:`lay_out_reuse`): the numbers of its tokens
+            among those that were embedded, (L,).
     """
 
     ids: Tensor
@@ -48,6 +50,7 @@ class Segment:
     start: int = 0
     is_slot: bool = False
     is_feature: bool = False
+    source: Tensor | None = None
 
     @property
     def end(self) -> int:
@@ -62,16 +65,20 @@ class Packed:
     Attributes:
         input_ids: (B, T).
         position_ids: (P, B, T).
-        mask: True where a token (row) sees another (column), (B, 1, T, T).
+        owner: Number of the segment that each token belongs to, (B, C + T); padding is a segment of its own.
+        visible: True where a segment (row) sees another (column), (B, S, S).
         slots: Column of each answer slot's last token, (B, A); -1 where a sequence has fewer slots.
         features: True where the input embedding is to be replaced by a ``Z*``, (B, T).
+        context: Numbers of the tokens whose keys and values stand before the sequence, (B, C); C = 0 but for reuse.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    mask: Tensor
+    owner: Tensor
+    visible: Tensor
     slots: Tensor
     features: Tensor
+    context: Tensor
 
 
 def pack(sequences: Sequence[Sequence[Segment]], pad_id: int) -> Packed:
@@ -82,31 +89,60 @@ def pack(sequences: Sequence[Sequence[Segment]], pad_id: int) -> Packed:
         pad_id: Token id of the padding.
     """
     batch = len(sequences)
-    length = max(sum(len(s.ids) for s in segments) for segments in sequences)
-    width = sequences[0][0].positions.shape[0]
-    most_slots = max(sum(s.is_slot for s in segments) for segments in sequences)
+    fresh = [[s for s in segments if s.source is None] for segments in sequences]
+    reused = [[s for s in segments if s.source is not None] for segments in sequences]
+    length = max(sum(len(s.ids) for s in segments) for segments in fresh)
+    before = max(sum(len(s.ids) for s in segments) for segments in reused)
+    width = fresh[0][0].positions.shape[0]
+    most_slots = max(sum(s.is_slot for s in segments) for segments in fresh)
+    most_segments = max(map(len, sequences))
     input_ids = torch.full((batch, length), pad_id)
     position_ids = torch.zeros(width, batch, length, dtype=torch.long)
-    mask = torch.zeros(batch, 1, length, length, dtype=torch.bool)
+    owner = torch.full((batch, before + length), most_segments)
+    visible = torch.eye(most_segments + 1, dtype=torch.bool).repeat(batch, 1, 1)
     slots = torch.full((batch, most_slots), -1)
     features = torch.zeros(batch, length, dtype=torch.bool)
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    context = torch.zeros(batch, before, dtype=torch.long)
     for b, segments in enumerate(sequences):
-        sizes = torch.tensor([len(s.ids) for s in segments])
-        total = int(sizes.sum())
-        input_ids[b, :total] = torch.cat([s.ids for s in segments])
-        position_ids[:, b, :total] = torch.cat([s.positions + s.start for s in segments], dim=1)
-        visible = torch.eye(len(segments), dtype=torch.bool)
+        place = {True: 0, False: before}  # columns of reused segments, and of fresh ones
+        answers = 0
         for i, segment in enumerate(segments):
-            visible[i, list(segment.sees)] = True
-        owner = torch.repeat_interleave(torch.arange(len(segments)), sizes)
-        mask[b, 0, :total, :total] = visible[owner][:, owner] & causal[:total, :total]
-        ends = sizes.cumsum(0) - 1
-        is_slot = torch.tensor([s.is_slot for s in segments])
-        slots[b, : int(is_slot.sum())] = ends[is_slot]
-        features[b, ends[torch.tensor([s.is_feature for s in segments])]] = True
-    mask |= torch.eye(length, dtype=torch.bool)  # padding sees itself: no row of the softmax is empty
-    return Packed(input_ids, position_ids, mask, slots, features)
+            known, size = segment.source is not None, len(segment.ids)
+            start, end = place[known], place[known] + size
+            place[known] = end
+            owner[b, start:end] = i
+            visible[b, i, list(segment.sees)] = True
+            if segment.source is not None:
+                context[b, start:end] = segment.source
+                continue
+            input_ids[b, start - before : end - before] = segment.ids
+            position_ids[:, b, start - before : end - before] = segment.positions + segment.start
+            if segment.is_slot:
+                slots[b, answers] = end - before - 1
+                answers += 1
+            features[b, end - before - 1] = segment.is_feature
+    return Packed(input_ids, position_ids, owner, visible, slots, features, context)
+
+
+def unified_mask(owner: Tensor, visible: Tensor, before: int = 0) -> Tensor:
+    """True where a token (row) sees another (column): its segment sees the other's, and the other is not later.
+
+    Args:
+        owner: (B, C + T), as in :class:`Packed`.
+        visible: (B, S, S).
+        before: C, the columns whose keys and values are there already.
+
+    Returns:
+        (B, 1, T, C + T).
+
+    >>> unified_mask(torch.tensor([[0, 0, 1]]), torch.eye(2, dtype=torch.bool)[None]).int()[0, 0]
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [0, 0, 1]], dtype=torch.int32)
+    """
+    rows = torch.arange(len(owner), device=owner.device)[:, None, None]
+    seen = visible[rows, owner[:, before:, None], owner[:, None, :]]
+    return seen.tril(before)[:, None]
 
 
 def lay_out(
@@ -142,6 +178,45 @@ def lay_out(
         query, document = place["query", 0, query_view], place["document", i, document_view]
         start = segments[document].end
         segments.append(replace(slot, sees=(0, query, document), start=start, is_slot=True))
+    return segments
+
+
+def lay_out_reuse(
+    prompt: Segment,
+    embedded: Sequence[Segment | None],
+    feats: tuple[Segment, Segment],
+    slot: Segment,
+    questions: Sequence[tuple[str, int, str]],
+) -> list[Segment]:
+    """The segments of one sequence whose raw views are read off the embedding pass (docs/reuse.md).
+
+    A query or document stands in its own chat turn, learnable tokens included, at positions from 0; so does the prompt.
+    An answer slot starts after the longest of what it sees. Whatever else is in the sequence, a question's positions
+    are those that it has alone.
+
+    Args:
+        prompt: As for :func:`lay_out`.
+        embedded: The query and the documents, with :attr:`Segment.source`; ``None`` for one without a raw view.
+        feats: The feature view of a query and that of a document.
+        slot: As for :func:`lay_out`.
+        questions: As for :func:`lay_out`.
+    """
+    segments = [one for one in embedded if one is not None]
+    place: dict[tuple[int, str], int] = {}
+    for number, one in enumerate(embedded):
+        if one is not None:
+            place[number, "raw"] = len(place)
+    opening = len(segments)
+    segments.append(prompt)
+    asked = {(0, q) for q, _, _ in questions} | {(i + 1, d) for _, i, d in questions}
+    for number in range(len(embedded)):
+        if (number, "feat") in asked:
+            place[number, "feat"] = len(segments)
+            segments.append(replace(feats[min(number, 1)], sees=(opening,), start=prompt.end))
+    for query_view, i, document_view in questions:
+        sees = (opening, place[0, query_view], place[i + 1, document_view])
+        start = max(segments[j].end for j in sees)
+        segments.append(replace(slot, sees=sees, start=start, is_slot=True))
     return segments
 
 

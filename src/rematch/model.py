@@ -6,6 +6,7 @@ input, and matching.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,16 +14,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from sentence_transformers import SentenceTransformer
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import DynamicCache
 
 from rematch.backbone import Backbone, resize_vocabulary, resolve
 from rematch.errors import ModelError, RematchError
-from rematch.matching import VIEWS, Packed, Segment, lay_out, pack
-from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_QUESTION, MATCH_TASK, document_token, query_token
-from rematch.tokens import MultiTokenFusion, add_tokens_to_template
+from rematch.lora import inject, merge
+from rematch.matching import VIEWS, Segment
+from rematch.pictures import Pictures, Seen, as_inputs, see
+from rematch.prompts import document_token, query_token
+from rematch.reading import Reading
+from rematch.tokens import MultiTokenFusion, add_tokens_to_template, fuse
 
 Views = Literal["raw-raw", "raw-feat", "feat-raw", "feat-feat"]
 _DOCUMENTS_PER_PACK = 8
@@ -127,10 +130,7 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             embedding[ids] = (torch.randn(len(ids), embedding.shape[1]) * scale).to(embedding)
         backbone.processor.chat_template = add_tokens_to_template(backbone.processor.chat_template, num_tokens)
         if lora is not None:
-            _add_lora(backbone, lora, ids, lora_vision)
-            for parameter in backbone.parameters():
-                if parameter.requires_grad:  # an adapter on a bfloat16 base: its small updates need float32
-                    parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            inject(backbone.model, lora, ids, lora_vision)
         fusion = MultiTokenFusion(num_tokens, backbone.width, scale)
         return cls(modules=[backbone, fusion], device=device)
 
@@ -151,26 +151,7 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
 
     def merge_lora(self) -> "ReMatch":
         """Fold a LoRA adapter into the weights (in place), so that the checkpoint needs no base and no peft."""
-        model = self.backbone.model
-        if not getattr(model, "_hf_peft_config_loaded", False):
-            return self
-        done: list[str] = []  # a replaced wrapper's own layers need no second look
-        for name, layer in list(model.named_modules()):
-            if any(name.startswith(prefix) for prefix in done):
-                continue
-            if isinstance(layer, AuxiliaryTrainingWrapper):
-                merged = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-            elif isinstance(layer, BaseTunerLayer):
-                layer.merge()
-                merged = layer.get_base_layer()
-            else:
-                continue
-            model.set_submodule(name, merged)
-            done.append(name + ".")
-        model._hf_peft_config_loaded = False
-        del model.peft_config
-        model._weight_conversions = None  # it would write adapter names into the merged checkpoint
-        model.tie_weights()
+        merge(self.backbone.model)
         return self
 
     # ---- embedding ----------------------------------------------------------------------------------------------
@@ -247,32 +228,60 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         scores = np.empty(len(queries), np.float32)
         for start in range(0, len(groups), batch_size):
             batch = groups[start : start + batch_size]
-            rows = [([queries[g[0]]], [documents[i] for i in g]) for g in batch]
+            rows = [(queries[g[0]], [documents[i] for i in g]) for g in batch]
             logits = self._match_batch(rows, query_view, document_view)
             for group, row in zip(batch, logits, strict=True):
                 scores[group] = row[: len(group)]
         return scores
 
-    def _match_batch(self, rows: list[tuple[list[Any], list[Any]]], query_view: str, document_view: str) -> Any:
+    def _match_batch(self, rows: list[tuple[Any, list[Any]]], query_view: str, document_view: str) -> Any:
+        reader = self.backbone.reader
+        read: dict[tuple[int, str], Reading] = {}  # what stands in several pairs is read, and its pictures seen, once
+
+        def reading(value: Any, view: str, task: str) -> Reading | None:
+            if view == "feat":
+                return None
+            if (id(value), task) not in read:
+                read[id(value), task] = reader.read(value, len(read))
+            return read[id(value), task]
+
         questions = [[(query_view, i, document_view) for i in range(len(documents))] for _, documents in rows]
-        raw_rows = [
-            ([q if query_view == "raw" else None for q in qs], [d if document_view == "raw" else None for d in ds])
-            for qs, ds in rows
+        readings = [
+            (reading(q, query_view, "query"), [reading(d, document_view, "document") for d in ds]) for q, ds in rows
         ]
-        packed, vision = self.pack_matching(raw_rows, questions)
-        feats: list[Tensor] = []
-        if "feat" in (query_view, document_view):
-            as_queries = self._vectors([q for qs, _ in rows for q in qs], "query") if query_view == "feat" else None
-            as_documents = (
-                self._vectors([d for _, ds in rows for d in ds], "document") if document_view == "feat" else None
-            )
-            at = 0
-            for i, (_, ds) in enumerate(rows):  # in reading order: the query, then its documents
-                feats += [as_queries[i : i + 1]] if as_queries is not None else []
-                feats += [as_documents[at : at + len(ds)]] if as_documents is not None else []
-                at += len(ds)
-        z = self.fusion.projector(torch.cat(feats)) if feats else None
-        logits = self.answer_logits(packed, vision, z)
+        sets = {id(r): r for r in read.values() if r.vision}
+        seen: dict[int, Seen] = {}
+        if sets:
+            pictures = Pictures.collect([r.vision for r in sets.values()], [r.visual_tokens for r in sets.values()])
+            seen = dict(zip(sets, self({"pictures": pictures})["seen"], strict=True))
+        parts: list[dict[str, Any]] = []
+        shown: list[Reading] = []
+        if self.backbone.matching == "reuse":
+            source: dict[int, Segment] = {}
+            if read:
+                batch = reader.embedding_batch(list(read.values()), [task for _, task in read])
+                parts.append({name: value.to(self.device) for name, value in batch.items()})
+                shown = [r for r in read.values() if r.vision]
+                for number, ((_, task), one) in enumerate(read.items()):
+                    segment = reader.embedded(one, task)
+                    start = number * batch["input_ids"].shape[1]
+                    source[id(one)] = replace(segment, source=start + torch.arange(len(segment.ids)))
+            embedded = [[source[id(r)] if r else None for r in (q, *ds)] for q, ds in readings]
+            packed = reader.pack_reuse(embedded, questions)
+        else:
+            packed, shown = reader.pack_matching(readings, questions)
+        by_query: Sequence[Tensor | None] = [None] * len(rows)
+        by_document = by_query
+        if query_view == "feat":
+            by_query = torch.split(self._vectors([q for q, _ in rows], "query"), 1)
+        if document_view == "feat":
+            vectors = self._vectors([d for _, ds in rows for d in ds], "document")
+            by_document = torch.split(vectors, [len(ds) for _, ds in rows])
+        feats = [v for pair in zip(by_query, by_document, strict=True) for v in pair if v is not None]  # reading order
+        features: dict[str, Any] = {name: value.to(self.device) for name, value in vars(packed).items()}
+        features["vectors"] = torch.cat(feats) if feats else None
+        features["seen"] = [seen[id(r)] for r in shown]
+        logits = self(features | ({"parts": parts, "shown": [len(shown)]} if parts else {}))["answer_logits"]
         yes, no = self.backbone.answer_ids
         return (logits[..., yes] - logits[..., no]).float().sigmoid().cpu().numpy()
 
@@ -283,71 +292,56 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         encode = self.encode_query if task == "query" else self.encode_document
         return torch.as_tensor(encode(inputs, convert_to_tensor=True, show_progress_bar=False))
 
-    def pack_matching(
-        self, rows: Sequence[tuple[Sequence[Any], Sequence[Any]]], questions: Sequence[Sequence[tuple[str, int, str]]]
-    ) -> tuple[Packed, dict[str, Tensor]]:
-        """Tokenize and lay out matching questions; needs no forward pass, so data workers can do it.
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """All that training and scoring run on the weights, told apart by what the features hold.
 
-        Args:
-            rows: For each sequence ([query], documents); ``None`` for one that only has a ``feat`` view.
-            questions: For each sequence the (query view, document index, document view) of every answer slot. Views
-                are laid out if a question asks for them.
+        - ``pictures``: the vision tower alone → ``seen``;
+        - ``slots``: packed matching questions (:class:`~rematch.matching.Packed`), with ``vectors``, the E* of their
+          placeholders in reading order → ``answer_logits`` (B, A, V);
+        - ``slots`` and ``parts``: padded batches of inputs to embed, and questions that read them where they stand,
+          with ``read``, which of them stand in the placeholders, or ``vectors`` → ``multi_vector``, ``answer_logits``;
+        - else embedding, as any SentenceTransformer → ``multi_vector``, ``sentence_embedding``.
 
-        Returns:
-            The packed sequences, and the picture inputs of their raw views in order.
+        In place of ``pixel_values`` may come ``seen``, the features of the picture sets in reading order, or
+        ``unseen``, the :class:`~rematch.pictures.Pictures` themselves; ``idle`` ones stand nowhere.
         """
-        backbone = self.backbone
-        heads, inputs = [], []
-        for (query, documents), asked in zip(rows, questions, strict=True):
-            raw_query = any(q == "raw" for q, _, _ in asked)
-            raw_documents = {i for _, i, d in asked if d == "raw"}
-            heads += [MATCH_QUERY] * raw_query + [MATCH_DOCUMENT] * len(raw_documents)
-            inputs += list(query) * raw_query + [documents[i] for i in sorted(raw_documents)]
-        raw, vision = backbone.segments(heads, inputs) if inputs else ([], {})
-        remaining = iter(raw)
-        prompt = backbone.text_segment(backbone.prefix + MATCH_TASK, opening=True)
-        slot = backbone.text_segment(MATCH_QUESTION + backbone.suffix)
-        query_feat = backbone.text_segment(MATCH_QUERY, placeholder=True)
-        document_feat = backbone.text_segment(MATCH_DOCUMENT, placeholder=True)
-        sequences = []
-        for (_, documents), asked in zip(rows, questions, strict=True):
-            queries = _views({q for q, _, _ in asked}, remaining, query_feat)
-            views = [
-                _views({d for _, i, d in asked if i == j}, remaining, document_feat) for j in range(len(documents))
-            ]
-            sequences.append(lay_out(prompt, queries, views, slot, asked))
-        return pack(sequences, int(backbone.tokenizer.pad_token_id or 0)), vision
+        if "pictures" in features:
+            return {"seen": self._see(features["pictures"])}
+        features = dict(features)
+        idle = self._see(features.pop("idle")) if "idle" in features else []
+        seen = self._see(features.pop("unseen")) if "unseen" in features else features.pop("seen", [])
+        if "slots" not in features:
+            out: dict[str, Any] = super().forward(features | as_inputs(seen), **kwargs)
+        elif "parts" in features:
+            out = self._embed_and_answer(features, seen)
+        else:
+            vectors = features["vectors"]
+            z = self.fusion.projector(vectors) if vectors is not None else None
+            out = {"answer_logits": self.backbone.answer_logits(features | as_inputs(seen), z)}
+        for one in idle:  # pictures that stand nowhere
+            name = "answer_logits" if "answer_logits" in out else "multi_vector"
+            out[name] = out[name] + 0.0 * sum(unit.sum() for unit in one.units)
+        return out
 
-    def answer_logits(self, packed: Packed, vision: dict[str, Tensor], z: Tensor | None = None) -> Tensor:
-        """:meth:`Backbone.answer_logits <rematch.backbone.Backbone.answer_logits>` on the model's device."""
-        device = self.device
-        packed = Packed(**{name: value.to(device) for name, value in vars(packed).items()})
-        logits: Tensor = self.backbone.answer_logits(packed, {k: v.to(device) for k, v in vision.items()}, z)
-        return logits
+    def _embed_and_answer(self, features: dict[str, Any], seen: list[Seen]) -> dict[str, Any]:
+        """Embedding and matching in one, the answer slots reading the keys and values that embedding left behind."""
+        remaining = iter(seen)
+        parts = [
+            part | as_inputs([next(remaining) for _ in range(count)])
+            for part, count in zip(features["parts"], features["shown"], strict=True)
+        ]
+        states, layers = self.backbone.embed_keeping(parts)
+        fused = [
+            self.fusion({"token_embeddings": state, "attention_mask": part["attention_mask"]})
+            for state, part in zip(states, parts, strict=True)
+        ]
+        multi = torch.cat([one["multi_vector"] for one in fused])
+        context, cache = features["context"], DynamicCache()
+        for index, (keys, values) in enumerate(layers):  # (tokens, heads, width) → (b, heads, C, width)
+            cache.update(keys[context].transpose(1, 2), values[context].transpose(1, 2), index)
+        vectors = fuse(multi)[features["read"]] if "read" in features else features["vectors"]
+        z = self.fusion.projector(vectors) if vectors is not None and len(vectors) else None
+        return {"multi_vector": multi, "answer_logits": self.backbone.answer_logits(features, z, cache)}
 
-
-def _views(wanted: set[str], raw: Any, feat: Segment) -> dict[str, Segment]:
-    views = {"raw": next(raw)} if "raw" in wanted else {}
-    return views | ({"feat": feat} if "feat" in wanted else {})
-
-
-def _add_lora(backbone: Backbone, lora: LoraConfig, token_ids: list[int], vision: bool) -> None:
-    """Inject the adapter: linear layers of the language model, and the rows of the learnable tokens."""
-    model = backbone.model
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    names = {module: name for name, module in model.named_modules()}
-    if lora.target_modules is None:
-        reached = [model.get_decoder()]
-        if vision:
-            reached += [m for m in model.modules() if "Vision" in type(m).__name__]
-        lora.target_modules = sorted(
-            {
-                names[layer]
-                for part in reached
-                for layer in part.modules()
-                if isinstance(layer, nn.Linear) and layer is not head
-            }
-        )
-    if lora.trainable_token_indices is None and token_ids:
-        lora.trainable_token_indices = {names[embedding].rpartition(".")[2]: token_ids}
-    model.add_adapter(lora)
+    def _see(self, pictures: Pictures) -> list[Seen]:
+        return see(self.backbone.base, pictures.to(self.device, self.backbone.model.dtype))

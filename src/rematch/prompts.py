@@ -9,8 +9,8 @@ YES, NO = "Yes", "No"
 # One user turn: TASK, QUERY, DOCUMENT, QUESTION; the assistant answers with one token. What all questions share comes
 # first, so that a question of its own costs a few tokens.
 MATCH_TASK = "Is the document relevant to the query? Answer only Yes or No."
-MATCH_QUERY = "\nQuery: "
-MATCH_DOCUMENT = "\nDocument: "
+MATCH_QUERY = "\nQuery:\n"
+MATCH_DOCUMENT = "\nDocument:\n"
 MATCH_QUESTION = "\nRelevant?"
 
 # Target-side ("document") instructions per kind of target; MMEB has them for pictures only (ReMatch adds the others).

@@ -117,15 +117,16 @@ def _write(path: Path, columns: dict[str, list[Any]]) -> None:
     os.replace(partial, path)
 
 
-def read_train(directory: Path | str) -> list[Triplet]:
-    """Every training sample of a directory in MMEB-train form, in the order of the configs' names.
+def read_train(directory: Path | str) -> list[list[Triplet]]:
+    """The training samples of a directory in MMEB-train form, config by config in the order of their names.
 
     Raises:
         DataError: If there is no config in it, or a picture is missing.
     """
     directory = Path(directory)
-    triplets = []
+    configs: dict[str, list[Triplet]] = {}
     for file in _parquet_files(directory, "original-*.parquet"):
+        triplets = configs.setdefault(file.parent.name, [])
         meta_task = _meta_task(file.parent.name.replace("_", "-"))
         for row, record in rows(file):
             query = _item(directory, record["qry"], record["qry_image_path"], file, row)
@@ -141,7 +142,7 @@ def read_train(directory: Path | str) -> list[Triplet]:
                 for side in ("pos", "neg")
             )
             triplets.append(Triplet(query, positive, negative if negative.text or negative.image else None))
-    return triplets
+    return list(configs.values())
 
 
 def read_eval(directory: Path | str) -> list[RetrievalTask]:

@@ -1,68 +1,243 @@
-"""From rows of triplets to the tensors of one training step: embedding inputs per column, and packed matching."""
+"""From rows of triplets to the forward passes of one training step.
 
-import dataclasses
-from collections.abc import Sequence
+1. Every distinct input is read once, every distinct picture set is collected once.
+2. Distinct inputs are sorted by length and cut into mini-batches by token budget, pictures included: embedding steps.
+3. So are the samples' matching sequences: matching steps. In ``reuse`` mode there are none: mini-batches hold whole
+   samples then, and their embedding steps answer the questions too.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from PIL import Image
+from torch import Tensor
 
-from rematch.matching import VIEWS
+from rematch.batch import Batch, Step
+from rematch.matching import VIEWS, Packed
 from rematch.model import ReMatch
+from rematch.pictures import Pictures
+from rematch.reading import Reading
 
 TASKS = {"query": "query", "positive": "document", "negative": "document"}
+FULL = 0.9  # of a mini-batch's tokens at least are no padding
 
 
-class Collator(SentenceTransformerDataCollator):  # type: ignore[misc]  # sentence-transformers ships no types
-    """sentence-transformers' collator, plus the eight matching questions of every sample.
+@dataclass
+class Input:
+    """A distinct input of the batch: with its task, its picture sets and its length as it is embedded."""
 
-    Each sample is laid out once: its query, and d+ and d- in two document slots, which of them first is drawn at
-    random. Where there is no hard negative, the positive of another sample serves as d-.
+    reading: Reading
+    task: str
+    sets: list[int] = field(default_factory=list)
+    length: int = 0
+
+
+class Collator:
+    """Makes a :class:`Batch` of dataset rows; needs no forward pass, so that data workers can do it.
+
+    Each sample's questions are laid out once: its query, and d+ and d- in two document slots, which of them first is
+    drawn at random. Where there is no hard negative, the positive of another sample serves as d-.
 
     Args:
         model: The model in training (its tokenizer and template).
         views: View pairs to ask about; none leaves matching out.
-        seed: Of the random slots.
+        tokens: Token budget of a mini-batch, padding included; one longer input is a mini-batch of its own.
+        reuse: Answer the questions from the keys and values of the embedding pass (docs/reuse.md).
     """
 
-    def __init__(self, model: ReMatch, views: Sequence[str] = VIEWS, seed: int = 0) -> None:
-        super().__init__(preprocess_fn=model.preprocess, router_mapping=TASKS)
+    def __init__(self, model: ReMatch, views: Sequence[str] = VIEWS, tokens: int = 16_384, reuse: bool = False) -> None:
         self.model = model
-        self.views = tuple(views)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.reader = model.backbone.reader
+        self.views = [view.split("-") for view in views]
+        self.questions = [(query, slot, document) for query, document in self.views for slot in (0, 1)]
+        self.tokens = tokens
+        self.reuse = reuse and bool(views)
 
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = super().__call__(features)
-        if self.views:
-            batch |= {f"matching_{name}": value for name, value in self.matching(features).items()}
-        return batch
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Batch]:
+        columns = [name for name in TASKS if name in rows[0]]
+        ids = [str(row.get("id", number)) for number, row in enumerate(rows)]
+        readings: dict[int, Reading] = {}
+        distinct: dict[int, Input] = {}
+        samples = []
+        for number, row in enumerate(rows):
+            keys = []
+            for column in columns:
+                content, task = identity(row[column]), TASKS[column]
+                if content not in readings:
+                    readings[content] = self.reader.read(row[column], number)
+                keys.append(_number(content, task))
+                distinct[keys[-1]] = Input(readings[content], task)
+            samples.append(keys)
+        shown = [reading for reading in readings.values() if reading.vision]
+        sets = {id(reading): i for i, reading in enumerate(shown)}
+        for one in distinct.values():
+            one.sets = [sets[id(one.reading)]] if one.reading.vision else []
+            one.length = len(one.reading.ids) + self.model.fusion.num_tokens
+        pictures = Pictures.collect([r.vision for r in shown], [r.visual_tokens for r in shown]) if shown else None
+        triplets = [self.triplet(samples, i) for i in range(len(samples))] if self.views else []
+        if self.reuse:
+            keys, steps, inputs = self.reuse_steps(samples, triplets, distinct)
+            return {"batch": Batch(inputs, torch.tensor(keys), steps, [], pictures, ids)}
+        keys = sorted(distinct, key=lambda key: distinct[key].length)
+        inputs = _places(keys, samples)
+        steps = self.embedding_steps([distinct[key] for key in keys])
+        matching = self.matching_steps(keys, triplets, distinct) if triplets else []
+        return {"batch": Batch(inputs, torch.tensor(keys), steps, matching, pictures, ids)}
 
-    def matching(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Packed matching questions of a batch.
+    def triplet(self, samples: list[list[int]], i: int) -> tuple[int, list[int], list[bool]]:
+        """A sample's query, its documents in their slots, and whether each is relevant."""
+        query, positive, *negative = samples[i]
+        pair = [positive, negative[0] if negative else next_other([keys[1] for keys in samples], i)]
+        if _number(query, positive) % 2:  # at random, but the same in a resumed run
+            pair.reverse()
+        return query, pair, [document == positive for document in pair]
+
+    def embedding_steps(self, members: list["Input"]) -> list[Step]:
+        """Inputs in ascending length as padded mini-batches."""
+        steps = []
+        for chosen in cut([one.length for one in members], self.tokens):
+            some = [members[i] for i in chosen]
+            tensors = self.reader.embedding_batch([one.reading for one in some], [one.task for one in some])
+            steps.append(Step(tensors, [number for one in some for number in one.sets]))
+        return steps
+
+    def matching_steps(self, keys: list[int], triplets: list[Any], distinct: dict[int, "Input"]) -> list[Step]:
+        """Packed questions about raw inputs and vectors, as mini-batches."""
+        raw_query, raw_documents = (any(view[side] == "raw" for view in self.views) for side in (0, 1))
+
+        def content(query: int, documents: list[int]) -> int:
+            shown = [query] * raw_query + documents * raw_documents
+            return sum(len(distinct[key].reading.content.ids) for key in shown)
+
+        def layout(some: list[Any]) -> tuple[Packed, list[Reading]]:
+            rows = [(distinct[q].reading, [distinct[d].reading for d in ds]) for q, ds, _ in some]
+            return self.reader.pack_matching(rows, [self.questions] * len(rows))
+
+        query, documents, _ = triplets[0]
+        rest = layout(triplets[:1])[0].input_ids.shape[1] - content(query, documents)  # prompt, placeholders, slots
+        lengths = [rest + content(query, documents) for query, documents, _ in triplets]
+        by_length = sorted(range(len(triplets)), key=lengths.__getitem__)
+        sets = {id(one.reading): one.sets for one in distinct.values()}
+        steps = []
+        for chosen in cut([lengths[i] for i in by_length], self.tokens):
+            members = [triplets[by_length[i]] for i in chosen]
+            packed, shown = layout(members)
+            tensors = dict(vars(packed))
+            tensors["read"] = self.read(_places(keys, [[q, *ds] for q, ds, _ in members]))
+            tensors["relevant"] = torch.tensor([relevant for _, _, relevant in members])
+            steps.append(Step(tensors, [number for reading in shown for number in sets[id(reading)]]))
+        return steps
+
+    def reuse_steps(
+        self, samples: list[list[int]], triplets: list[Any], distinct: dict[int, "Input"]
+    ) -> tuple[list[int], list[Step], Tensor]:
+        """Mini-batches of whole samples: their inputs to embed, and the questions about them.
 
         Returns:
-            The fields of :class:`~rematch.matching.Packed`, the picture inputs, ``order`` (B, 2): the document (0: d+,
-            1: d-) in each slot, and ``negative_row`` (B,): the row whose positive is d- if there are no hard negatives.
+            The inputs' keys in the order of their vectors, the steps, and which input stands where, (B, C).
         """
-        order = torch.rand(len(rows), 2, generator=self.generator).argsort(1)
-        negative_row = [next_other(rows, i) for i in range(len(rows))]
-        sequences = []
-        for i, row in enumerate(rows):
-            pair = [row["positive"], row["negative"] if "negative" in row else rows[negative_row[i]]["positive"]]
-            sequences.append(([row["query"]], [pair[j] for j in order[i]]))
-        views = [view.split("-") for view in self.views]
-        questions = [(query, slot, document) for query, document in views for slot in (0, 1)]
-        packed, vision = self.model.pack_matching(sequences, [questions] * len(rows))
-        fields = {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
-        return fields | vision | {"order": order, "negative_row": torch.tensor(negative_row)}
+
+        def members(i: int) -> dict[int, None]:
+            return dict.fromkeys([*samples[i], *triplets[i][1]])
+
+        sizes = [sum(distinct[key].length for key in members(i)) for i in range(len(samples))]
+        keys: list[int] = []
+        steps: list[Step] = []
+        inputs = torch.zeros(len(samples), len(samples[0]), dtype=torch.long)
+        by_size = sorted(range(len(samples)), key=sizes.__getitem__)
+        while by_size:
+            count, filled = 0, 0
+            while count < len(by_size) and (count == 0 or filled + sizes[by_size[count]] <= self.tokens):
+                filled += sizes[by_size[count]]
+                count += 1
+            chosen, by_size = by_size[:count], by_size[count:]
+            own = sorted({key for i in chosen for key in members(i)}, key=lambda key: (distinct[key].length, key))
+            parts = self.embedding_steps([distinct[key] for key in own])
+            source = _sources(parts)
+            read = {key: self.reader.embedded(distinct[key].reading, distinct[key].task) for key in own}
+            there = {key: replace(read[key], source=numbers) for key, numbers in zip(own, source, strict=True)}
+            rows = [[there[key] for key in (q, *ds)] for q, ds, _ in (triplets[i] for i in chosen)]
+            tensors = dict(vars(self.reader.pack_reuse(rows, [self.questions] * len(rows))))
+            tensors["read"] = self.read(_places(own, [[q, *ds] for q, ds, _ in (triplets[i] for i in chosen)]))
+            tensors["relevant"] = torch.tensor([triplets[i][2] for i in chosen])
+            inputs[chosen] = len(keys) + _places(own, [samples[i] for i in chosen])
+            steps.append(Step(tensors, parts=parts))
+            keys += own
+        return keys, steps, inputs
+
+    def read(self, places: Tensor) -> Tensor:
+        """Which inputs stand in the placeholders, in reading order; ``places`` are query and documents, (b, 3)."""
+        asked = [any(q == "feat" for q, _ in self.views)] + [any(d == "feat" for _, d in self.views)] * 2
+        return places[:, torch.tensor(asked)].flatten()
 
 
-def next_other(rows: list[dict[str, Any]], i: int) -> int:
-    """The next row, cyclically, whose positive differs from row i's; row i + 1 if none does.
+def cut(lengths: Sequence[int], tokens: int) -> Iterable[range]:
+    """Runs of ascending lengths that fit into a budget, padding included, and are at least ``FULL``.
 
-    >>> next_other([{"positive": "a"}, {"positive": "a"}, {"positive": "b"}], 0)
-    2
+    >>> list(cut([3, 4, 4, 9, 10], 24))
+    [range(0, 3), range(3, 5)]
     """
-    n = len(rows)
-    following = [(i + step) % n for step in range(1, n)] or [i]
-    return next((j for j in following if rows[j]["positive"] != rows[i]["positive"]), following[0])
+    start, filled = 0, 0
+    for i, length in enumerate(lengths):
+        padded = (i - start + 1) * length
+        if i > start and (padded > tokens or filled + length < FULL * padded):
+            yield range(start, i)
+            start, filled = i, 0
+        filled += length
+    yield range(start, len(lengths))
+
+
+def next_other(positives: Sequence[int], i: int) -> int:
+    """The next positive, cyclically, that differs from the i-th; the next one if none does.
+
+    >>> next_other([7, 7, 9], 0)
+    9
+    """
+    n = len(positives)
+    following = [positives[(i + step) % n] for step in range(1, n)] or [positives[i]]
+    return next((other for other in following if other != positives[i]), following[0])
+
+
+def _places(keys: list[int], rows: list[list[int]]) -> Tensor:
+    place = {key: i for i, key in enumerate(keys)}
+    return torch.tensor([[place[key] for key in row] for row in rows])
+
+
+def _sources(parts: list[Step]) -> list[Tensor]:
+    """For each input of some padded batches the numbers of its tokens, counted through all of them."""
+    found, at = [], 0
+    for part in parts:
+        mask = part.tensors["attention_mask"]
+        numbers = at + torch.arange(mask.numel()).view(mask.shape)
+        found += [row[attended] for row, attended in zip(numbers, mask.bool(), strict=True)]
+        at += mask.numel()
+    return found
+
+
+def identity(value: Any) -> int:
+    """A number that two inputs share if they are the same text and pictures (paths count by name)."""
+    digest = hashlib.blake2b(digest_size=8)
+
+    def add(part: Any) -> None:
+        if isinstance(part, Image.Image):
+            digest.update(f"{part.mode}{part.size}".encode() + part.tobytes())
+        elif isinstance(part, dict):
+            for name in sorted(part):
+                digest.update(f"\0{name}\0".encode())
+                add(part[name])
+        elif isinstance(part, list | tuple):
+            for one in part:
+                digest.update(b"\1")
+                add(one)
+        else:
+            digest.update(f"{type(part).__name__} {part}".encode())
+
+    add(value)
+    return int.from_bytes(digest.digest(), "big", signed=True)
+
+
+def _number(*parts: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big", signed=True)

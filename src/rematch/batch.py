@@ -1,0 +1,58 @@
+"""One training step, laid out: what the collator hands to the loss."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from rematch.pictures import Pictures
+
+
+@dataclass
+class Step:
+    """One forward pass.
+
+    Attributes:
+        tensors: The model's inputs but for the pictures.
+        sets: Picture sets in reading order, as numbers into :attr:`Batch.pictures`.
+        parts: In ``reuse`` mode: the padded batches that are embedded; the step's own tensors are then the questions
+            about them, with ``read``, which of the embedded inputs stand in the placeholders.
+    """
+
+    tensors: dict[str, Tensor]
+    sets: list[int] = field(default_factory=list)
+    parts: list["Step"] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """How many inputs it embeds."""
+        return sum(part.size for part in self.parts) or len(self.tensors["input_ids"])
+
+
+@dataclass
+class Batch:
+    """B samples of C columns (query, positive and, if there are any, negative), made of N distinct inputs (in ``reuse``
+    mode: distinct within a mini-batch).
+
+    Attributes:
+        inputs: Which distinct input stands where, (B, C).
+        keys: A number per distinct input that is equal where, and only where, inputs are, (N,), int64.
+        embedding: Forward passes that embed the distinct inputs in their order.
+        matching: Forward passes over the matching questions, unless embedding answers them (``reuse``). Beside the
+            fields of :class:`~rematch.matching.Packed` their tensors hold ``read``, which of the distinct inputs stand
+            in the placeholders, in reading order, and ``relevant`` (b, 2): whether a slot's document is the positive.
+        pictures: The distinct picture sets; ``None`` without any.
+        ids: What the samples are called, for errors.
+    """
+
+    inputs: Tensor
+    keys: Tensor
+    embedding: list[Step]
+    matching: list[Step]
+    pictures: Pictures | None
+    ids: list[str] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all its forward passes, padding included."""
+        steps = [part for step in [*self.embedding, *self.matching] for part in (step, *step.parts)]
+        return sum(step.tensors["input_ids"].numel() for step in steps)

@@ -1,0 +1,122 @@
+"""Pictures of a batch: collected once each, seen once by the vision tower, handed out wherever they stand.
+
+A *set* is the pictures of one input (usually one picture). What the vision tower makes of a set, :class:`Seen`, goes
+back into the backbone as ``mm_encoder_outputs``, in place of ``pixel_values``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+@dataclass
+class Pictures:
+    """Picture sets as the backbone's processor made them, one after the other.
+
+    Attributes:
+        values: ``pixel_values`` and the like of all sets, concatenated along the first dimension.
+        sizes: How many rows of each value belong to each set.
+        tokens: Visual tokens of each set.
+    """
+
+    values: dict[str, Tensor]
+    sizes: dict[str, list[int]]
+    tokens: list[int]
+
+    @classmethod
+    def collect(cls, visions: Sequence[dict[str, Tensor]], tokens: Sequence[int]) -> "Pictures":
+        """Several sets as one; those of other shapes (processors pad per call) are padded with zeros alike."""
+        names = list(visions[0])
+        values = {name: _cat([vision[name] for vision in visions]) for name in names}
+        sizes = {name: [len(vision[name]) for vision in visions] for name in names}
+        return cls(values, sizes, list(tokens))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def take(self, which: Sequence[int]) -> "Pictures":
+        """Some of the sets, in the order asked for."""
+        parts = {name: torch.split(value, self.sizes[name]) for name, value in self.values.items()}
+        return Pictures(
+            {name: torch.cat([part[i] for i in which]) for name, part in parts.items()},
+            {name: [sizes[i] for i in which] for name, sizes in self.sizes.items()},
+            [self.tokens[i] for i in which],
+        )
+
+    def to(self, device: Any, dtype: torch.dtype) -> "Pictures":
+        """On a device, numbers that are no whole ones as ``dtype``."""
+        moved = {n: v.to(device, dtype if v.is_floating_point() else v.dtype) for n, v in self.values.items()}
+        return Pictures(moved, self.sizes, self.tokens)
+
+
+@dataclass
+class Seen:
+    """What the vision tower made of one set.
+
+    Attributes:
+        units: Its pictures (or their tiles), (visual tokens, D) each.
+        deepstack: The same at the layers that the language model reads besides, where there are any (Qwen3-VL).
+        stacked: Whether the backbone wants the units as one tensor.
+    """
+
+    units: list[Tensor]
+    deepstack: list[list[Tensor]]
+    stacked: bool
+
+
+def see(base: nn.Module, pictures: Pictures) -> list[Seen]:
+    """Run the vision tower.
+
+    Args:
+        base: The backbone without its LM head.
+        pictures: The sets, on its device.
+
+    Returns:
+        One :class:`Seen` per set.
+    """
+    get_features: Any = base.get_image_features
+    out = get_features(**pictures.values, return_dict=True)
+    units, levels = list(out.pooler_output), [list(level) for level in getattr(out, "deepstack_features", None) or []]
+    seen, at = [], 0
+    for tokens in pictures.tokens:
+        start, count = at, 0
+        while count < tokens:
+            count += len(units[at])
+            at += 1
+        if count != tokens:
+            raise AssertionError(f"{type(base).__name__}: {count} visual features for {tokens} picture tokens")
+        deepstack = [level[start:at] for level in levels]
+        seen.append(Seen(units[start:at], deepstack, isinstance(out.pooler_output, Tensor)))
+    return seen
+
+
+def as_inputs(seen: Sequence[Seen]) -> dict[str, Any]:
+    """The sets as keyword argument of the backbone, in reading order; nothing for no sets."""
+    if not seen:
+        return {}
+    units = [unit for one in seen for unit in one.units]
+    pooled = torch.stack(units) if seen[0].stacked else tuple(units)
+    out = BaseModelOutputWithPooling(pooler_output=pooled)
+    levels = [
+        [unit for level in found for unit in level] for found in zip(*(one.deepstack for one in seen), strict=True)
+    ]
+    if levels:
+        out.deepstack_features = levels
+    return {"mm_encoder_outputs": {"image": out}}
+
+
+def _cat(values: list[Tensor]) -> Tensor:
+    shapes = [value.shape[1:] for value in values]
+    if len(set(shapes)) > 1:
+        largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+        padded = []
+        for value in values:
+            whole = value.new_zeros(len(value), *largest)
+            whole[(slice(None), *(slice(0, n) for n in value.shape[1:]))] = value
+            padded.append(whole)
+        values = padded
+    return torch.cat(values)

@@ -1,0 +1,255 @@
+"""Inputs as token ids: every input is read once, and serves embedding and matching alike.
+
+- For embedding, an input stands in the backbone's chat template and ends with the learnable tokens.
+- For matching, only its content (pictures and text) is a segment of a longer sequence (:mod:`rematch.matching`).
+
+Shapes: L tokens, P position dimensions (1, or 3 for M-RoPE backbones).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rematch.data.inputs import as_parts
+from rematch.errors import ModelError, RematchError
+from rematch.matching import Packed, Segment, lay_out, lay_out_reuse, pack
+from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_QUESTION, MATCH_TASK, document_token, query_token
+
+_MARK = "[[CONTENT]]"
+_TEXT_FEATURES = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
+
+
+@dataclass
+class Reading:
+    """One input, tokenized.
+
+    Attributes:
+        ids: In the chat template, without learnable tokens, (L,).
+        positions: From 0, (P, L).
+        content: Its pictures and text alone.
+        vision: ``pixel_values`` and the like of its pictures, as the backbone takes them; empty without pictures.
+        visual_tokens: How many of its tokens stand for pictures.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    content: Segment
+    vision: dict[str, Tensor] = field(default_factory=dict)
+    visual_tokens: int = 0
+
+
+class Reader:
+    """Tokenizes with a backbone's processor.
+
+    Args:
+        processor: Of the backbone.
+        model: The backbone without its LM head; it knows the picture token, and M-RoPE positions where it has them.
+
+    Raises:
+        ModelError: If the chat template cannot take a user turn of text and a picture.
+    """
+
+    def __init__(self, processor: Any, model: Any) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.picture_token: int = getattr(model.config, "image_token_id", None) or model.config.image_token_index
+        self._rope_index = getattr(model, "get_rope_index", None)
+        self.prefix, self.suffix, self.picture_markup = self._read_template()
+        self._learnable: dict[str, list[int]] = {}
+
+    def _read_template(self) -> tuple[str, str, str]:
+        """(what the chat template puts before the content, after it, and for a picture)."""
+
+        def render(content: list[dict[str, str]]) -> str:
+            turn = [{"role": "user", "content": content}]
+            return str(self.processor.apply_chat_template(turn, add_generation_prompt=True))
+
+        text = {"type": "text", "text": _MARK}
+        try:
+            prefix, suffix = render([text]).split(_MARK)
+            picture = render([{"type": "image"}, text]).split(_MARK)[0].removeprefix(prefix)
+        except Exception as error:
+            raise ModelError(
+                f"the chat template cannot render a user turn of text and a picture ({error}). Use a backbone whose "
+                "template takes structured content."
+            ) from error
+        if not picture.strip():
+            raise ModelError("the chat template leaves pictures out. Use a backbone whose template takes pictures.")
+        return prefix, suffix, picture
+
+    def parts(self, value: Any, row: int) -> tuple[list[Image.Image], str]:
+        """:func:`~rematch.data.inputs.as_parts`, without text that would be taken for a picture."""
+        pictures, text = as_parts(value, row)
+        placeholder = getattr(self.processor, "image_token", None)
+        if placeholder and placeholder in text:
+            raise RematchError(f"input {row}: its text holds {placeholder}, which stands for a picture. Take it out.")
+        return pictures, text
+
+    def read(self, value: Any, row: int = 0) -> Reading:
+        """Tokenize one input.
+
+        Args:
+            value: As for :func:`~rematch.data.inputs.as_parts`.
+            row: Where it stands in the batch, for the error.
+
+        Raises:
+            RematchError: If it is empty, no query or document, or a picture cannot be read.
+        """
+        pictures, text = self.parts(value, row)
+        body = self.picture_markup * len(pictures) + text
+        whole = self._tokenize(self.prefix + body + self.suffix, pictures)
+        before, after = (self._ids(part) for part in (self.prefix, self.suffix))
+        start, stop = len(before), len(whole["input_ids"]) - len(after)
+        ids: Tensor = whole["input_ids"]
+        positions = self._positions(whole)
+        if ids[:start].tolist() == before and ids[stop:].tolist() == after:
+            content = Segment(ids[start:stop], positions[:, start:stop] - start)
+        else:  # text and template share a token at the border, as a leading line break may
+            alone = self._tokenize(body, pictures)
+            content = Segment(alone["input_ids"], self._positions(alone))
+        vision = {name: value for name, value in whole.items() if name not in _TEXT_FEATURES}
+        return Reading(ids, positions, content, vision, int((ids == self.picture_token).sum()))
+
+    def text_segment(self, text: str, *, placeholder: bool = False, opening: bool = False) -> Segment:
+        """A segment of text alone; with a placeholder for ``Z*`` at its end; or the one that opens the sequence."""
+        known = self._ids(text) if text else []
+        bos = self.tokenizer.bos_token_id
+        if opening and bos in self.tokenizer.encode(text)[:1] and known[:1] != [bos]:
+            known = [bos, *known]  # the chat template leaves it to the tokenizer, and embeddings get it too
+        ids = torch.tensor(known + [self.tokenizer.eos_token_id] * placeholder, dtype=torch.long)
+        return Segment(ids, self._positions({"input_ids": ids}), is_feature=placeholder)
+
+    def headed(self, head: Segment, content: Segment) -> Segment:
+        """The content with a head ("Query:") before it."""
+        positions = torch.cat([head.positions, content.positions + head.end], dim=1)
+        return Segment(torch.cat([head.ids, content.ids]), positions)
+
+    def embedding_batch(self, readings: Sequence[Reading], tasks: Sequence[str]) -> dict[str, Tensor]:
+        """Readings with the learnable tokens of their task (``"query"`` or ``"document"``), padded on the right.
+
+        Returns:
+            ``input_ids`` (B, L), ``attention_mask`` (B, L), ``position_ids`` (B, L) or (3, B, L); without pictures.
+
+        Raises:
+            RematchError: If an input is longer than the model takes.
+        """
+        rows = [self.embedded(reading, task) for reading, task in zip(readings, tasks, strict=True)]
+        longest = max(len(row.ids) for row in rows)
+        if longest > self.tokenizer.model_max_length:
+            raise too_long(max(range(len(rows)), key=lambda i: len(rows[i].ids)), self.tokenizer.model_max_length)
+        ids = torch.full((len(rows), longest), int(self.tokenizer.pad_token_id or 0))
+        mask = torch.zeros(len(rows), longest, dtype=torch.long)
+        positions = torch.zeros(rows[0].positions.shape[0], len(rows), longest, dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, : len(row.ids)], mask[i, : len(row.ids)] = row.ids, 1
+            positions[:, i, : len(row.ids)] = row.positions
+        plain = positions[0] if len(positions) == 1 else positions
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": plain}
+
+    def embedded(self, reading: Reading, task: str) -> Segment:
+        """What the backbone reads to embed an input: the reading, and the learnable tokens of ``task``."""
+        tail = torch.tensor(self.learnable_ids(task), dtype=torch.long)
+        after = (int(reading.positions.max()) + 1 + torch.arange(len(tail))).expand(len(reading.positions), -1)
+        return Segment(torch.cat([reading.ids, tail]), torch.cat([reading.positions, after], dim=1))
+
+    def pack_matching(
+        self,
+        rows: Sequence[tuple[Reading | None, Sequence[Reading | None]]],
+        questions: Sequence[Sequence[tuple[str, int, str]]],
+    ) -> tuple[Packed, list[Reading]]:
+        """Lay out matching questions; needs no forward pass, so data workers can do it.
+
+        Args:
+            rows: For each sequence the query and the documents; ``None`` for one that only has a ``feat`` view.
+            questions: For each sequence the (query view, document index, document view) of every answer slot. Views
+                are laid out if a question asks for them.
+
+        Returns:
+            The packed sequences, and the readings whose pictures they show, in order.
+        """
+        prompt = self.text_segment(self.prefix + MATCH_TASK, opening=True)
+        slot = self.text_segment(MATCH_QUESTION + self.suffix)
+        heads = [self.text_segment(head) for head in (MATCH_QUERY, MATCH_DOCUMENT)]
+        feats = [self.text_segment(head, placeholder=True) for head in (MATCH_QUERY, MATCH_DOCUMENT)]
+        shown: list[Reading] = []
+
+        def views(wanted: set[str], value: Reading | None, kind: int) -> dict[str, Segment]:
+            found = {}
+            if "raw" in wanted and value is not None:
+                found["raw"] = self.headed(heads[kind], value.content)
+                shown.extend([value] * bool(value.vision))
+            return found | ({"feat": feats[kind]} if "feat" in wanted else {})
+
+        sequences = []
+        for (query, documents), asked in zip(rows, questions, strict=True):
+            queries = views({q for q, _, _ in asked}, query, 0)
+            others = [views({d for _, i, d in asked if i == j}, value, 1) for j, value in enumerate(documents)]
+            sequences.append(lay_out(prompt, queries, others, slot, asked))
+        return pack(sequences, int(self.tokenizer.pad_token_id or 0)), shown
+
+    def pack_reuse(
+        self, rows: Sequence[Sequence[Segment | None]], questions: Sequence[Sequence[tuple[str, int, str]]]
+    ) -> Packed:
+        """Lay out questions that are answered from the embedding pass (:func:`~rematch.matching.lay_out_reuse`).
+
+        Args:
+            rows: For each sequence the query and the documents as they are embedded, with their ``source``.
+            questions: As for :meth:`pack_matching`.
+        """
+        prompt = self.text_segment(self.prefix + MATCH_TASK, opening=True)
+        slot = self.text_segment(MATCH_QUESTION + self.suffix)
+        feats = (
+            self.text_segment(MATCH_QUERY, placeholder=True),
+            self.text_segment(MATCH_DOCUMENT, placeholder=True),
+        )
+        sequences = [
+            lay_out_reuse(prompt, embedded, feats, slot, asked) for embedded, asked in zip(rows, questions, strict=True)
+        ]
+        return pack(sequences, int(self.tokenizer.pad_token_id or 0))
+
+    def learnable_ids(self, task: str) -> list[int]:
+        """Token ids of the learnable tokens for ``task``, ``"query"`` or ``"document"``."""
+        if task not in self._learnable:
+            name = query_token if task == "query" else document_token
+            vocabulary = self.tokenizer.get_added_vocab()
+            self._learnable[task] = [vocabulary[name(i)] for i in range(len(vocabulary)) if name(i) in vocabulary]
+        return self._learnable[task]
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def _tokenize(self, text: str, pictures: list[Image.Image]) -> dict[str, Tensor]:
+        """The processor's output for one text, its token features without the batch dimension."""
+        found = self.processor(
+            text=[text],
+            images=pictures or None,
+            return_mm_token_type_ids=True,
+            padding=False,
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
+        return {name: value[0] if name in _TEXT_FEATURES else value for name, value in found.items()}
+
+    def _positions(self, tokens: dict[str, Tensor]) -> Tensor:
+        """Positions from 0, (P, L)."""
+        ids, kinds = tokens["input_ids"], tokens.get("mm_token_type_ids")
+        plain = torch.arange(len(ids))[None]
+        if self._rope_index is None:
+            return plain
+        if kinds is None or not kinds.any():
+            return plain.expand(3, -1)
+        positions: Tensor = self._rope_index(ids[None], kinds[None], image_grid_thw=tokens["image_grid_thw"])[0]
+        return positions[:, 0]
+
+
+def too_long(row: int, limit: int) -> RematchError:
+    """The error for an input that does not fit into the model."""
+    return RematchError(
+        f"input {row}: longer than the {limit} tokens that the model takes, pictures included. Shorten the text, use "
+        "fewer or smaller pictures, or raise max_seq_length."
+    )

@@ -1,0 +1,156 @@
+"""The gradient cache against the plain loss, in value and gradient; pictures and documents computed once."""
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from rematch.losses import ReMatchLoss
+from rematch.train.collator import FULL, Collator, cut
+
+SMALL = 150  # tokens: many mini-batches
+
+
+def gradients(model, loss, batches, scale=1.0, seed=0):
+    """Losses and gradients of some batches, accumulated, as a trainer does it."""
+    model.zero_grad()
+    loss.zero_grad()
+    torch.manual_seed(seed)
+    totals = []
+    for batch in batches:
+        total = torch.stack(list(loss([batch]).values())).sum()
+        (total * scale / len(batches)).backward()
+        totals.append(total.item())
+    named = [*model.named_parameters(), *[(n, p) for n, p in loss.named_parameters() if not n.startswith("model.")]]
+    return totals, {n: p.grad.clone() for n, p in named if p.grad is not None}
+
+
+def assert_equal(plain, cached, tolerance):
+    assert cached[0] == pytest.approx(plain[0], rel=tolerance)
+    assert cached[1].keys() == plain[1].keys()
+    largest = max(gradient.norm() for gradient in plain[1].values())
+    for name, gradient in plain[1].items():  # some are zero but for rounding: biases of keys
+        assert (cached[1][name] - gradient).norm() <= tolerance * gradient.norm().clamp(min=1e-4 * largest), name
+
+
+def both(model, batches, scale=1.0, **options):
+    return [gradients(model, ReMatchLoss(model, gradient_cache=c, **options), batches, scale) for c in (False, True)]
+
+
+def test_cached_equals_plain_in_value_and_gradient(model, triplets):
+    """Text-only, picture-only and mixed columns; two batches accumulated; a loss scale as under fp16."""
+    collator = Collator(model, tokens=SMALL)
+    batches = [collator(triplets[:6])["batch"], collator(triplets[6:])["batch"]]
+    assert all(len(b.embedding) > 3 and len(b.matching) > 2 for b in batches)
+    assert_equal(*both(model, batches, scale=1024.0), 1e-9)
+
+
+def test_cached_equals_plain_under_dropout(make_model, triplets):
+    model = make_model(lora=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.3)).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    batch = Collator(model, tokens=SMALL)(triplets)["batch"]
+    plain, cached = both(model, [batch])
+    assert_equal(plain, cached, 1e-6)  # the adapter's weights are float32
+    other = gradients(model, ReMatchLoss(model, gradient_cache=True), [batch], seed=1)
+    assert other[0] != cached[0]  # dropout was on
+
+
+def test_cached_equals_plain_in_single_precision(make_model, triplets):
+    model = make_model(dtype=torch.float32)
+    batch = Collator(model, tokens=SMALL)(triplets)["batch"]
+    assert_equal(*both(model, [batch]), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"w_qdm": 0},
+        {"w_orth": 0, "views": ["raw-raw"]},
+        {"learn_temperature": True, "symmetric": True, "mask_duplicates": True},
+        {"hardness": 2.0, "matryoshka": [8, 16], "largest": 40},
+    ],
+)
+def test_cached_equals_plain_with_options(model, triplets, options):
+    batch = Collator(model, options.get("views", ["raw-raw", "feat-feat"]), SMALL)(triplets)["batch"]
+    options = {"views": ["raw-raw", "feat-feat"]} | options
+    assert_equal(*both(model, [batch], scale=8.0, **options), 1e-9)
+
+
+def test_the_cut_into_mini_batches_changes_nothing(model, triplets):
+    loss = ReMatchLoss(model)
+    results = [gradients(model, loss, [Collator(model, tokens=n)(triplets)["batch"]]) for n in (SMALL, 100_000)]
+    assert_equal(*results, 1e-6)  # padding moves float32 rotary tables
+
+
+def test_two_forwards_before_the_backwards(model, triplets):
+    """The second forward must not spoil what the first one's backward needs."""
+    collator = Collator(model, tokens=SMALL)
+    first, second = (collator(rows)["batch"] for rows in (triplets[:5], triplets[5:]))
+    loss = ReMatchLoss(model, gradient_cache=True)
+    model.zero_grad()
+    totals = [torch.stack(list(loss([batch]).values())).sum() for batch in (first, second)]
+    totals[0].backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    _, expected = gradients(model, loss, [first])
+    assert all(torch.equal(found[n], g) for n, g in expected.items())
+
+
+def test_a_frozen_tower_sees_each_distinct_picture_once(model, triplets):
+    model.backbone.freeze_vision()
+    batch = Collator(model, tokens=SMALL)([*triplets, *triplets])["batch"]
+    loss = ReMatchLoss(model, gradient_cache=True)
+    passed = []
+    tower = model.backbone.base.vision_tower
+    handle = tower.register_forward_pre_hook(lambda _, args: passed.append(len(args[0])))
+    once = gradients(model, loss, [batch])
+    handle.remove()
+    pictures = [t[c]["image"] for t in triplets for c in ("query", "positive", "negative") if "image" in t[c]]
+    assert sum(passed) == len({p.tobytes() for p in pictures}) == len(batch.pictures)
+
+    class Blind(ReMatchLoss):  # the obvious version: every forward looks at its own pictures
+        def see(self, batch):
+            return None
+
+    assert_equal(gradients(model, Blind(model), [batch]), once, 1e-9)
+
+
+def test_a_tower_in_training_switches_reuse_off(model, triplets):
+    batch = Collator(model, tokens=SMALL)(triplets)["batch"]
+    assert ReMatchLoss(model).see(batch) is None
+    _, grads = gradients(model, ReMatchLoss(model, gradient_cache=True), [batch])
+    assert any("vision_tower" in n for n in grads)
+    model.backbone.freeze_vision()
+    assert len(ReMatchLoss(model).see(batch)) == len(batch.pictures)
+
+
+def test_identical_inputs_are_embedded_once(model, triplets):
+    once, twice = (Collator(model, ["feat-feat"], SMALL)(rows)["batch"] for rows in (triplets, [*triplets, *triplets]))
+    assert len(once.keys) == len(twice.keys) == sum(len(s.tensors["input_ids"]) for s in twice.embedding)
+    assert torch.equal(twice.inputs[:12], twice.inputs[12:])
+
+
+def test_mini_batches_hold_their_budget_and_little_padding(model, triplets):
+    batch = Collator(model, tokens=2000)(triplets * 3)["batch"]
+    for steps in (batch.embedding, batch.matching):
+        for step in steps:
+            assert step.tensors["input_ids"].numel() <= 2000
+    real = sum(int(step.tensors["attention_mask"].sum()) for step in batch.embedding)
+    padded = sum(step.tensors["input_ids"].numel() for step in batch.embedding)
+    assert real / padded >= FULL
+    last = [step.tensors["owner"] == step.tensors["visible"].shape[1] - 1 for step in batch.matching]
+    assert sum(int(m.sum()) for m in last) <= (1 - FULL) * sum(m.numel() for m in last)
+
+
+def test_an_input_over_the_budget_is_a_mini_batch_of_its_own():
+    assert [list(r) for r in cut([5, 90], 40)] == [[0], [1]]
+
+
+def test_training_reads_inputs_as_encoding_does(model, triplets):
+    """Token for token: the collator's embedding batches are what ``encode`` feeds to the model."""
+    for task, column in (("query", "query"), ("document", "positive")):
+        for row in triplets:
+            reading = model.backbone.reader.read(row[column])
+            own = model.backbone.reader.embedding_batch([reading], [task])
+            assert own["input_ids"].tolist() == model.preprocess([row[column]], task=task)["input_ids"].tolist()

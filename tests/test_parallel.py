@@ -1,0 +1,105 @@
+"""Two processes against one with the same global batch: DDP and FSDP2, plain and cached, unified and reuse."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import build_model
+from test_gradient_cache import SMALL
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from rematch.losses import ReMatchLoss
+from rematch.train.collator import Collator
+
+MODES = [(cached, reuse) for cached in (False, True) for reuse in (False, True)]
+
+
+def step(model, wrapped, rows, cached, reuse, options):
+    batch = Collator(model, tokens=SMALL, reuse=reuse)(rows)["batch"]
+    loss = ReMatchLoss(wrapped, gradient_cache=cached, **options)
+    wrapped.zero_grad()
+    total = torch.stack(list(loss([batch]).values())).sum()
+    total.backward()
+    gradients = {}
+    for name, parameter in wrapped.named_parameters():
+        if parameter.grad is not None:
+            gradient = parameter.grad
+            gradients[name.removeprefix("module.")] = (
+                gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+            )
+    own = loss.log_temperature.grad if loss.log_temperature is not None else None
+    return total.detach(), gradients, own
+
+
+def worker(rank, port, kind, backbone, shares, results):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    reductions = []
+    found = {}
+    for cached, reuse in MODES:
+        wrapped = own = build_model(backbone, num_tokens=2)
+        if kind == "ddp":
+            wrapped = DistributedDataParallel(own, bucket_cap_mb=1000)
+            wrapped.register_comm_hook(None, counted(reductions))
+        else:
+            mesh = init_device_mesh("cpu", (2,))
+            base = own.backbone.base
+            for layer in [*base.language_model.layers, *base.vision_tower.encoder.layers]:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(own, mesh=mesh)
+            assert isinstance(own, FSDPModule)
+        options = {"learn_temperature": True, "mask_duplicates": True, "symmetric": True}
+        total, gradients, temperature = step(own, wrapped, shares[rank], cached, reuse, options)
+        dist.all_reduce(total)
+        found[cached, reuse] = (total.item() / 2, gradients, temperature)
+        if kind == "ddp":
+            assert len(reductions) == 1, "one reduction a step"
+            reductions.clear()
+    if rank == 0:
+        torch.save(found, results)
+    dist.destroy_process_group()
+
+
+def counted(reductions):
+    def hook(_, bucket):
+        reductions.append(bucket.index())
+        future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+        return future.then(lambda f: f.value()[0] / 2)
+
+    return hook
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("pictures", ["everywhere", "on one process"])
+def test_two_processes_equal_one(backbone_path, triplets, tmp_path, kind, pictures):
+    """The tower trains: a process without pictures must neither hang nor lose its part of the reduction."""
+    model = build_model(backbone_path, num_tokens=2)
+    rows = triplets[:8]
+    if pictures == "on one process":
+        texts = [{c: {"text": f"{c} number {i}"} for c in ("query", "positive", "negative")} for i in range(4)]
+        rows = triplets[:4] + texts
+    results = tmp_path / "results.pt"
+    mp.spawn(worker, (free_port(), kind, backbone_path, (rows[:4], rows[4:]), results), nprocs=2)
+    found = torch.load(results)
+    for cached, reuse in MODES:
+        options = {"learn_temperature": True, "mask_duplicates": True, "symmetric": True}
+        total, gradients, temperature = step(model, model, rows, cached, reuse, options)
+        theirs = found[cached, reuse]
+        assert theirs[0] == pytest.approx(total.item(), rel=1e-7)
+        assert theirs[2].item() == pytest.approx(temperature.item(), rel=1e-6)
+        largest = max(g.norm() for g in gradients.values())
+        for name, gradient in gradients.items():
+            difference = (theirs[1][name] - gradient).norm()
+            assert difference <= 1e-6 * gradient.norm().clamp(min=1e-3 * largest), (cached, reuse, name)
