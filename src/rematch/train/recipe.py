@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rematch.errors import RecipeError
 
@@ -31,15 +31,30 @@ class Model(_Section):
     backbone: str = Field("rematch-base", description="hub name, directory, or a packaged model")
     num_tokens: int = Field(16, ge=0, description="K learnable tokens; 0 pools the last token")
     lora: Lora | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] | None = Field(
+        None, description="of the weights: by default the checkpoint's under an adapter, float32 without"
+    )
+    attention: str | None = Field(None, description="sdpa, eager, flash_attention_2; by default the backbone's choice")
+    four_bit: bool = Field(False, description="QLoRA: the frozen weights in 4 bits (needs bitsandbytes and a GPU)")
     train_vision: bool = Field(False, description="full fine-tuning: train the vision tower too")
+
+
+class Source(_Section):
+    """One of several data sets."""
+
+    path: str = Field(description="picto, a .jsonl/.parquet file, or a directory in MMEB-train form")
+    weight: float | None = Field(None, gt=0, description="how often it is drawn; by default its number of samples")
+    samples: int | None = Field(None, gt=0, description="use only so many samples")
 
 
 class Data(_Section):
     """What it is trained on."""
 
-    source: str = Field("picto", description="picto, a .jsonl/.parquet file, or a directory in MMEB-train form")
-    samples: int | None = Field(None, gt=0, description="use only so many samples")
+    source: str | list[Source] = Field("picto", description="one data set, as in Source.path, or a list of sources")
+    samples: int | None = Field(None, gt=0, description="use only so many samples (of each source)")
+    homogeneous: bool = Field(False, description="every batch from one source (each config of a directory is one)")
     hard_negatives: bool = Field(True, description="use the explicit hard negatives")
+    validation: int = Field(0, ge=0, description="samples of each source kept out and scored at every checkpoint")
     document_instructions: bool = Field(True, description="put the target-side instruction before documents")
 
 
@@ -49,6 +64,15 @@ class Loss(_Section):
     temperature: float = Field(0.02, gt=0)
     w_orth: float = Field(0.5, ge=0, description="0 switches orthogonality off")
     w_qdm: float = Field(0.1, ge=0, description="0 switches matching off")
+    matching: Literal["unified", "feat", "reuse"] = Field(
+        "unified", description="read raw inputs anew; ask about vectors only; read what embedding computed"
+    )
+    gradient_cache: bool = Field(False, description="memory of one mini-batch, whatever the batch; one more forward")
+    learn_temperature: bool = Field(False, description="train the temperature, from its value on")
+    mask_duplicates: bool = Field(False, description="a document identical to the positive is no negative")
+    symmetric: bool = Field(False, description="contrast positives with queries too")
+    hardness: float = Field(0.0, ge=0, description="a negative counts exp(hardness x cosine) times")
+    matryoshka: list[int] = Field([], description="further widths at which vectors shall work")
     views: list[View] = Field(["raw-raw", "raw-feat", "feat-raw", "feat-feat"], min_length=1)
 
 
@@ -58,12 +82,18 @@ class Train(_Section):
     output: str = Field("rematch-model", description="directory of the trained model and its log")
     steps: int = Field(1600, gt=0)
     batch_size: int = Field(32, gt=1, description="samples per step; the others' documents are negatives")
+    mini_batch_tokens: int = Field(16_384, gt=0, description="tokens per forward pass, pictures and padding included")
     learning_rate: float = Field(1e-4, gt=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
     weight_decay: float = Field(0.0, ge=0)
     bf16: bool = Field(False, description="bfloat16 autocast")
     seed: int = 0
     log_every: int = Field(20, gt=0)
+    gradient_checkpointing: bool = Field(False, description="keep no activations inside layers, compute them again")
+    save_every: int = Field(
+        0, ge=0, description="steps between checkpoints; a run that was cut off goes on from the last"
+    )
+    report_to: list[str] = Field([], description="trackers; by default TensorBoard if it is installed")
     workers: int = Field(1, ge=0, description="processes that read and tokenize ahead")
 
 
@@ -74,6 +104,19 @@ class Recipe(_Section):
     data: Data = Data()
     loss: Loss = Loss()
     train: Train = Train()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        if self.data.validation and not self.train.save_every:
+            raise ValueError("data.validation is scored at checkpoints; set train.save_every too")
+        if self.loss.matching == "reuse" and self.train.gradient_checkpointing:
+            raise ValueError(
+                "loss.matching=reuse reads keys and values that train.gradient_checkpointing throws away; switch one "
+                "of them off (loss.gradient_cache with fewer train.mini_batch_tokens saves memory too)"
+            )
+        if self.model.four_bit and self.model.lora is None:
+            raise ValueError("model.four_bit leaves nothing to train without model.lora")
+        return self
 
 
 def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -120,6 +163,8 @@ def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
 
 def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
     if error["type"] != "extra_forbidden":
         return f"{where} = {error['input']!r}: {error['msg'].lower()}"
     known = [f"{name}.{key}" for name, f in Recipe.model_fields.items() for key in f.annotation.model_fields]  # type: ignore[union-attr]

@@ -4,29 +4,24 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+import yaml
 from peft import LoraConfig
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from transformers import PrinterCallback, TrainerCallback
+from sentence_transformers import SentenceTransformerTrainingArguments
+from transformers import BitsAndBytesConfig, PrinterCallback, TrainerCallback
 
-from rematch.data.mmeb import read_train
-from rematch.data.pairs import read_triplets
-from rematch.data.picto_tasks import training_triplet
-from rematch.data.schema import Triplet
-from rematch.errors import DataError, RecipeError, RematchError
+from rematch.errors import RecipeError, RematchError, TrainingError
 from rematch.losses import ReMatchLoss
 from rematch.model import ReMatch
 from rematch.train.collator import Collator
-from rematch.train.recipe import Recipe
+from rematch.train.recipe import Recipe, View
+from rematch.train.sources import build_dataset, build_validation
+from rematch.train.trainer import StopOnSignal, Trainer, newest_checkpoint
 
 
 def build_model(recipe: Recipe) -> ReMatch:
@@ -37,76 +32,52 @@ def build_model(recipe: Recipe) -> ReMatch:
         lora = LoraConfig(r=settings.lora.r, lora_alpha=settings.lora.alpha, lora_dropout=settings.lora.dropout)
     torch.manual_seed(recipe.train.seed)
     vision = settings.lora.vision if settings.lora else False
-    dtype = {} if lora else {"dtype": torch.float32}  # small updates of whole weights would be lost in bfloat16
+    dtype = settings.dtype or ("auto" if lora else "float32")  # bfloat16 would lose small updates of whole weights
+    options: dict[str, Any] = {"dtype": dtype}
+    if settings.attention:
+        options["attn_implementation"] = settings.attention
+    if settings.four_bit:
+        if not torch.cuda.is_available() or find_spec("bitsandbytes") is None:
+            raise RecipeError("model.four_bit needs a CUDA device and bitsandbytes (pip install bitsandbytes).")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
     model = ReMatch.from_backbone(
-        settings.backbone, settings.num_tokens, lora=lora, lora_vision=vision, model_kwargs=dtype
+        settings.backbone, settings.num_tokens, lora=lora, lora_vision=vision, model_kwargs=options
     )
     model.backbone.document_instructions = recipe.data.document_instructions
     if lora is None and not settings.train_vision:
-        for name, parameter in model.backbone.model.named_parameters():
-            if "vision" in name or "visual" in name:
-                parameter.requires_grad_(False)
+        model.backbone.freeze_vision()
+    if recipe.train.gradient_checkpointing:
+        model.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def build_dataset(recipe: Recipe) -> Dataset:
-    """A dataset of rows ``query``, ``positive``(, ``negative``), made or read as they are asked for."""
-    source, seed = recipe.data.source, recipe.train.seed
-    total = recipe.train.steps * recipe.train.batch_size
-    triplet: Callable[[int], Triplet]
-    if source == "picto":
-        count, has_negatives = recipe.data.samples or total, True
-        triplet = partial(training_triplet, seed)
-    else:
-        path = Path(source)
-        read = read_train(path) if path.is_dir() else read_triplets(path)
-        samples = read[: recipe.data.samples]
-        count, has_negatives = len(samples), bool(samples) and all(t.negative is not None for t in samples)
-        if not has_negatives and any(t.negative is not None for t in samples) and recipe.data.hard_negatives:
-            raise DataError(
-                f"{source}: some samples have a hard negative and others none. Give every one a negative, or train "
-                "without them (data.hard_negatives=false)."
-            )
-        triplet = samples.__getitem__
-    if count < recipe.train.batch_size:
-        raise DataError(
-            f"{source}: {count} samples do not fill one batch of {recipe.train.batch_size}; lower train.batch_size "
-            f"(train.batch_size={max(2, count)}) or bring more data."
-        )
-    columns = ["query", "positive"] + ["negative"] * (has_negatives and recipe.data.hard_negatives)
-    rows = _Rows(triplet, columns, recipe.data.document_instructions)
-    return Dataset.from_dict({"index": list(range(count))}).with_transform(rows)
+def build_loss(recipe: Recipe, model: ReMatch) -> ReMatchLoss:
+    """The loss of a recipe."""
+    options = recipe.loss.model_dump(exclude={"matching", "views"})
+    return ReMatchLoss(model, views=_views(recipe), **options)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """From indices to the columns of a batch; a class, so that data workers can be started by pickling it."""
-
-    triplet: Callable[[int], Triplet]
-    columns: list[str]
-    document_instructions: bool
-
-    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        found = [self.triplet(i) for i in batch["index"]]
-        instruct = {c: self.document_instructions or c == "query" for c in self.columns}
-        return {c: [getattr(t, c).as_input(instruct[c]) for t in found] for c in self.columns}
+def build_collator(recipe: Recipe, model: ReMatch) -> Collator:
+    """What makes batches for :func:`build_loss`; it marks the model as one that answers the recipe's way."""
+    reuse = recipe.loss.matching == "reuse"
+    model.backbone.matching = "reuse" if reuse else "packed"
+    return Collator(model, _views(recipe), recipe.train.mini_batch_tokens, reuse)
 
 
-class _Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-transformers ships no types
-    """The library's trainer; it logs the Yes/No accuracy per view pair and keeps every log in ``log.jsonl``."""
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs | self.loss.pop_accuracy(), start_time)
-
-    def validate_column_names(self, dataset: Any, dataset_name: str | None = None) -> None:
-        """Rows are made by a transform, so that the stored columns are not those the model sees."""
+def _views(recipe: Recipe) -> list[View]:
+    if not recipe.loss.w_qdm:
+        return []
+    return ["feat-feat"] if recipe.loss.matching == "feat" else recipe.loss.views
 
 
 def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bool = False) -> ReMatch:
     """Train a model and write it to ``recipe.train.output``.
 
     The directory is written under a temporary name and renamed when it is whole; ``recipe.json``, ``log.json`` (every
-    logged step) and TensorBoard files lie in it.
+    logged step) and TensorBoard files lie in it. With checkpoints (``train.save_every``), a run of the same recipe that
+    was cut off is continued.
 
     Args:
         recipe: What to do.
@@ -116,30 +87,35 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
     Raises:
         RecipeError: If the output directory exists already.
         DataError: If the data cannot be read, or holds less than one batch.
+        TrainingError: If the loss is no number, or SIGTERM stopped the run (a checkpoint is written then).
     """
     settings = recipe.train
     output = Path(settings.output)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError("this version trains on one device; start it without torchrun or accelerate launch.")
+    world, first = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0")) == 0
     if output.is_file() or (output.exists() and any(output.iterdir())):
         raise RecipeError(f"{output}: exists already. Choose another train.output=… or remove it.")
+    if settings.batch_size % world:
+        raise RecipeError(f"train.batch_size={settings.batch_size} cannot be shared evenly by {world} processes.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    dataset = build_dataset(recipe)
-    model = build_model(recipe)
-    loss = ReMatchLoss(
-        model,
-        temperature=recipe.loss.temperature,
-        w_orth=recipe.loss.w_orth,
-        w_qdm=recipe.loss.w_qdm,
-        views=recipe.loss.views,
-    )
     partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    checkpoint = _resumable(recipe, partial)
+    dataset = build_dataset(recipe)
+    validation = build_validation(recipe)
+    model = build_model(recipe)
+    loss = build_loss(recipe, model)
+    collator = build_collator(recipe, model)
+    if first:
+        if checkpoint is None:
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        _write(partial / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(partial / "tensorboard")
+    report_to = settings.report_to or (["tensorboard"] if find_spec("tensorboard") else [])
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(partial),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // world,
+        per_device_eval_batch_size=settings.batch_size // world,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=round(settings.warmup * settings.steps),
@@ -149,40 +125,100 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
         seed=settings.seed,
         logging_steps=settings.log_every,
         logging_first_step=True,
-        save_strategy="no",
-        report_to=["tensorboard"] if find_spec("tensorboard") else [],
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or 1,
+        save_total_limit=2,
+        eval_strategy="steps" if validation is not None else "no",
+        eval_steps=settings.save_every or None,
+        load_best_model_at_end=validation is not None,
+        report_to=report_to,
         dataloader_num_workers=settings.workers,
-        dataloader_drop_last=True,
         remove_unused_columns=False,
         disable_tqdm=quiet,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel: the loss calls parts of the model by name
-    views = recipe.loss.views if recipe.loss.w_qdm else []
-    trainer = _Trainer(
+    stop = StopOnSignal()
+    trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
+        eval_dataset=validation,
         loss=loss,
-        data_collator=Collator(model, views, settings.seed),
-        callbacks=list(callbacks),
+        data_collator=collator,
+        callbacks=[stop, *callbacks],
     )
     if quiet:
         trainer.remove_callback(PrinterCallback)
-    loss.autocast = trainer.accelerator.autocast
+    if checkpoint is not None and first:
+        sys.stderr.write(f"{partial}: continuing after step {checkpoint.name.rpartition('-')[2]}\n")
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RematchError:
         sys.stderr.write("\n")  # the progress bar has left the line open
-        shutil.rmtree(partial, ignore_errors=True)
+        if first and newest_checkpoint(partial) is None:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward ran under autocast
-    loss.autocast = nullcontext
     os.environ.pop("TENSORBOARD_LOGGING_DIR")
+    if stop.stopped and trainer.state.global_step < settings.steps:
+        raise TrainingError(
+            f"stopped after step {trainer.state.global_step} of {settings.steps}; a checkpoint is written. Start the "
+            "same command again to go on."
+        )
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward ran under autocast
     model.eval()
-    model.save_pretrained(str(partial))
-    (partial / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n")
-    (partial / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
+    if first:
+        model.save_pretrained(str(partial))
+        _write(partial / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
+        _write_card(partial, model, recipe, trainer.state.log_history)
+        for old in partial.glob("checkpoint-*"):
+            shutil.rmtree(old)
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
     return model
+
+
+def _resumable(recipe: Recipe, partial: Path) -> Path | None:
+    """The checkpoint to go on from, if an earlier run of this very recipe left one."""
+    checkpoint = newest_checkpoint(partial)
+    if checkpoint is None:
+        return None
+    before, now = json.loads((partial / "recipe.json").read_text()), json.loads(recipe.model_dump_json())
+    changed = [f"{part}.{key}" for part in now for key in now[part] if before.get(part, {}).get(key) != now[part][key]]
+    if changed:
+        raise RecipeError(
+            f"{partial}: an unfinished run of another recipe lies there (it differs in {', '.join(changed)}). Finish "
+            "it with its own recipe, choose another train.output=…, or remove the directory."
+        )
+    return checkpoint
+
+
+def _write(path: Path, text: str) -> None:
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(text)
+    scratch.replace(path)
+
+
+def _write_card(directory: Path, model: ReMatch, recipe: Recipe, history: list[dict[str, Any]]) -> None:
+    """Add how it was trained to the model card."""
+    last = [row for row in history if "loss" in row][-1:]
+    names = ("torch", "transformers", "sentence-transformers", "peft", "rematch-mm")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    chosen = yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False)
+    losses = {k: round(v, 4) for row in last for k, v in row.items() if k in ("loss", "contrastive", "matching")}
+    card = directory / "README.md"
+    text = (
+        card.read_text()
+        + f"""
+## Training
+
+`rematch train` with this recipe (what is not named is at its default):
+
+```yaml
+{chosen}```
+
+Losses at the end: {losses}. Versions: {versions}.
+"""
+    )
+    _write(card, text)

@@ -1,0 +1,112 @@
+"""Where training samples come from: sources opened, and the rows of a run in their order."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from rematch.data.mmeb import read_train
+from rematch.data.pairs import read_triplets
+from rematch.data.picto_tasks import training_triplet
+from rematch.data.schema import Triplet
+from rematch.errors import DataError
+from rematch.train.plan import plan
+from rematch.train.recipe import Recipe, Source
+
+
+def build_dataset(recipe: Recipe) -> Dataset:
+    """The rows ``query``, ``positive``(, ``negative``) of the whole run in their order, made or read when asked for."""
+    settings, seed = recipe.data, recipe.train.seed
+    total = recipe.train.steps * recipe.train.batch_size
+    given = _given(recipe)
+    sources = [part for source in given for part in _open(source, settings.samples or total, recipe)]
+    named = ", ".join(source.path for source in given)
+    with_negatives = {source.has_negatives for source in sources}
+    if len(with_negatives) > 1 and settings.hard_negatives:
+        raise DataError(
+            f"{named}: some samples have a hard negative and others none. Give every one a negative, or train "
+            "without them (data.hard_negatives=false)."
+        )
+    sizes = [source.size for source in sources]
+    fewest = min(sizes) if settings.homogeneous else sum(sizes)
+    if fewest < recipe.train.batch_size:
+        raise DataError(
+            f"{named}: {fewest} samples do not fill one batch of {recipe.train.batch_size}; lower train.batch_size "
+            f"(train.batch_size={max(2, fewest)}) or bring more data."
+        )
+    weights = [source.weight for source in sources]
+    order = plan(sizes, weights, recipe.train.steps, recipe.train.batch_size, seed, settings.homogeneous)
+    columns = ["query", "positive"] + ["negative"] * (with_negatives == {True} and settings.hard_negatives)
+    rows = _Rows(sources, columns, settings.document_instructions)
+    return Dataset.from_dict({"source": order[:, 0], "index": order[:, 1]}).with_transform(rows)
+
+
+def build_validation(recipe: Recipe) -> Dataset | None:
+    """The samples that are kept out of training, if any are."""
+    if not recipe.data.validation:
+        return None
+    sources = [part for source in _given(recipe) for part in _open(source, 1, recipe, kept_out=True)]
+    order = [(number, i) for number, source in enumerate(sources) for i in range(source.size)]
+    with_negatives = all(source.has_negatives for source in sources) and recipe.data.hard_negatives
+    rows = _Rows(sources, ["query", "positive"] + ["negative"] * with_negatives, recipe.data.document_instructions)
+    return Dataset.from_dict({"source": [s for s, _ in order], "index": [i for _, i in order]}).with_transform(rows)
+
+
+def _given(recipe: Recipe) -> list[Source]:
+    source = recipe.data.source
+    return [Source(path=source)] if isinstance(source, str) else source
+
+
+@dataclass(frozen=True)
+class _Opened:
+    name: str
+    triplet: Callable[[int], Triplet]
+    size: int
+    weight: float
+    has_negatives: bool
+
+
+def _open(source: Source, most: int, recipe: Recipe, kept_out: bool = False) -> list[_Opened]:
+    most, validation = source.samples or most, recipe.data.validation
+    if source.path == "picto":
+        seed, size = (recipe.train.seed + 1_000_003, validation) if kept_out else (recipe.train.seed, most)
+        return [_Opened("picto", partial(training_triplet, seed), size, source.weight or most, True)]
+    path = Path(source.path)
+    parts = read_train(path) if path.is_dir() else [read_triplets(path)]
+    if validation:
+        parts = [part[-validation:] if kept_out else part[:-validation] for part in parts]
+    if (recipe.data.samples or source.samples) and not kept_out:
+        parts = [part[:most] for part in parts]
+    if not recipe.data.homogeneous:
+        parts = [[triplet for part in parts for triplet in part]]
+    total = sum(map(len, parts))
+    opened = []
+    for part in parts:
+        with_negative = sum(t.negative is not None for t in part)
+        if 0 < with_negative < len(part) and recipe.data.hard_negatives:
+            raise DataError(
+                f"{source.path}: some samples have a hard negative and others none. Give every one a negative, or "
+                "train without them (data.hard_negatives=false)."
+            )
+        weight = (source.weight or total) * len(part) / max(1, total)
+        opened.append(_Opened(source.path, part.__getitem__, len(part), weight, bool(with_negative)))
+    return opened
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """From places in the sources to the columns of a batch; a class, so that data workers can pickle it."""
+
+    sources: list[_Opened]
+    columns: list[str]
+    document_instructions: bool
+
+    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        places = list(zip(batch["source"], batch["index"], strict=True))
+        found = [self.sources[s].triplet(i) for s, i in places]
+        instruct = {c: self.document_instructions or c == "query" for c in self.columns}
+        columns: dict[str, list[Any]] = {c: [getattr(t, c).as_input(instruct[c]) for t in found] for c in self.columns}
+        return columns | {"id": [f"{self.sources[s].name}:{i}" for s, i in places]}

@@ -1,0 +1,165 @@
+"""The trainer: sentence-transformers' own, in the plan's order, with checkpoints to trust and more in the log."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformerTrainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from rematch.batch import Batch
+from rematch.errors import TrainingError
+
+logger = logging.get_logger("rematch")
+COMPLETE = "complete.json"
+STUCK_AFTER = 400  # steps
+PEAK_TFLOPS = {  # dense bfloat16, from the makers' data sheets
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
+
+
+class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-transformers ships no types
+    """Feeds :class:`~rematch.batch.Batch` to the loss.
+
+    Logged besides each loss and the gradient's norm: Yes/No accuracy per view pair with d+ and d-, the mean |cosine|
+    between the token vectors of an input, samples and tokens a second, peak memory, and on known GPUs the share of
+    their peak arithmetic (MFU). A loss that is not a number stops the run with the step and the samples.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._tokens = self._samples = 0
+        self._since = time.monotonic()
+        self._warned = False
+
+    def collect_features(self, inputs: dict[str, Any]) -> tuple[list[Any], None]:
+        return [inputs["batch"]], None
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        batch: Batch = inputs["batch"]
+        with self.accelerator.autocast():  # around all forward passes of the step: weights are converted once
+            result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        if not torch.isfinite(loss):
+            shown = ", ".join(batch.ids[:20]) + (" …" if len(batch.ids) > 20 else "")
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: the loss is {loss.item()}. The samples of this step: {shown}. "
+                "Look at them, lower train.learning_rate, or train without half precision."
+            )
+        self._samples += len(batch.inputs)
+        self._tokens += batch.tokens
+        return result
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None, None]:
+        with torch.no_grad():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = logs | self._measured()
+        super().log(logs, start_time)
+
+    def _measured(self) -> dict[str, float]:
+        seconds = time.monotonic() - self._since
+        world = self.args.world_size
+        found: dict[str, float] = self.loss.pop_metrics()
+        found["samples_per_second"] = round(self._samples * world / seconds, 2)
+        found["tokens_per_second"] = round(self._tokens * world / seconds, 1)
+        if torch.cuda.is_available():
+            found["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            name = torch.cuda.get_device_name()
+            peak = next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
+            if peak:
+                weights = sum(p.numel() for p in self.model.parameters())
+                passes = 8 if self.loss.gradient_cache else 6  # multiplications and additions per weight and token
+                found["mfu"] = round(passes * weights * self._tokens / seconds / (peak * 1e12), 4)
+        self._tokens = self._samples = 0
+        self._since = time.monotonic()
+        answers = [value for key, value in found.items() if key.startswith("match_accuracy")]
+        if answers and self.state.global_step >= STUCK_AFTER and not self._warned:
+            mean = sum(answers) / len(answers)
+            if 46 < mean < 54:
+                self._warned = True
+                logger.warning(
+                    f"step {self.state.global_step}: Yes/No answers are {mean:.0f} % right, no better than guessing. "
+                    "The matching stage helps only if the backbone can answer such questions: look at the data's "
+                    "negatives, or use a stronger backbone."
+                )
+        return found
+
+    def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> DataLoader[Any]:
+        """In the order of the plan."""
+        return DataLoader(
+            dataset,
+            batch_size,
+            collate_fn=self.data_collator,
+            drop_last=dataset_kind == "train",
+            num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_num_workers > 0,
+        )
+
+    def validate_column_names(self, dataset: Any, dataset_name: str | None = None) -> None:
+        """Rows are made by a transform, so that the stored columns are not those the model sees."""
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        own = {n: p for n, p in self.loss.state_dict().items() if not n.startswith("model.")}
+        torch.save(own, Path(output_dir or self.args.output_dir) / "loss.pt")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:  # written last, in one go: a checkpoint without it was cut off
+            scratch = directory / (COMPLETE + ".tmp")
+            scratch.write_text(json.dumps({"step": self.state.global_step}) + "\n")
+            os.replace(scratch, directory / COMPLETE)
+
+    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
+        super()._load_from_checkpoint(checkpoint_path)
+        self.loss.load_state_dict(torch.load(Path(checkpoint_path) / "loss.pt"), strict=False)
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The last whole checkpoint in a directory; ones that were cut off do not count."""
+    whole: Iterable[Path] = (mark.parent for mark in directory.glob(f"checkpoint-*/{COMPLETE}"))
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers ships no types for it
+    """On SIGTERM, finish the step, write a checkpoint, and leave; ``stopped`` tells that it happened."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._before: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._before = signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.stopped = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.stopped and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        signal.signal(signal.SIGTERM, self._before)

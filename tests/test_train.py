@@ -1,0 +1,184 @@
+"""A run that is cut off goes on exactly; what stops a run says so; every source gets its share."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+import torch
+
+from rematch import ReMatch
+from rematch.errors import RecipeError, TrainingError
+from rematch.train.plan import plan
+from rematch.train.recipe import Recipe
+from rematch.train.run import train
+from rematch.train.sources import build_dataset, build_validation
+from rematch.train.trainer import newest_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums in the same order in every process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def recipe(path, output, **changes):
+    settings = {
+        "model": {"backbone": str(path), "num_tokens": 2, "lora": {"r": 4, "alpha": 8, "dropout": 0.2}},
+        "loss": {"learn_temperature": True, "gradient_cache": True},
+        "train": {"output": str(output), "steps": 8, "batch_size": 4, "save_every": 2, "log_every": 1, "workers": 0},
+    }
+    for name, change in changes.items():
+        settings[name] = settings.get(name, {}) | change
+    return Recipe.model_validate(settings)
+
+
+def curve(output):
+    return [row["loss"] for row in json.loads((output / "log.json").read_text()) if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def whole(backbone_path, tmp_path_factory):
+    """A run without interruption."""
+    torch.set_num_threads(1)
+    output = tmp_path_factory.mktemp("whole") / "model"
+    train(recipe(backbone_path, output), quiet=True)
+    return output
+
+
+def assert_same_run(output, whole):
+    assert curve(output) == curve(whole)
+    ours, theirs = ReMatch(output).state_dict(), ReMatch(whole).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not list(output.glob("checkpoint-*"))
+
+
+def run_and_signal(settings, tmp_path, when, number):
+    """Train in a process of its own and send it a signal as soon as ``when`` is true."""
+    (tmp_path / "recipe.json").write_text(settings.model_dump_json())
+    code = """
+import sys, torch
+torch.set_num_threads(1)
+from rematch.errors import RematchError
+from rematch.train.recipe import load_recipe
+from rematch.train.run import train
+try:
+    train(load_recipe(sys.argv[1]), quiet=True)
+except RematchError as error:
+    sys.exit(str(error))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "recipe.json")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not when() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(number)
+    return process.communicate(timeout=60)[1].decode(), process.returncode
+
+
+def test_a_killed_run_goes_on_exactly(backbone_path, tmp_path, whole):
+    """kill -9 once after a save and once inside one."""
+    output = tmp_path / "model"
+    partial = output.with_name("model.partial")
+    settings = recipe(backbone_path, output)
+    _, code = run_and_signal(settings, tmp_path, lambda: newest_checkpoint(partial), signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    before = set(partial.glob("checkpoint-*"))
+    _, code = run_and_signal(settings, tmp_path, lambda: set(partial.glob("checkpoint-*")) - before, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    train(settings, quiet=True)
+    assert_same_run(output, whole)
+
+
+def test_sigterm_writes_a_checkpoint_and_leaves(backbone_path, tmp_path, whole):
+    output = tmp_path / "model"
+    settings = recipe(backbone_path, output)
+    partial = output.with_name("model.partial")
+    message, code = run_and_signal(settings, tmp_path, lambda: newest_checkpoint(partial), signal.SIGTERM)
+    assert code == 1
+    assert "Start the same command again" in message
+    assert not output.exists()
+    train(settings, quiet=True)
+    assert_same_run(output, whole)
+
+
+def test_a_torn_checkpoint_is_never_chosen(tmp_path):
+    for step, complete in ((2, True), (4, True), (6, False)):
+        directory = tmp_path / f"checkpoint-{step}"
+        directory.mkdir()
+        (directory / "model.safetensors").write_bytes(b"half")
+        if complete:
+            (directory / "complete.json").write_text("{}")
+    assert newest_checkpoint(tmp_path).name == "checkpoint-4"
+    assert newest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_another_recipe_does_not_go_on_from_a_checkpoint(backbone_path, tmp_path):
+    output = tmp_path / "model"
+    left = output.with_name("model.partial") / "checkpoint-2"
+    left.mkdir(parents=True)
+    (left / "complete.json").write_text("{}")
+    (left.parent / "recipe.json").write_text(recipe(backbone_path, output).model_dump_json())
+    with pytest.raises(RecipeError, match=r"train\.learning_rate"):
+        train(recipe(backbone_path, output, train={"learning_rate": 0.1}), quiet=True)
+    assert left.exists()
+
+
+def test_a_loss_that_is_no_number_names_step_and_samples(backbone_path, tmp_path):
+    settings = recipe(backbone_path, tmp_path / "model", train={"learning_rate": 1e30, "save_every": 0, "steps": 6})
+    with pytest.raises(TrainingError, match=r"step [2-6]: the loss is .*picto:\d+"):
+        train(settings, quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_validation_chooses_the_checkpoint_and_the_card_tells_the_recipe(backbone_path, tmp_path):
+    output = tmp_path / "model"
+    train(recipe(backbone_path, output, data={"validation": 8}, train={"steps": 4}), quiet=True)
+    history = json.loads((output / "log.json").read_text())
+    assert [row["step"] for row in history if "eval_loss" in row] == [2, 4]
+    logged = [row for row in history if "loss" in row][-1]
+    assert {"token_cosine", "samples_per_second", "tokens_per_second", "grad_norm", "contrastive"} <= logged.keys()
+    card = (output / "README.md").read_text()
+    assert "steps: 4" in card
+    assert f"torch {torch.__version__.partition('+')[0]}" in card
+
+
+def test_validation_needs_checkpoints(backbone_path, tmp_path):
+    with pytest.raises(ValueError, match="save_every"):
+        recipe(backbone_path, tmp_path, data={"validation": 4}, train={"save_every": 0})
+
+
+def test_the_plan_draws_by_weight_and_uses_every_sample():
+    order = plan([10, 30], [3.0, 1.0], 100, 8, seed=1)
+    share = Counter(order[:, 0].tolist())
+    assert 0.7 < share[0] / 800 < 0.8
+    own = order[order[:, 0] == 0, 1]
+    assert all(sorted(own[i : i + 10]) == list(range(10)) for i in range(0, len(own) - 9, 10))
+    assert (order == plan([10, 30], [3.0, 1.0], 100, 8, seed=1)).all()
+    assert (order != plan([10, 30], [3.0, 1.0], 100, 8, seed=2)).any()
+
+
+def test_homogeneous_batches_come_from_one_source():
+    order = plan([20, 20], [1.0, 1.0], 50, 6, seed=0, homogeneous=True)
+    sources = order[:, 0].reshape(50, 6)
+    assert (sources == sources[:, :1]).all()
+    assert set(sources[:, 0].tolist()) == {0, 1}
+
+
+def test_sources_and_validation_do_not_overlap(tmp_path, backbone_path):
+    for name in ("one", "two"):
+        lines = [{"query": f"{name} {i}", "positive": f"answer {name} {i}"} for i in range(12)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sources = [{"path": str(tmp_path / "one.jsonl"), "weight": 5}, {"path": str(tmp_path / "two.jsonl")}]
+    settings = recipe(backbone_path, tmp_path / "m", data={"source": sources, "validation": 2})
+    rows, kept = build_dataset(settings), build_validation(settings)
+    seen, kept_out = ({row["query"]["text"] for row in part} for part in (rows, kept))
+    assert kept_out == {"one 10", "one 11", "two 10", "two 11"}
+    assert not seen & kept_out
+    assert {row["id"].rpartition("/")[2].partition(":")[0] for row in rows} == {"one.jsonl", "two.jsonl"}
