@@ -10,36 +10,49 @@ from transformers import LlavaProcessor
 from rematch import prompts
 from rematch.data import picto, picto_tasks
 from rematch.data.schema import Item
-from rematch.matching import Segment, lay_out, pack
+from rematch.matching import Segment, lay_out, pack, unified_mask
 
 IMAGE = "<image>"
 PATCHES = 36
-CHAT_SHARE = 0.5  # of the steps are chat alone: before the language model names objects there is nothing to match
+MAKERS = {  # kinds of question and how often each is asked; looking a name up in a picture is what comes last
+    "place": 1,
+    "place_category": 2,
+    "where": 5,
+    "relation": 5,
+    "how_many": 3,
+    "count": 1,
+    "colour": 1,
+    "kind": 1,
+    "true": 3,
+    "is": 5,
+}
+STATEMENTS = {"caption": 5, "object": 3, "place": 3, "count": 0.5, "colour": 0.5, "category": 2}
+PAIRS = dict.fromkeys(picto_tasks.TASKS, 1.0) | {  # tasks whose right and nearly right documents are matched
+    "Picto-LeftRight": 4,
+    "Picto-AboveBelow": 4,
+    "Picto-HowMany": 3,
+    "Picto-T2I": 8,
+    "Picto-I2T": 4,
+    "Picto-Style": 7,
+}
 SIGHT_BATCH = 96
 
 
 def turns(scene: picto.Scene, rng: random.Random, count: int) -> list[tuple[str, str]]:
-    """Question-answer turns about one scene, the dense caption among them."""
+    """Question-answer turns about one scene, every other time the dense caption among them."""
     names = list(picto.objects())
     there = list(dict.fromkeys(scene.objects))
     unique, near = picto.unique_objects(scene), picto.neighbours(scene)
-    found = [("Describe the image.", picto.caption(scene))]
-    makers = {
-        "place": 2,
-        "where": 3,
-        "relation": 4,
-        "how_many": 3,
-        "count": 1,
-        "colour": 1,
-        "kind": 1,
-        "true": 4,
-        "is": 1,
-    }
+    found = [("Describe the image.", picto.caption(scene))] if rng.random() < 0.5 else []
     while len(found) < count:
-        kind = rng.choices(list(makers), list(makers.values()))[0]
+        kind = rng.choices(list(MAKERS), list(MAKERS.values()))[0]
         if kind == "place":
             cell = rng.randrange(4)
             found.append((f"What is in the {picto.CELLS[cell]}?", scene.cells[cell] or "nothing"))
+        elif kind == "place_category":
+            cell = rng.choice([i for i, name in enumerate(scene.cells) if name])
+            category = picto.objects()[scene.cells[cell]]
+            found.append((f"What category is in the {picto.CELLS[cell]}?", picto.with_article(category)))
         elif kind == "where" and unique:
             name = rng.choice(unique)
             found.append((f"Where is the {name}?", picto.CELLS[scene.cells.index(name)]))
@@ -69,10 +82,10 @@ def turns(scene: picto.Scene, rng: random.Random, count: int) -> list[tuple[str,
     return found
 
 
-def statement(scene: picto.Scene, rng: random.Random) -> tuple[str, bool]:
+def statement(scene: picto.Scene, rng: random.Random, kind: str = "") -> tuple[str, bool]:
     """A short statement about a scene, and whether it is true (about half are)."""
     names, fits = list(picto.objects()), rng.random() < 0.5
-    kind = rng.choice(("caption", "object", "place", "count", "colour", "category"))
+    kind = kind or rng.choices(list(STATEMENTS), list(STATEMENTS.values()))[0]
     if kind == "object":
         name = rng.choice(scene.objects if fits else names)
         return picto.with_article(name), name in scene.objects
@@ -97,10 +110,11 @@ class Lessons(Dataset[dict[str, Tensor]]):
     """Ready batches, one per step, each made from its step number alone (so that a resumed run goes on exactly)."""
 
     def __init__(
-        self, processor: LlavaProcessor, steps: int, chats: int, pairs: int, facts: int, first: int = 0
+        self, processor: LlavaProcessor, steps: int, chats: int, pairs: int, facts: int, alone: int = 0, first: int = 0
     ) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
-        self.steps, self.chats, self.pairs, self.facts_per_step, self.first = steps, chats, pairs, facts, first
+        self.steps, self.chats, self.pairs, self.facts_per_step = steps, chats, pairs, facts
+        self.alone, self.first = alone, first
         self.cache: dict[str, list[int]] = {}
 
     def __len__(self) -> int:
@@ -110,7 +124,7 @@ class Lessons(Dataset[dict[str, Tensor]]):
         torch.set_num_threads(1)
         step = self.first + index
         rng = random.Random(f"base/{step}")
-        early = step < self.steps * CHAT_SHARE
+        early = step < self.alone
         chats, pairs = (2 * self.chats, 0) if early else (self.chats, self.pairs)
         pictures: list = []
         rows, labels, cells = [], [], []
@@ -118,7 +132,7 @@ class Lessons(Dataset[dict[str, Tensor]]):
             scene = picto.sample_scene(rng)
             style = rng.choice(picto.TRAIN_STYLES)
             pictures.append(picto.render(scene, style, rng.getrandbits(32), augment=rng.random() < 0.8))
-            ids, target = self.chat(turns(scene, rng, 7))
+            ids, target = self.chat(turns(scene, rng, 8))
             rows.append(ids)
             labels.append(target)
             cells.append([self.ids(name)[0] if name else -100 for name in scene.cells])
@@ -126,8 +140,12 @@ class Lessons(Dataset[dict[str, Tensor]]):
             "chat_ids": pad(rows, self.tokenizer.pad_token_id),
             "chat_labels": pad(labels, -100),
             "cells": torch.tensor(cells),
+            "place_words": torch.tensor(
+                [[self.ids(word)[0] for word in p] for p in (("top", "bottom"), ("left", "right"))]
+            ),
         }
-        triplets = [picto_tasks.training_triplet(1 + rng.getrandbits(30), 0) for _ in range(pairs)]
+        tasks = rng.choices(list(PAIRS), list(PAIRS.values()), k=pairs)
+        triplets = [picto_tasks.training_triplet(1 + rng.getrandbits(30), 0, task) for task in tasks]
         items = [(t.query, [t.positive, t.negative], [True, False]) for t in triplets if t.negative]
         items += [self.facts(rng) for _ in range(0 if early else self.facts_per_step)]
         if items:
@@ -179,7 +197,7 @@ class Lessons(Dataset[dict[str, Tensor]]):
         return {
             "ids": packed.input_ids,
             "positions": packed.position_ids[0],
-            "mask": packed.mask,
+            "mask": unified_mask(packed.owner, packed.visible),
             "slots": packed.slots,
             "relevant": pad([[int(fits) for fits in true] for _, _, true in items], -1),
         }

@@ -13,10 +13,13 @@ Three kinds of lesson, on training styles and training combinations only:
   documents for it.
 
 While it learns to chat, every picture token is also read out through the (tied) word embeddings and must name the
-object in its quarter: so pictures and words share a space at the language model's input, and looking a word up in a
-picture becomes a comparison of like with like. Without this, look-ups by name stayed at chance for 1,250 steps.
+object in its quarter, and top or bottom, left or right: so pictures and words share a space at the language model's
+input, and looking a word up in a picture becomes a comparison of like with like. Without the names, look-ups by name
+stayed at chance for 1,250 steps; without the places, for 3,500 more: picture tokens did not tell where they are.
 
-The log (``log.jsonl``), the scores on held-out combinations and the model end up in ``--output``.
+``--start-from MODEL`` goes on from a finished base with a fresh learning rate instead; the committed one is
+several such runs (docs/log.md). The log (``log.jsonl``), the scores on held-out combinations and the model end up in
+``--output``.
 """
 
 import argparse
@@ -31,7 +34,7 @@ from typing import TextIO
 
 import torch
 import torch.nn.functional as F
-from base_lessons import IMAGE, PATCHES, Lessons, SightLessons, turns
+from base_lessons import IMAGE, PATCHES, STATEMENTS, Lessons, SightLessons, statement, turns
 from package_tiny import halve
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
@@ -200,12 +203,16 @@ def losses(
     labels = batch["chat_labels"][:, 1:]
     wanted = labels != -100
     chat = F.cross_entropy(model.lm_head(states[wanted]).float(), labels[wanted])
-    tokens = torch.stack(list(features[:chats]))  # (B, 36, D), row by row
+    tokens = torch.stack(list(features[:chats])).float()  # (B, 36, D), row by row
+    words = embed.weight * (0.07 / embed.weight.detach().pow(2).mean().sqrt())  # however long they are
     edge = int(PATCHES**0.5)
     half = torch.arange(edge) * 2 // edge
     quarter = (2 * half[:, None] + half).flatten()  # (36,): the quarter that each picture token lies in
-    named = (tokens @ embed.weight.T).float()
-    chat = chat + 0.3 * F.cross_entropy(named.flatten(0, 1), batch["cells"][:, quarter].flatten())
+    read_out = F.cross_entropy((tokens @ words.T).flatten(0, 1), batch["cells"][:, quarter].flatten())
+    for pair, place in zip(batch["place_words"], (quarter // 2, quarter % 2), strict=True):
+        of_two = (tokens @ words[pair].T).flatten(0, 1)  # top or bottom, left or right
+        read_out = read_out + F.cross_entropy(of_two, place.repeat(chats))
+    chat = chat + 0.3 * read_out
     if "ids" not in batch:
         return chat, torch.zeros(()), torch.zeros(())
     states = hidden(
@@ -225,39 +232,66 @@ def losses(
 
 @torch.no_grad()
 def evaluate(model: LlavaForConditionalGeneration, processor: LlavaProcessor, per_task: int) -> dict[str, float]:
-    """Exact VQA answers by greedy generation, and Yes/No accuracy on near-miss pairs, on held-out combinations."""
+    """On held-out combinations, in percent, in and out of distribution:
+
+    - ``vqa``: exact answers by greedy generation;
+    - ``match``: Yes/No on "does this text / picture match that picture?", one half of the questions each: six kinds of
+      statement about a picture, captions for pictures and pictures for captions, pictures for pictures; wrong ones are
+      nearly right but for statements of object, category, colour and count;
+    - ``near_miss``: Yes/No on the right and the nearly right document of all twelve tasks, questions and edits among
+      them, for which a document must be judged that the query only implies.
+    """
     model.eval()
     lessons = Lessons(processor, 0, 0, 0, 0)
-    yes, no = answer_ids(processor.tokenizer)
     scores: dict[str, float] = {}
     for ood in (False, True):
         styles = (picto.OOD_STYLE,) if ood else picto.TRAIN_STYLES
-        vqa, matching = [], []
+        end, vqa, near_miss = "/ood" if ood else "", [], {}
         for name, (meta_task, generate) in picto_tasks.TASKS.items():
             draw = picto_tasks.Draw(random.Random(f"base-eval/{name}/{ood}"), True, styles, False)
             samples = [generate(draw) for _ in range(per_task)]
             if meta_task == "vqa":
                 hits = [generate_answer(model, lessons, s.query) == s.documents[0].text for s in samples]
-                scores[f"vqa/{name}{'/ood' if ood else ''}"] = 100 * sum(hits) / len(hits)
                 vqa.append(sum(hits) / len(hits))
-            batch = lessons.match([(s.query, s.documents[:2], [True, False]) for s in samples])
-            pictures = [i.image for s in samples for i in (s.query, *s.documents[:2]) if i.image is not None]
-            if pictures:
-                batch["pixel_values"] = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-            out = model.model(
-                input_ids=batch["ids"],
-                pixel_values=batch["pixel_values"],
-                attention_mask=additive(batch["mask"], torch.float32),
-                position_ids=batch["positions"],
-            ).last_hidden_state
-            logits = model.lm_head(out[torch.arange(per_task)[:, None], batch["slots"]])
-            right = (logits[..., yes] > logits[..., no]) == torch.tensor([True, False])
-            scores[f"match/{name}{'/ood' if ood else ''}"] = 100 * right.float().mean().item()
-            matching.append(right.float().mean().item())
-        scores["vqa" + ("/ood" if ood else "")] = 100 * sum(vqa) / len(vqa)
-        scores["match" + ("/ood" if ood else "")] = 100 * sum(matching) / len(matching)
+                scores[f"vqa/{name}{end}"] = 100 * vqa[-1]
+            near_miss[name] = judged(model, lessons, [(s.query, s.documents[:2], [True, False]) for s in samples])
+            scores[f"near_miss/{name}{end}"] = near_miss[name]
+        statements = {}
+        for kind in STATEMENTS:
+            rng = random.Random(f"base-eval/{kind}/{ood}")
+            items = []
+            for _ in range(per_task):
+                scene = picto.sample_scene(rng, held_out=True)
+                picture = picto.render(scene, rng.choice(styles), rng.getrandbits(32))
+                text, fits = statement(scene, rng, kind)
+                items.append((Item(image=picture), [Item(text)], [fits]))
+            statements[kind] = scores[f"statement/{kind}{end}"] = judged(model, lessons, items)
+        asked = [*statements.values(), *(near_miss[f"Picto-{task}"] for task in ("T2I", "I2T", "Style"))]
+        scores["vqa" + end] = 100 * sum(vqa) / len(vqa)
+        scores["match" + end] = sum(asked) / len(asked)
+        scores["near_miss" + end] = sum(near_miss.values()) / len(near_miss)
     model.train()
     return {k: round(v, 1) for k, v in scores.items()}
+
+
+def judged(
+    model: LlavaForConditionalGeneration, lessons: Lessons, items: list[tuple[Item, list[Item], list[bool]]]
+) -> float:
+    """How many Yes/No answers are right, in percent."""
+    yes, no = answer_ids(lessons.tokenizer)
+    batch = lessons.match(items)
+    pictures = [i.image for query, documents, _ in items for i in (query, *documents) if i.image is not None]
+    if pictures:
+        batch["pixel_values"] = lessons.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    out = model.model(
+        input_ids=batch["ids"],
+        pixel_values=batch.get("pixel_values"),
+        attention_mask=additive(batch["mask"], torch.float32),
+        position_ids=batch["positions"],
+    ).last_hidden_state
+    logits = model.lm_head(out[torch.arange(len(items))[:, None], batch["slots"]])
+    right = (logits[..., yes] > logits[..., no]) == (batch["relevant"] == 1)
+    return 100 * right.float().mean().item()
 
 
 def generate_answer(model: LlavaForConditionalGeneration, lessons: Lessons, query: Item) -> str:
@@ -270,10 +304,81 @@ def generate_answer(model: LlavaForConditionalGeneration, lessons: Lessons, quer
     return lessons.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
 
 
-def save_checkpoint(
-    path: Path, model: LlavaForConditionalGeneration, optimizer: torch.optim.Optimizer, step: int, seconds: float
+@torch.no_grad()
+def ease_lookup(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    scale: float = 36.0,
+    lookup: tuple[int, ...] = (0, 3),
+    copy: tuple[int, ...] = (2,),
 ) -> None:
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
+    """Give a base that names what stands at a place the start of what finds the place of a name (docs/log.md).
+
+    1. Word embeddings get the length of picture tokens (the last norm takes the factor back for the tied LM head):
+       beside layer outputs seventy times as long, a word's identity was gone after the first layer.
+    2. In some layers one head compares like with like: ``W_q`` and ``W_k`` are the main directions of the objects'
+       names, in dimensions that the rotary embedding hardly turns, and a bias towards pictures, away from the word
+       itself.
+    3. In others one head hands on, through ``W_v`` and ``W_o``, the names of what it attends to.
+    """
+    text = model.model.language_model
+    words = [processor.tokenizer.encode(name, add_special_tokens=False)[0] for name in picto.objects()]
+    model.get_input_embeddings().weight.mul_(scale)
+    text.norm.weight.div_(scale)
+    batch = Lessons(processor, 1, 24, 0, 0, alone=1)[0]
+    states = model(input_ids=batch["chat_ids"], pixel_values=batch["pixel_values"], output_hidden_states=True)
+    ids = batch["chat_ids"]
+    of_picture, of_text = ids == model.config.image_token_index, torch.isin(ids, torch.tensor(words))
+    config, size = text.config, text.config.head_dim
+    half, group = size // 2, config.num_attention_heads // config.num_key_value_heads
+    slow = (
+        config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half) < 0.0025
+    )  # < half a radian in 200 tokens
+    rows = torch.cat([slow, slow]).nonzero()[:, 0]
+    for index in (*lookup, *copy):
+        layer = text.layers[index]
+        inputs = layer.input_layernorm(states.hidden_states[index])
+        pictures, texts = inputs[of_picture], inputs[of_text]
+        means = torch.stack([pictures.mean(0), texts.mean(0)])
+        names = layer.input_layernorm(model.get_input_embeddings().weight[words])
+        names = names - names.mean(0)
+        names = names - names @ torch.linalg.pinv(means) @ means
+        directions = torch.linalg.svd(names, full_matrices=False).Vh
+        attention = layer.self_attn
+        if index in copy:
+            attention.v_proj.weight[-size:] = directions[:size]
+            attention.o_proj.weight[:, -group * size :] = 4 / group * directions[:size].T.repeat(1, group)
+            for projection, rows_of in ((attention.q_proj, group), (attention.k_proj, 1)):
+                projection.weight[-rows_of * size :].normal_(std=config.initializer_range)
+            continue
+        content = directions[: len(rows) - 1]
+        to_picture = torch.linalg.pinv(means) @ torch.tensor([1.0, -0.5])  # +1 on pictures, -0.5 on words
+        to_text = torch.linalg.pinv(means) @ torch.tensor([0.0, 1.0])
+        key, query = torch.zeros(2, size, config.hidden_size)
+        key[rows] = torch.cat([content, 0.6 * (pictures @ content.T).norm(dim=1).mean() * to_picture[None]])
+        query[rows] = torch.cat([content, 0.6 * (texts @ content.T).norm(dim=1).mean() * to_text[None]])
+        attention.k_proj.weight[-size:] = key
+        attention.q_proj.weight[-group * size :] = query.repeat(group, 1)
+
+
+def build_optimizers(model: LlavaForConditionalGeneration) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for embeddings, norms and biases (docs/log.md has what Muon gave)."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    muon = torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(rest, weight_decay=0.0, betas=(0.9, 0.98))]
+
+
+def save_checkpoint(
+    path: Path,
+    model: LlavaForConditionalGeneration,
+    optimizers: list[torch.optim.Optimizer],
+    step: int,
+    seconds: float,
+) -> None:
+    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    state |= {"step": step, "seconds": seconds}
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
@@ -281,8 +386,8 @@ def save_checkpoint(
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, output: Path) -> None:
     """Weights on disk in half precision (16 MB limit), declared as float32 so that they load as such."""
     model.set_attn_implementation("sdpa")
-    rows = model.get_input_embeddings().weight.shape[0]
-    model.resize_token_embeddings(128 * -(-(rows + 64) // 128), mean_resizing=False)  # spare rows, as releases have
+    rows = len(processor.tokenizer) + 64
+    model.resize_token_embeddings(128 * -(-rows // 128), mean_resizing=False)  # spare rows, as releases have
     model.save_pretrained(output)
     processor.save_pretrained(output)
     halve(output)
@@ -292,9 +397,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, required=True, help="checkpoint and log; an existing one is continued")
     parser.add_argument("--output", type=Path, help="where the finished model goes (default: WORK_DIR/model)")
+    parser.add_argument("--start-from", help="a finished base to go on from, without the sight lessons")
+    parser.add_argument("--ease-lookup", action="store_true", help="with --start-from: see ease_lookup")
     parser.add_argument("--sight-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--chats", type=int, default=22, help="conversations per step (twice as many at first)")
+    parser.add_argument("--alone", type=int, help="so many steps of chat alone come first (default: half)")
+    parser.add_argument("--chats", type=int, default=22, help="conversations per step (twice as many when alone)")
     parser.add_argument("--pairs", type=int, default=24, help="matching samples per step")
     parser.add_argument("--facts", type=int, default=14, help="pictures with eight statements each per step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
@@ -302,45 +410,51 @@ def main() -> None:
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    saved = args.work_dir / "tokenizer"
-    if not saved.exists():
-        build_tokenizer().save_pretrained(saved)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(saved)
-    model, processor = build(tokenizer)
+    if args.start_from:
+        model = LlavaForConditionalGeneration.from_pretrained(args.start_from)
+        processor = LlavaProcessor.from_pretrained(args.start_from)
+        if args.ease_lookup:
+            ease_lookup(model, processor)
+    else:
+        saved = args.work_dir / "tokenizer"
+        if not saved.exists():
+            build_tokenizer().save_pretrained(saved)
+        model, processor = build(PreTrainedTokenizerFast.from_pretrained(saved))
     model.set_attn_implementation("eager")  # a little faster than sdpa under bf16 autocast on a CPU
-    yes_no = answer_ids(tokenizer)
+    yes_no = answer_ids(processor.tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, Yes/No = {yes_no}", flush=True)
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    optimizers = build_optimizers(model)
     step, seconds = 0, 0.0
     checkpoint = args.work_dir / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved_state)
         step, seconds = state["step"], state["seconds"]
         print(f"continuing at step {step}", flush=True)
     log = (args.work_dir / "log.jsonl").open("a")
     model.train()
-    if not checkpoint.exists():
+    if not checkpoint.exists() and not args.start_from:
         learn_to_see(model, processor, args.sight_steps, 2e-3, log)
-        save_checkpoint(checkpoint, model, optimizer, 0, 0.0)
-    lessons = Lessons(processor, args.steps, args.chats, args.pairs, args.facts, first=step)
+        save_checkpoint(checkpoint, model, optimizers, 0, 0.0)
+    alone = args.steps // 2 if args.alone is None else args.alone
+    lessons = Lessons(processor, args.steps, args.chats, args.pairs, args.facts, alone, step)
     loader = DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=4)
     sums, start = torch.zeros(3), time.time() - seconds
     for batch in loader:
         warm = min(1.0, (step + 1) / 200)
         rate = args.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         with torch.autocast("cpu", torch.bfloat16):
             chat, match, right = losses(model, batch, yes_no)
-        optimizer.zero_grad()
+        model.zero_grad()
         (chat + match).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         sums += torch.stack([chat, match, right]).detach()
         step += 1
         if step % 50 == 0:
@@ -355,7 +469,7 @@ def main() -> None:
             log.write(line + "\n")
             log.flush()
             if step % 250 == 0:
-                save_checkpoint(checkpoint, model, optimizer, step, time.time() - start)
+                save_checkpoint(checkpoint, model, optimizers, step, time.time() - start)
     output = args.output or args.work_dir / "model"
     save(model, processor, output)
     scores = evaluate(LlavaForConditionalGeneration.from_pretrained(output), processor, 200)

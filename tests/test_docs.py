@@ -102,3 +102,7 @@ def test_the_scores_in_the_docs_are_those_of_the_committed_reports():
     base = json.loads((ROOT / "src/rematch/assets/base/scores.json").read_text())
     assert f"exact VQA answers {base['vqa']:.1f} %" in page
     assert f"Yes/No matching {base['match']:.1f} %" in page
+    assert f"implies: {base['near_miss']:.1f} %" in page
+    contrastive = json.loads((ROOT / "benchmarks/results/picto-contrastive.json").read_text())["scores"]
+    assert f"| contrastive, full length | {' | '.join(f'{contrastive[c]:.1f}' for c in columns)} |" in page
+    assert 40 < contrastive["overall"] < 85

@@ -262,8 +262,7 @@ class ReMatchLoss(nn.Module):
             return []
         seen: list[Seen] = []
         with torch.no_grad():
-            for start, weight in aligned(range(0, len(pictures), PICTURES_AT_ONCE)):
-                some = range(start, min(start + PICTURES_AT_ONCE, len(pictures)))
+            for some, weight in aligned(pictures.chunks(VISUAL_TOKENS_AT_ONCE)):
                 found = self.model({"pictures": pictures.take(some)})["seen"]
                 seen += found if weight else []
         return seen
@@ -379,4 +378,4 @@ class ReMatchLoss(nn.Module):
         }
 
 
-PICTURES_AT_ONCE = 64
+VISUAL_TOKENS_AT_ONCE = 16_384

@@ -47,6 +47,20 @@ class Pictures:
             [self.tokens[i] for i in which],
         )
 
+    def chunks(self, tokens: int) -> list[range]:
+        """Runs of sets that hold at most so many visual tokens, or a single larger set.
+
+        >>> Pictures({}, {}, [3, 3, 9, 1]).chunks(6)
+        [range(0, 2), range(2, 3), range(3, 4)]
+        """
+        found, start, filled = [], 0, 0
+        for i, own in enumerate(self.tokens):
+            if i > start and filled + own > tokens:
+                found.append(range(start, i))
+                start, filled = i, 0
+            filled += own
+        return [*found, range(start, len(self.tokens))]
+
     def to(self, device: Any, dtype: torch.dtype) -> "Pictures":
         """On a device, numbers that are no whole ones as ``dtype``."""
         moved = {n: v.to(device, dtype if v.is_floating_point() else v.dtype) for n, v in self.values.items()}

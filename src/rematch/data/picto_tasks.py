@@ -33,6 +33,7 @@ class Draw:
     held_out: bool
     styles: tuple[str, ...]
     augment: bool
+    changes: tuple[str, ...] = picto.CHANGES  # what near-misses of scenes differ in
     turn: int | None = None  # in the test set: number of the query, so that right answers take turns
 
     def pick(self, answers: Sequence[T]) -> T:
@@ -101,10 +102,10 @@ def count(draw: Draw) -> Sample:
     return _classify(instruction, draw.scene(n), draw, NUMBERS[n], NUMBERS[near])
 
 
-def _ask(draw: Draw, scene: Scene, question: str, right: str, wrong: str) -> Sample:
+def _ask(draw: Draw, scene: Scene, question: str, right: str, *wrong: str) -> Sample:
     instruction = "Represent the given image with the following question: "
     query = Item(question, draw.picture(scene), instruction)
-    return Sample(query, [_text("answer", right), _text("answer", wrong)])
+    return Sample(query, [_text("answer", answer) for answer in (right, *wrong)])
 
 
 def _relation(draw: Draw, relations: tuple[str, str]) -> Sample:
@@ -115,7 +116,9 @@ def _relation(draw: Draw, relations: tuple[str, str]) -> Sample:
             relation, anchor, cell = draw.rng.choice(asked)
             right = scene.cells[cell]
             others = [n for n in scene.objects if n != right]
-            return _ask(draw, scene, f"What is {relation} the {anchor}?", right, draw.rng.choice(others))
+            wrong = draw.rng.choice(others)
+            rest = [n for n in others if n != wrong]  # whatever else the picture shows is wrong by its place
+            return _ask(draw, scene, f"What is {relation} the {anchor}?", right, wrong, *rest)
 
 
 def beside(draw: Draw) -> Sample:
@@ -153,7 +156,7 @@ def caption_to_scene(draw: Draw) -> Sample:
 def scene_to_caption(draw: Draw) -> Sample:
     scene = draw.scene()
     query = Item(image=draw.picture(scene), instruction="Find an image caption describing the given image.")
-    captions = [picto.caption(s) for s in (scene, picto.near_miss(scene, draw.rng))]
+    captions = [picto.caption(s) for s in (scene, picto.near_miss(scene, draw.rng, draw.changes))]
     return Sample(query, [_text("caption", c) for c in captions])
 
 
@@ -177,7 +180,8 @@ def edit(draw: Draw) -> Sample:
     style = draw.style()
     change = f"replace the {old} with {picto.with_article(new)}."
     query = Item(change, draw.picture(before, style), "Find a similar image with the described change: ")
-    near = before if draw.rng.random() < 0.3 else picto.near_miss(after, draw.rng, ("object", "swap", "colour"))
+    changes = tuple(c for c in ("object", "swap", "colour") if c in draw.changes)
+    near = before if draw.rng.random() < 0.3 else picto.near_miss(after, draw.rng, changes)
     return Sample(query, [_picture("image", draw.picture(s, style), picto.caption(s)) for s in (after, near)])
 
 
@@ -196,7 +200,7 @@ def grounding(draw: Draw) -> Sample:
 
 
 def _scenes(draw: Draw, scene: Scene, style: str) -> list[Item]:
-    near = picto.near_miss(scene, draw.rng)
+    near = picto.near_miss(scene, draw.rng, draw.changes)
     return [_picture("image", draw.picture(s, style), picto.caption(s)) for s in (scene, near)]
 
 
@@ -245,7 +249,9 @@ def evaluation_tasks(*, ood: bool = False, queries: int = QUERIES) -> list[Retri
 def _test_task(name: str, ood: bool, n_queries: int) -> RetrievalTask:
     meta_task, generate = TASKS[name]
     rng = random.Random(f"{TEST_SEED}/{name}/{ood}")
-    draw = Draw(rng, held_out=True, styles=(picto.OOD_STYLE,) if ood else picto.TRAIN_STYLES, augment=False)
+    styles = (picto.OOD_STYLE,) if ood else picto.TRAIN_STYLES
+    # colour and count are never confused: such near-misses would make the tests easy
+    draw = Draw(rng, held_out=True, styles=styles, augment=True, changes=("swap", "object"))
     task = RetrievalTask(name + ("-OOD" if ood else ""), meta_task, [], [], [], ood)
     if meta_task in ("classification", "vqa"):
         _fill_from_labels(task, draw, generate, n_queries)
@@ -262,9 +268,9 @@ def _fill_from_labels(task: RetrievalTask, draw: Draw, generate: Callable[[Draw]
     task.documents = [_text(instruction_kind, label) for label in labels]
     for turn in range(n_queries):
         sample = generate(replace(draw, turn=turn))
-        right, wrong = (d.text for d in sample.documents)
+        right, *wrong = (d.text for d in sample.documents)
         own = next(kind for kind in kinds if right in kind)
-        near = own if len(own) < CANDIDATES // 2 else [right, wrong]
+        near = own if len(own) < CANDIDATES // 2 else [right, *wrong]
         rest = [label for label in labels if label not in near]
         chosen = [label for label in near if label != right] + draw.rng.sample(rest, CANDIDATES - len(near))
         task.queries.append(sample.query)
