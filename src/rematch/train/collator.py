@@ -177,7 +177,7 @@ class Collator:
 def cut(lengths: Sequence[int], tokens: int) -> Iterable[range]:
     """Runs of ascending lengths that fit into a budget, padding included, and are at least ``FULL``.
 
-    >>> list(cut([3, 4, 4, 9, 10], 24))
+    >>> list(cut([4, 4, 4, 9, 10], 24))
     [range(0, 3), range(3, 5)]
     """
     start, filled = 0, 0
