@@ -34,7 +34,8 @@ from typing import TextIO
 
 import torch
 import torch.nn.functional as F
-from base_lessons import IMAGE, PATCHES, STATEMENTS, Lessons, SightLessons, statement, turns
+from base_lessons import IMAGE, PATCHES, Lessons, SightLessons, turns
+from base_scores import answer_ids, evaluate
 from package_tiny import halve
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
@@ -51,7 +52,6 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from rematch import prompts
 from rematch.data import picto, picto_tasks
-from rematch.data.schema import Item
 from rematch.matching import additive
 
 PAD = "<|pad|>"
@@ -181,11 +181,6 @@ def learn_to_see(
             right = 0.0
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
-    (yes,), (no,) = (tokenizer.encode(w, add_special_tokens=False) for w in (prompts.YES, prompts.NO))
-    return yes, no
-
-
 def losses(
     model: LlavaForConditionalGeneration, batch: dict[str, Tensor], yes_no: tuple[int, int]
 ) -> tuple[Tensor, ...]:
@@ -231,80 +226,6 @@ def losses(
 
 
 @torch.no_grad()
-def evaluate(model: LlavaForConditionalGeneration, processor: LlavaProcessor, per_task: int) -> dict[str, float]:
-    """On held-out combinations, in percent, in and out of distribution:
-
-    - ``vqa``: exact answers by greedy generation;
-    - ``match``: Yes/No on "does this text / picture match that picture?", one half of the questions each: six kinds of
-      statement about a picture, captions for pictures and pictures for captions, pictures for pictures; wrong ones are
-      nearly right but for statements of object, category, colour and count;
-    - ``near_miss``: Yes/No on the right and the nearly right document of all twelve tasks, questions and edits among
-      them, for which a document must be judged that the query only implies.
-    """
-    model.eval()
-    lessons = Lessons(processor, 0, 0, 0, 0)
-    scores: dict[str, float] = {}
-    for ood in (False, True):
-        styles = (picto.OOD_STYLE,) if ood else picto.TRAIN_STYLES
-        end, vqa, near_miss = "/ood" if ood else "", [], {}
-        for name, (meta_task, generate) in picto_tasks.TASKS.items():
-            draw = picto_tasks.Draw(random.Random(f"base-eval/{name}/{ood}"), True, styles, False)
-            samples = [generate(draw) for _ in range(per_task)]
-            if meta_task == "vqa":
-                hits = [generate_answer(model, lessons, s.query) == s.documents[0].text for s in samples]
-                vqa.append(sum(hits) / len(hits))
-                scores[f"vqa/{name}{end}"] = 100 * vqa[-1]
-            near_miss[name] = judged(model, lessons, [(s.query, s.documents[:2], [True, False]) for s in samples])
-            scores[f"near_miss/{name}{end}"] = near_miss[name]
-        statements = {}
-        for kind in STATEMENTS:
-            rng = random.Random(f"base-eval/{kind}/{ood}")
-            items = []
-            for _ in range(per_task):
-                scene = picto.sample_scene(rng, held_out=True)
-                picture = picto.render(scene, rng.choice(styles), rng.getrandbits(32))
-                text, fits = statement(scene, rng, kind)
-                items.append((Item(image=picture), [Item(text)], [fits]))
-            statements[kind] = scores[f"statement/{kind}{end}"] = judged(model, lessons, items)
-        asked = [*statements.values(), *(near_miss[f"Picto-{task}"] for task in ("T2I", "I2T", "Style"))]
-        scores["vqa" + end] = 100 * sum(vqa) / len(vqa)
-        scores["match" + end] = sum(asked) / len(asked)
-        scores["near_miss" + end] = sum(near_miss.values()) / len(near_miss)
-    model.train()
-    return {k: round(v, 1) for k, v in scores.items()}
-
-
-def judged(
-    model: LlavaForConditionalGeneration, lessons: Lessons, items: list[tuple[Item, list[Item], list[bool]]]
-) -> float:
-    """How many Yes/No answers are right, in percent."""
-    yes, no = answer_ids(lessons.tokenizer)
-    batch = lessons.match(items)
-    pictures = [i.image for query, documents, _ in items for i in (query, *documents) if i.image is not None]
-    if pictures:
-        batch["pixel_values"] = lessons.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-    out = model.model(
-        input_ids=batch["ids"],
-        pixel_values=batch.get("pixel_values"),
-        attention_mask=additive(batch["mask"], torch.float32),
-        position_ids=batch["positions"],
-    ).last_hidden_state
-    logits = model.lm_head(out[torch.arange(len(items))[:, None], batch["slots"]])
-    right = (logits[..., yes] > logits[..., no]) == (batch["relevant"] == 1)
-    return 100 * right.float().mean().item()
-
-
-def generate_answer(model: LlavaForConditionalGeneration, lessons: Lessons, query: Item) -> str:
-    ids, _ = lessons.chat([(query.text, "")])
-    ids = ids[: -len(lessons.ids("<|end|>"))]
-    pixels = lessons.processor.image_processor([query.image], return_tensors="pt")["pixel_values"]
-    out = model.generate(
-        input_ids=torch.tensor([ids]), pixel_values=pixels, max_new_tokens=6, do_sample=False, pad_token_id=0
-    )
-    return lessons.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
-
-
-@torch.no_grad()
 def ease_lookup(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
@@ -331,9 +252,8 @@ def ease_lookup(
     of_picture, of_text = ids == model.config.image_token_index, torch.isin(ids, torch.tensor(words))
     config, size = text.config, text.config.head_dim
     half, group = size // 2, config.num_attention_heads // config.num_key_value_heads
-    slow = (
-        config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half) < 0.0025
-    )  # < half a radian in 200 tokens
+    turn = config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)  # radians a token
+    slow = turn < 0.0025
     rows = torch.cat([slow, slow]).nonzero()[:, 0]
     for index in (*lookup, *copy):
         layer = text.layers[index]
@@ -371,11 +291,7 @@ def build_optimizers(model: LlavaForConditionalGeneration) -> list[torch.optim.O
 
 
 def save_checkpoint(
-    path: Path,
-    model: LlavaForConditionalGeneration,
-    optimizers: list[torch.optim.Optimizer],
-    step: int,
-    seconds: float,
+    path: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], step: int, seconds: float
 ) -> None:
     state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
     state |= {"step": step, "seconds": seconds}

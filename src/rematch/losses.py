@@ -87,13 +87,19 @@ def orthogonality(multi_vector: Tensor) -> Tensor:
     >>> orthogonality(torch.tensor([[[1.0, 0.0], [3.0, 0.0]]])).item()
     1.0
     """
-    k = multi_vector.shape[1]
-    if k < 2:
+    if multi_vector.shape[1] < 2:
         return multi_vector.new_zeros(())
+    return token_cosines(multi_vector).pow(2).mean()
+
+
+def token_cosines(multi_vector: Tensor) -> Tensor:
+    """``ẽ_i · ẽ_j`` of all pairs i < j: (B, K, D) → (B, K(K-1)/2)."""
     unit = F.normalize(multi_vector, dim=-1)
-    cosines = unit @ unit.mT  # (B, K, K)
-    i, j = torch.triu_indices(k, k, offset=1)
-    return cosines[:, i, j].pow(2).mean()
+    i, j = torch.triu_indices(unit.shape[1], unit.shape[1], offset=1)
+    return (unit @ unit.mT)[:, i, j]
+
+
+Replay = tuple[Step, float, RandContext]  # a forward pass, its weight, and the random state to repeat it in
 
 
 class ReMatchLoss(nn.Module):
@@ -170,8 +176,8 @@ class ReMatchLoss(nn.Module):
         parts["contrastive"] = parts["contrastive"] + idle
         shares = [share * weight for (_, share), weight in embedded if share is not None]
         if self.w_qdm:
-            steps = aligned(batch.matching)
-            shares += [self.match(step, batch, seen, fuse(multi)) * weight for step, weight in steps]
+            vectors = fuse(multi)
+            shares += [self.match(step, batch, seen, vectors) * weight for step, weight in aligned(batch.matching)]
         if shares:
             parts["matching"] = torch.stack(shares).sum()
         return parts
@@ -203,10 +209,8 @@ class ReMatchLoss(nn.Module):
                 loss = (loss + back) / 2
             losses.append(loss)
         parts = {"contrastive": torch.stack(losses).mean()}
-        if multi.shape[1] > 1:
-            unit = F.normalize(multi.detach(), dim=-1)
-            pairs = torch.triu_indices(multi.shape[1], multi.shape[1], offset=1)
-            self._cosines.append((unit @ unit.mT)[:, pairs[0], pairs[1]].abs().mean())
+        if multi.shape[1] > 1 and torch.is_grad_enabled():
+            self._cosines.append(token_cosines(multi.detach()).abs().mean())
         if self.w_orth:
             parts["orthogonality"] = self.w_orth * orthogonality(multi[inputs.T.flatten()])
         return parts
@@ -247,7 +251,7 @@ class ReMatchLoss(nn.Module):
         wanted = relevant.repeat(1, len(self.views))  # (b, A)
         right = ((logits[..., yes] > logits[..., no]) == wanted).detach().view(-1, len(self.views), 2)
         positive_first = (~relevant).int().argsort(dim=1, stable=True)[:, None]
-        if torch.is_grad_enabled() or not self.gradient_cache:
+        if torch.is_grad_enabled():  # not in the cache's first pass, nor on validation data
             self._right.append(right.gather(2, positive_first.expand_as(right)))  # (b, views, 2): d+, d-
         total: Tensor = F.cross_entropy(logits.flatten(0, 1), torch.where(wanted, yes, no).flatten(), reduction="sum")
         share: Tensor = total * (self.w_qdm / (len(batch.inputs) * wanted.shape[1]))
@@ -300,11 +304,12 @@ class ReMatchLoss(nn.Module):
 
     def _forward_cached(self, batch: Batch, seen: list[Seen] | None) -> dict[str, Tensor]:
         device = torch.empty(0, device=self.backbone.model.device)
-        states: list[RandContext] = []
+        embedding: list[Replay] = []
+        matching: list[Replay] = []
         with torch.no_grad():
             embedded = []
             for step, weight in aligned(batch.embedding):
-                states.append(RandContext(device))
+                embedding.append((step, weight, RandContext(device)))
                 out = self.embed(step, batch, seen)
                 embedded += [out] if weight else []
             multi = torch.cat([one for one, _ in embedded]).requires_grad_()
@@ -313,14 +318,21 @@ class ReMatchLoss(nn.Module):
         gradient, *own_gradients = torch.autograd.grad(torch.stack(list(parts.values())).sum(), [multi, *own])
         shares = [share for _, share in embedded if share is not None]
         with torch.no_grad():
+            fused = fuse(multi)
             for step, weight in aligned(batch.matching) if self.w_qdm else ():
-                states.append(RandContext(device))
-                shares.append(self.match(step, batch, seen, fuse(multi)) * weight)
+                matching.append((step, weight, RandContext(device)))
+                shares.append(self.match(step, batch, seen, fused) * weight)
         if shares:
             parts["matching"] = torch.stack(shares).sum()
         parts = {name: value.detach() for name, value in parts.items()}
         hook = partial(
-            self._backward_cached, batch=batch, seen=seen, multi=multi.detach(), gradient=gradient, states=states
+            self._backward_cached,
+            batch=batch,
+            seen=seen,
+            vectors=fused,
+            gradient=gradient,
+            embedding=embedding,
+            matching=matching,
         )
         carrier = parts["contrastive"].requires_grad_()  # whatever the parts are added up to has gradient 1 here
         carrier.register_hook(hook)  # type: ignore[no-untyped-call]
@@ -335,27 +347,26 @@ class ReMatchLoss(nn.Module):
         *,
         batch: Batch,
         seen: list[Seen] | None,
-        multi: Tensor,
+        vectors: Tensor,
         gradient: Tensor,
-        states: list[RandContext],
+        embedding: list[Replay],
+        matching: list[Replay],
     ) -> None:
         """Step 3, scaled by ``outer``, the gradient that the loss itself receives (fp16 scale, accumulation)."""
-        gradient = gradient * outer
-        steps = aligned(batch.embedding)
-        embedding, matching = states[: len(steps)], states[len(steps) :]
-        for (step, weight), state in zip(aligned(batch.matching) if matching else (), matching, strict=True):
-            leaf = multi.clone().requires_grad_()
+        leaf = vectors.clone().requires_grad_()
+        for step, weight, state in matching:
             with state, piling_up(self.model):
-                torch.autograd.backward(self.match(step, batch, seen, fuse(leaf)) * (outer * weight))
-            if leaf.grad is not None:  # None if no view reads the vectors
-                gradient = gradient + leaf.grad
+                torch.autograd.backward(self.match(step, batch, seen, leaf) * (outer * weight))
+        gradient = gradient * outer
+        if leaf.grad is not None:  # None if no view reads the vectors
+            gradient = gradient + leaf.grad[:, None] / gradient.shape[1]  # E* is the mean of the K vectors
         gradients = list(torch.split(gradient, [step.size for step in batch.embedding]))
-        gradients += [torch.zeros_like(gradients[-1])] * (len(steps) - len(gradients))
-        for i, ((step, weight), state) in enumerate(zip(steps, embedding, strict=True)):
-            last = i == len(steps) - 1
+        gradients += [torch.zeros_like(gradients[-1])] * (len(embedding) - len(gradients))
+        for i, (step, weight, state) in enumerate(embedding):
+            last = i == len(embedding) - 1
             with state, piling_up(self.model, last):
-                vectors, share = self.embed(step, batch, seen)
-                surrogate = (vectors * gradients[i]).sum() + (touch(self.model) if last else 0.0)
+                multi, share = self.embed(step, batch, seen)
+                surrogate = (multi * gradients[i]).sum() + (touch(self.model) if last else 0.0)
                 surrogate = surrogate if share is None else surrogate + share * (outer * weight)
                 torch.autograd.backward(surrogate)
 

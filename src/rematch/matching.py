@@ -220,6 +220,23 @@ def lay_out_reuse(
     return segments
 
 
+def token_numbers(masks: Sequence[Tensor]) -> list[Tensor]:
+    """For each input of some padded batches the numbers of its tokens, counted through all of them, padding included.
+
+    Args:
+        masks: Attention mask of each batch, (B, L).
+
+    >>> token_numbers([torch.tensor([[1, 1], [1, 0]]), torch.tensor([[1]])])
+    [tensor([0, 1]), tensor([2]), tensor([4])]
+    """
+    found, at = [], 0
+    for mask in masks:
+        numbers = at + torch.arange(mask.numel()).view(mask.shape)
+        found += [row[attended] for row, attended in zip(numbers, mask.bool(), strict=True)]
+        at += mask.numel()
+    return found
+
+
 def _extent(view: Segment) -> int:
     return int(view.positions.max()) + 1
 

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from rematch.backbone import Backbone, resize_vocabulary, resolve
 from rematch.errors import ModelError, RematchError
 from rematch.lora import inject, merge
-from rematch.matching import VIEWS, Segment
+from rematch.matching import VIEWS, Segment, token_numbers
 from rematch.pictures import Pictures, Seen, as_inputs, see
 from rematch.prompts import document_token, query_token
 from rematch.reading import Reading
@@ -262,10 +262,9 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
                 batch = reader.embedding_batch(list(read.values()), [task for _, task in read])
                 parts.append({name: value.to(self.device) for name, value in batch.items()})
                 shown = [r for r in read.values() if r.vision]
-                for number, ((_, task), one) in enumerate(read.items()):
-                    segment = reader.embedded(one, task)
-                    start = number * batch["input_ids"].shape[1]
-                    source[id(one)] = replace(segment, source=start + torch.arange(len(segment.ids)))
+                numbers = token_numbers([batch["attention_mask"]])
+                for own, ((_, task), one) in zip(numbers, read.items(), strict=True):
+                    source[id(one)] = replace(reader.embedded(one, task), source=own)
             embedded = [[source[id(r)] if r else None for r in (q, *ds)] for q, ds in readings]
             packed = reader.pack_reuse(embedded, questions)
         else:

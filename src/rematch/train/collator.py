@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from rematch.batch import Batch, Step
-from rematch.matching import VIEWS, Packed
+from rematch.matching import VIEWS, Packed, token_numbers
 from rematch.model import ReMatch
 from rematch.pictures import Pictures
 from rematch.reading import Reading
@@ -154,15 +154,16 @@ class Collator:
                 filled += sizes[by_size[count]]
                 count += 1
             chosen, by_size = by_size[:count], by_size[count:]
+            asked = [triplets[i] for i in chosen]
             own = sorted({key for i in chosen for key in members(i)}, key=lambda key: (distinct[key].length, key))
             parts = self.embedding_steps([distinct[key] for key in own])
-            source = _sources(parts)
+            source = token_numbers([part.tensors["attention_mask"] for part in parts])
             read = {key: self.reader.embedded(distinct[key].reading, distinct[key].task) for key in own}
             there = {key: replace(read[key], source=numbers) for key, numbers in zip(own, source, strict=True)}
-            rows = [[there[key] for key in (q, *ds)] for q, ds, _ in (triplets[i] for i in chosen)]
+            rows = [[there[key] for key in (q, *ds)] for q, ds, _ in asked]
             tensors = dict(vars(self.reader.pack_reuse(rows, [self.questions] * len(rows))))
-            tensors["read"] = self.read(_places(own, [[q, *ds] for q, ds, _ in (triplets[i] for i in chosen)]))
-            tensors["relevant"] = torch.tensor([triplets[i][2] for i in chosen])
+            tensors["read"] = self.read(_places(own, [[q, *ds] for q, ds, _ in asked]))
+            tensors["relevant"] = torch.tensor([relevant for _, _, relevant in asked])
             inputs[chosen] = len(keys) + _places(own, [samples[i] for i in chosen])
             steps.append(Step(tensors, parts=parts))
             keys += own
@@ -204,17 +205,6 @@ def next_other(positives: Sequence[int], i: int) -> int:
 def _places(keys: list[int], rows: list[list[int]]) -> Tensor:
     place = {key: i for i, key in enumerate(keys)}
     return torch.tensor([[place[key] for key in row] for row in rows])
-
-
-def _sources(parts: list[Step]) -> list[Tensor]:
-    """For each input of some padded batches the numbers of its tokens, counted through all of them."""
-    found, at = [], 0
-    for part in parts:
-        mask = part.tensors["attention_mask"]
-        numbers = at + torch.arange(mask.numel()).view(mask.shape)
-        found += [row[attended] for row, attended in zip(numbers, mask.bool(), strict=True)]
-        at += mask.numel()
-    return found
 
 
 def identity(value: Any) -> int:

@@ -26,10 +26,7 @@ def build_dataset(recipe: Recipe) -> Dataset:
     named = ", ".join(source.path for source in given)
     with_negatives = {source.has_negatives for source in sources}
     if len(with_negatives) > 1 and settings.hard_negatives:
-        raise DataError(
-            f"{named}: some samples have a hard negative and others none. Give every one a negative, or train "
-            "without them (data.hard_negatives=false)."
-        )
+        raise _mixed_negatives(named)
     sizes = [source.size for source in sources]
     fewest = min(sizes) if settings.homogeneous else sum(sizes)
     if fewest < recipe.train.batch_size:
@@ -39,9 +36,7 @@ def build_dataset(recipe: Recipe) -> Dataset:
         )
     weights = [source.weight for source in sources]
     order = plan(sizes, weights, recipe.train.steps, recipe.train.batch_size, seed, settings.homogeneous)
-    columns = ["query", "positive"] + ["negative"] * (with_negatives == {True} and settings.hard_negatives)
-    rows = _Rows(sources, columns, settings.document_instructions)
-    return Dataset.from_dict({"source": order[:, 0], "index": order[:, 1]}).with_transform(rows)
+    return _rows(sources, recipe, order[:, 0], order[:, 1])
 
 
 def build_validation(recipe: Recipe) -> Dataset | None:
@@ -50,9 +45,20 @@ def build_validation(recipe: Recipe) -> Dataset | None:
         return None
     sources = [part for source in _given(recipe) for part in _open(source, 1, recipe, kept_out=True)]
     order = [(number, i) for number, source in enumerate(sources) for i in range(source.size)]
-    with_negatives = all(source.has_negatives for source in sources) and recipe.data.hard_negatives
+    return _rows(sources, recipe, [s for s, _ in order], [i for _, i in order])
+
+
+def _rows(sources: list["_Opened"], recipe: Recipe, numbers: Any, indices: Any) -> Dataset:
+    with_negatives = recipe.data.hard_negatives and all(source.has_negatives for source in sources)
     rows = _Rows(sources, ["query", "positive"] + ["negative"] * with_negatives, recipe.data.document_instructions)
-    return Dataset.from_dict({"source": [s for s, _ in order], "index": [i for _, i in order]}).with_transform(rows)
+    return Dataset.from_dict({"source": numbers, "index": indices}).with_transform(rows)
+
+
+def _mixed_negatives(name: str) -> DataError:
+    return DataError(
+        f"{name}: some samples have a hard negative and others none. Give every one a negative, or train without them "
+        "(data.hard_negatives=false)."
+    )
 
 
 def _given(recipe: Recipe) -> list[Source]:
@@ -87,10 +93,7 @@ def _open(source: Source, most: int, recipe: Recipe, kept_out: bool = False) -> 
     for part in parts:
         with_negative = sum(t.negative is not None for t in part)
         if 0 < with_negative < len(part) and recipe.data.hard_negatives:
-            raise DataError(
-                f"{source.path}: some samples have a hard negative and others none. Give every one a negative, or "
-                "train without them (data.hard_negatives=false)."
-            )
+            raise _mixed_negatives(source.path)
         weight = (source.weight or total) * len(part) / max(1, total)
         opened.append(_Opened(source.path, part.__getitem__, len(part), weight, bool(with_negative)))
     return opened

@@ -61,8 +61,9 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
                 f"step {self.state.global_step + 1}: the loss is {loss.item()}. The samples of this step: {shown}. "
                 "Look at them, lower train.learning_rate, or train without half precision."
             )
-        self._samples += len(batch.inputs)
-        self._tokens += batch.tokens
+        if torch.is_grad_enabled():
+            self._samples += len(batch.inputs)
+            self._tokens += batch.tokens
         return result
 
     def prediction_step(
