@@ -23,8 +23,8 @@ def evaluate(model: LlavaForConditionalGeneration, processor: LlavaProcessor, pe
 
     - ``vqa``: exact answers by greedy generation;
     - ``match``: Yes/No on "does this text / picture match that picture?", half of it with the answer Yes: six kinds
-      of statement about a picture, captions for pictures and pictures for captions, pictures for pictures. Wrong captions
-      and pictures are nearly right, other wrong statements are drawn at random;
+      of statement about a picture, captions for pictures and pictures for captions, pictures for pictures. Wrong
+      captions and pictures are nearly right, other wrong statements are drawn at random;
     - ``near_miss``: Yes/No on the right and the nearly right document of all twelve tasks, questions and edits among
       them, for which a document must be judged that the query only implies.
     """
