@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from rematch import ReMatch
 from rematch.losses import ReMatchLoss
 from rematch.matching import VIEWS
-from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_QUESTION, MATCH_TASK
+from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_TASK
 from rematch.tokens import fuse
 from rematch.train.collator import Collator
 
@@ -34,7 +34,7 @@ def one_question(model, query, document, views):
     placeholder = [model.backbone.tokenizer.eos_token_id]
     q_feat = tokens(MATCH_QUERY) + placeholder if query_view == "feat" else []
     d_feat = tokens(MATCH_DOCUMENT) + placeholder if document_view == "feat" else []
-    slot = tokens(MATCH_QUESTION + reader.suffix)
+    slot = tokens(reader.suffix)
     ids = prompt + q_feat + d_feat + slot
     p, a, b = len(prompt), len(prompt) + len(q_feat), len(prompt) + len(q_feat) + len(d_feat)
     end_q, end_d = (p + len(q_feat) if q_feat else q_length), (p + len(d_feat) if d_feat else d_length)

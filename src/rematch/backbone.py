@@ -304,10 +304,10 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         accepted = signature(self.base.forward).parameters
         states, layers = [], []
         for part in parts:
-            cache = DynamicCache()
+            cache = KeyValues()
             inputs = {name: value for name, value in part.items() if name in accepted}
             states.append(self.base(**inputs, past_key_values=cache, use_cache=True).last_hidden_state)
-            layers.append([(layer.keys, layer.values) for layer in cache.layers])
+            layers.append(cache.new)
 
         def flat(found: list[Tensor]) -> Tensor:
             return torch.cat([one.transpose(1, 2).flatten(0, 1) for one in found])
@@ -331,6 +331,29 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
             yield
         finally:
             handle.remove()
+
+
+class KeyValues(DynamicCache):  # type: ignore[misc]
+    """Hands out the keys and values that a forward pass computes, and puts others before them, without extra copies.
+
+    Args:
+        before: Keys and values of every layer that stand before the sequence, (B, heads, C, head width) each.
+
+    Attributes:
+        new: Those of the sequence, layer by layer.
+    """
+
+    def __init__(self, before: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
+        super().__init__()
+        self.before = before
+        self.new: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.new.append((keys, values))
+        if not self.before:
+            return keys, values
+        known_keys, known_values = self.before[layer]
+        return torch.cat([known_keys, keys], 2), torch.cat([known_values, values], 2)
 
 
 @contextmanager

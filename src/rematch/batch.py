@@ -41,6 +41,7 @@ class Batch:
             fields of :class:`~rematch.matching.Packed` their tensors hold ``read``, which of the distinct inputs stand
             in the placeholders, in reading order, and ``relevant`` (b, 2): whether a slot's document is the positive.
         pictures: The distinct picture sets; ``None`` without any.
+        budget: Tokens of a forward pass; visual ones, when the vision tower runs alone.
         ids: What the samples are called, for errors.
     """
 
@@ -49,6 +50,7 @@ class Batch:
     embedding: list[Step]
     matching: list[Step]
     pictures: Pictures | None
+    budget: int
     ids: list[str] = field(default_factory=list)
 
     @property

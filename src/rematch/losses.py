@@ -266,7 +266,7 @@ class ReMatchLoss(nn.Module):
             return []
         seen: list[Seen] = []
         with torch.no_grad():
-            for some, weight in aligned(pictures.chunks(VISUAL_TOKENS_AT_ONCE)):
+            for some, weight in aligned(pictures.chunks(batch.budget)):
                 found = self.model({"pictures": pictures.take(some)})["seen"]
                 seen += found if weight else []
         return seen
@@ -387,6 +387,3 @@ class ReMatchLoss(nn.Module):
             for view, pair in zip(self.views, mean, strict=True)
             for document, value in zip(("positive", "negative"), pair, strict=True)
         }
-
-
-VISUAL_TOKENS_AT_ONCE = 16_384

@@ -183,40 +183,42 @@ def lay_out(
 
 def lay_out_reuse(
     prompt: Segment,
+    heads: tuple[Segment, Segment],
     embedded: Sequence[Segment | None],
-    feats: tuple[Segment, Segment],
+    feat: Segment,
     slot: Segment,
     questions: Sequence[tuple[str, int, str]],
 ) -> list[Segment]:
-    """The segments of one sequence whose raw views are read off the embedding pass (docs/reuse.md).
+    """The segments of one sequence whose raw views and prompt are read off the embedding pass (docs/reuse.md).
 
     A query or document stands in its own chat turn, learnable tokens included, at positions from 0; so does the prompt.
     An answer slot starts after the longest of what it sees. Whatever else is in the sequence, a question's positions
     are those that it has alone.
 
     Args:
-        prompt: As for :func:`lay_out`.
-        embedded: The query and the documents, with :attr:`Segment.source`; ``None`` for one without a raw view.
-        feats: The feature view of a query and that of a document.
-        slot: As for :func:`lay_out`.
+        prompt: As for :func:`lay_out`, with :attr:`Segment.source`.
+        heads: "Query:" and "Document:" behind the prompt, for vectors, with their ``source``.
+        embedded: The query and the documents, with their ``source``; ``None`` for one without a raw view.
+        feat: The placeholder of a vector.
+        slot: What a question is closed with.
         questions: As for :func:`lay_out`.
     """
-    segments = [one for one in embedded if one is not None]
-    place: dict[tuple[int, str], int] = {}
+    segments = [prompt, *(replace(head, sees=(0,), start=prompt.end) for head in heads)]
+    sees: dict[tuple[int, str], tuple[int, ...]] = {}
     for number, one in enumerate(embedded):
         if one is not None:
-            place[number, "raw"] = len(place)
-    opening = len(segments)
-    segments.append(prompt)
+            sees[number, "raw"] = (len(segments),)
+            segments.append(one)
     asked = {(0, q) for q, _, _ in questions} | {(i + 1, d) for _, i, d in questions}
     for number in range(len(embedded)):
         if (number, "feat") in asked:
-            place[number, "feat"] = len(segments)
-            segments.append(replace(feats[min(number, 1)], sees=(opening,), start=prompt.end))
+            head = 1 + min(number, 1)
+            sees[number, "feat"] = (head, len(segments))
+            segments.append(replace(feat, sees=(0, head), start=segments[head].end))
     for query_view, i, document_view in questions:
-        sees = (opening, place[0, query_view], place[i + 1, document_view])
-        start = max(segments[j].end for j in sees)
-        segments.append(replace(slot, sees=sees, start=start, is_slot=True))
+        seen = (0, *sees[0, query_view], *sees[i + 1, document_view])
+        start = max(segments[j].end for j in seen)
+        segments.append(replace(slot, sees=seen, start=start, is_slot=True))
     return segments
 
 

@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from transformers import DynamicCache
 
-from rematch.backbone import Backbone, resize_vocabulary, resolve
+from rematch.backbone import Backbone, KeyValues, resize_vocabulary, resolve
 from rematch.errors import ModelError, RematchError
 from rematch.lora import inject, merge
 from rematch.matching import VIEWS, Segment, token_numbers
@@ -256,17 +255,18 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             seen = dict(zip(sets, self({"pictures": pictures})["seen"], strict=True))
         parts: list[dict[str, Any]] = []
         shown: list[Reading] = []
-        if self.backbone.matching == "reuse":
+        if reuse := self.backbone.matching == "reuse":
             source: dict[int, Segment] = {}
             if read:
                 batch = reader.embedding_batch(list(read.values()), [task for _, task in read])
                 parts.append({name: value.to(self.device) for name, value in batch.items()})
                 shown = [r for r in read.values() if r.vision]
-                numbers = token_numbers([batch["attention_mask"]])
-                for own, ((_, task), one) in zip(numbers, read.items(), strict=True):
-                    source[id(one)] = replace(reader.embedded(one, task), source=own)
+            masks = [part["attention_mask"].cpu() for part in parts]
+            *numbers, first, second = token_numbers([*masks, reader.matching_prompts()["attention_mask"]])
+            for own, ((_, task), one) in zip(numbers, read.items(), strict=True):
+                source[id(one)] = replace(reader.embedded(one, task), source=own)
             embedded = [[source[id(r)] if r else None for r in (q, *ds)] for q, ds in readings]
-            packed = reader.pack_reuse(embedded, questions)
+            packed = reader.pack_reuse(embedded, questions, (first, second))
         else:
             packed, shown = reader.pack_matching(readings, questions)
         by_query: Sequence[Tensor | None] = [None] * len(rows)
@@ -280,7 +280,9 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         features: dict[str, Any] = {name: value.to(self.device) for name, value in vars(packed).items()}
         features["vectors"] = torch.cat(feats) if feats else None
         features["seen"] = [seen[id(r)] for r in shown]
-        logits = self(features | ({"parts": parts, "shown": [len(shown)]} if parts else {}))["answer_logits"]
+        logits = self(features | ({"parts": parts, "shown": [len(shown)] * len(parts)} if reuse else {}))[
+            "answer_logits"
+        ]
         yes, no = self.backbone.answer_ids
         return (logits[..., yes] - logits[..., no]).float().sigmoid().cpu().numpy()
 
@@ -329,18 +331,26 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             part | as_inputs([next(remaining) for _ in range(count)])
             for part, count in zip(features["parts"], features["shown"], strict=True)
         ]
-        states, layers = self.backbone.embed_keeping(parts)
-        fused = [
-            self.fusion({"token_embeddings": state, "attention_mask": part["attention_mask"]})
+        prompts = {name: value.to(self.device) for name, value in self.backbone.reader.matching_prompts().items()}
+        (*states, last), layers = self.backbone.embed_keeping([*parts, prompts])
+        multi = [
+            self.fusion({"token_embeddings": state, "attention_mask": part["attention_mask"]})["multi_vector"]
             for state, part in zip(states, parts, strict=True)
         ]
-        multi = torch.cat([one["multi_vector"] for one in fused])
-        context, cache = features["context"], DynamicCache()
-        for index, (keys, values) in enumerate(layers):  # (tokens, heads, width) → (b, heads, C, width)
-            cache.update(keys[context].transpose(1, 2), values[context].transpose(1, 2), index)
-        vectors = fuse(multi)[features["read"]] if "read" in features else features["vectors"]
+        context = features["context"]
+
+        def gathered(tokens: Tensor) -> Tensor:  # (tokens, heads, width) → (b, heads, C, width)
+            chosen = tokens.index_select(0, context.flatten())
+            return chosen.view(*context.shape, *tokens.shape[1:]).transpose(1, 2)
+
+        cache = KeyValues([(gathered(keys), gathered(values)) for keys, values in layers])
+        vectors = fuse(torch.cat(multi))[features["read"]] if "read" in features else features["vectors"]
         z = self.fusion.projector(vectors) if vectors is not None and len(vectors) else None
-        return {"multi_vector": multi, "answer_logits": self.backbone.answer_logits(features, z, cache)}
+        logits = self.backbone.answer_logits(features, z, cache)
+        if torch.is_grad_enabled():  # FSDP2 gathers a layer's weights for the gradient of its output, none otherwise
+            logits = logits + 0.0 * last.sum()
+        out: dict[str, Any] = {"answer_logits": logits}
+        return out | ({"multi_vector": torch.cat(multi)} if multi else {})
 
     def _see(self, pictures: Pictures) -> list[Seen]:
         return see(self.backbone.base, pictures.to(self.device, self.backbone.model.dtype))

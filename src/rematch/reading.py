@@ -7,7 +7,7 @@ Shapes: L tokens, P position dimensions (1, or 3 for M-RoPE backbones).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -141,6 +141,10 @@ class Reader:
         longest = max(len(row.ids) for row in rows)
         if longest > self.tokenizer.model_max_length:
             raise too_long(max(range(len(rows)), key=lambda i: len(rows[i].ids)), self.tokenizer.model_max_length)
+        return self._padded(rows)
+
+    def _padded(self, rows: Sequence[Segment]) -> dict[str, Tensor]:
+        longest = max(len(row.ids) for row in rows)
         ids = torch.full((len(rows), longest), int(self.tokenizer.pad_token_id or 0))
         mask = torch.zeros(len(rows), longest, dtype=torch.long)
         positions = torch.zeros(rows[0].positions.shape[0], len(rows), longest, dtype=torch.long)
@@ -191,25 +195,41 @@ class Reader:
             sequences.append(lay_out(prompt, queries, others, slot, asked))
         return pack(sequences, int(self.tokenizer.pad_token_id or 0)), shown
 
+    def matching_prompts(self) -> dict[str, Tensor]:
+        """The prompt and the head of a query's vector, the prompt and the head of a document's: what all questions that
+        are answered from the embedding pass have in common, to be run once with it; padded, as :meth:`embedding_batch`.
+        """
+        prompt, *heads = self._prompt_and_heads()
+        rows = [self.headed(prompt, head) for head in heads]
+        return self._padded(rows)
+
     def pack_reuse(
-        self, rows: Sequence[Sequence[Segment | None]], questions: Sequence[Sequence[tuple[str, int, str]]]
+        self,
+        rows: Sequence[Sequence[Segment | None]],
+        questions: Sequence[Sequence[tuple[str, int, str]]],
+        prompts: Sequence[Tensor],
     ) -> Packed:
         """Lay out questions that are answered from the embedding pass (:func:`~rematch.matching.lay_out_reuse`).
 
         Args:
             rows: For each sequence the query and the documents as they are embedded, with their ``source``.
             questions: As for :meth:`pack_matching`.
+            prompts: Numbers of the tokens of both rows of :meth:`matching_prompts`.
         """
-        prompt = self.text_segment(self.prefix + MATCH_TASK, opening=True)
-        slot = self.text_segment(MATCH_QUESTION + self.suffix)
-        feats = (
-            self.text_segment(MATCH_QUERY, placeholder=True),
-            self.text_segment(MATCH_DOCUMENT, placeholder=True),
-        )
+        prompt, *heads = self._prompt_and_heads()
+        size = len(prompt.ids)
+        known = replace(prompt, source=prompts[0][:size])
+        query, document = (replace(head, source=numbers[size:]) for head, numbers in zip(heads, prompts, strict=True))
+        feat, slot = self.text_segment("", placeholder=True), self.text_segment(self.suffix)
         sequences = [
-            lay_out_reuse(prompt, embedded, feats, slot, asked) for embedded, asked in zip(rows, questions, strict=True)
+            lay_out_reuse(known, (query, document), embedded, feat, slot, asked)
+            for embedded, asked in zip(rows, questions, strict=True)
         ]
         return pack(sequences, int(self.tokenizer.pad_token_id or 0))
+
+    def _prompt_and_heads(self) -> list[Segment]:
+        prompt = self.text_segment(self.prefix + MATCH_TASK, opening=True)
+        return [prompt, *(self.text_segment(head) for head in (MATCH_QUERY, MATCH_DOCUMENT))]
 
     def learnable_ids(self, task: str) -> list[int]:
         """Token ids of the learnable tokens for ``task``, ``"query"`` or ``"document"``."""

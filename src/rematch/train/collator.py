@@ -80,12 +80,12 @@ class Collator:
         triplets = [self.triplet(samples, i) for i in range(len(samples))] if self.views else []
         if self.reuse:
             keys, steps, inputs = self.reuse_steps(samples, triplets, distinct)
-            return {"batch": Batch(inputs, torch.tensor(keys), steps, [], pictures, ids)}
+            return {"batch": Batch(inputs, torch.tensor(keys), steps, [], pictures, self.tokens, ids)}
         keys = sorted(distinct, key=lambda key: distinct[key].length)
         inputs = _places(keys, samples)
         steps = self.embedding_steps([distinct[key] for key in keys])
         matching = self.matching_steps(keys, triplets, distinct) if triplets else []
-        return {"batch": Batch(inputs, torch.tensor(keys), steps, matching, pictures, ids)}
+        return {"batch": Batch(inputs, torch.tensor(keys), steps, matching, pictures, self.tokens, ids)}
 
     def triplet(self, samples: list[list[int]], i: int) -> tuple[int, list[int], list[bool]]:
         """A sample's query, its documents in their slots, and whether each is relevant."""
@@ -157,11 +157,12 @@ class Collator:
             asked = [triplets[i] for i in chosen]
             own = sorted({key for i in chosen for key in members(i)}, key=lambda key: (distinct[key].length, key))
             parts = self.embedding_steps([distinct[key] for key in own])
-            source = token_numbers([part.tensors["attention_mask"] for part in parts])
+            masks = [part.tensors["attention_mask"] for part in parts]
+            *source, first, second = token_numbers([*masks, self.reader.matching_prompts()["attention_mask"]])
             read = {key: self.reader.embedded(distinct[key].reading, distinct[key].task) for key in own}
             there = {key: replace(read[key], source=numbers) for key, numbers in zip(own, source, strict=True)}
             rows = [[there[key] for key in (q, *ds)] for q, ds, _ in asked]
-            tensors = dict(vars(self.reader.pack_reuse(rows, [self.questions] * len(rows))))
+            tensors = dict(vars(self.reader.pack_reuse(rows, [self.questions] * len(rows), (first, second))))
             tensors["read"] = self.read(_places(own, [[q, *ds] for q, ds, _ in asked]))
             tensors["relevant"] = torch.tensor([relevant for _, _, relevant in asked])
             inputs[chosen] = len(keys) + _places(own, [samples[i] for i in chosen])
