@@ -7,11 +7,13 @@ BIN := $(VENV)/bin
 
 install: $(VENV)/.installed
 
-# torch first and pinned, so that no other package chooses its version
+# torch first and pinned, so that no other package chooses its version; torchvision, which fits no CPU build of it, out of
+# the library's sight: only tests/tiny_backbones.py uses it
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(shell grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/torchvision-for-tests torchvision==0.29.0
 	touch $@
 
 demo: install

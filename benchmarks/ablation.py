@@ -5,8 +5,8 @@
     python benchmarks/ablation.py run --arms 6-all --set model.num_tokens=4 --name K4      # one point of a sweep
     python benchmarks/ablation.py report                         # table, plot, and what has not been run
 
-Each run writes one JSON to benchmarks/results/ablation/. Beside Hit@1 on Picto's whole test set it holds, in percent and
-always on held-out combinations:
+Each run writes one JSON to benchmarks/results/ablation/. Beside Hit@1 on Picto's whole test set it holds, in percent
+and always on held-out combinations:
 
 - ``matching``: right Yes/No answers on right and nearly right documents, for each view pair;
 - ``vqa_exact``: exact answers by greedy generation; with ``raw-raw`` above, what is left of the base's abilities;

@@ -210,6 +210,7 @@ def test_bad_recipes(fails, tmp_path):
     assert "section.key=value" in fails("train", RECIPES / "picto.yaml", "steps")
     assert "not valid YAML" in fails("train", RECIPES / "picto.yaml", "train.steps=[")
     assert "no such recipe" in fails("train", tmp_path)
+    assert "takes no 4-D masks" in fails("train", RECIPES / "picto.yaml", "model.attention=flash_attention_2")
 
 
 def test_bad_training_data(fails, backbone_path, pairs, tmp_path):
@@ -228,7 +229,7 @@ def test_bad_training_data(fails, backbone_path, pairs, tmp_path):
     assert "is neither text" in message('{"query": {"txt": "a"}, "positive": "b", "negative": "b"}')
     assert "is neither text" in message('{"query": {"text": 5}, "positive": "b", "negative": "b"}')
     assert "is neither text" in message('{"query": "  ", "positive": "b", "negative": "b"}')
-    assert "has no 'negative'" in message('{"query": "a", "positive": "b"}')
+    assert "has no negative; some samples have" in message('{"query": "a", "positive": "b"}')
     whole = (tmp_path / "red.png").read_bytes()
     assert "cut.png: " in message('{"query": "a", "positive": "cut.png", "negative": "b"}', cut=whole[:-40])
     assert "no such file" in fails("train", *small(backbone_path, tmp_path / "m", "data.source=nothing.jsonl"))
@@ -237,6 +238,28 @@ def test_bad_training_data(fails, backbone_path, pairs, tmp_path):
     )
     pairs.write_text(pairs.read_text().splitlines()[0])
     assert "do not fill one batch" in fails("train", *small(backbone_path, tmp_path / "m", f"data.source={pairs}"))
+
+
+def test_bad_mining_input(fails, pairs, tmp_path):
+    output = tmp_path / "mined.jsonl"
+    assert "no such file" in fails("mine", "rematch-tiny", tmp_path / "none.jsonl", "--output", output)
+    assert "--views raw is unknown" in fails("mine", "rematch-tiny", pairs, "--output", output, "--views", "raw")
+    assert "ending .jsonl" in fails("mine", "rematch-tiny", pairs, "--output", tmp_path / "mined")
+    assert "exists already" in fails("mine", "rematch-tiny", pairs, "--output", pairs)
+    assert "no ReMatch checkpoint" in fails("mine", tmp_path, pairs, "--output", output)
+    assert "no such file" in fails(
+        "mine", "rematch-tiny", pairs, "--output", output, "--corpus", tmp_path / "none.jsonl"
+    )
+    assert not list(tmp_path.glob("mined*"))
+
+
+def test_mine_writes_training_data_and_a_report(rematch, pairs, tmp_path):
+    code, said = rematch(
+        "mine", "rematch-tiny", pairs, "--output", tmp_path / "mined.jsonl", "--yes", "1", "--margin", "0"
+    )
+    assert code == 0, said
+    assert "What was dropped and why" in said
+    assert (tmp_path / "mined.html").exists()
 
 
 def test_bad_search_input(fails, tmp_path, monkeypatch):

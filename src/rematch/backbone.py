@@ -99,6 +99,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
             ) from error
         self.module_output_name = "token_embeddings"
         self._check_processor(model_name_or_path)
+        self._check_attention(model_name_or_path)
         self.reader = Reader(self.processor, self.base)
         self.document_instructions = document_instructions
         self.matching = matching
@@ -188,6 +189,23 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
             raise ModelError(
                 f"{name}: has no chat template, but queries, documents and the Yes/No question are put as chat turns. "
                 "Use the instruction-tuned variant of the model, or set processor.chat_template and save it."
+            )
+
+    def _check_attention(self, name: str) -> None:
+        """Matching writes its own 4-D mask, and looks at pictures apart from the text."""
+        text, accepted = self.model.config.get_text_config(), signature(self.base.forward).parameters
+        other = sorted({kind for kind in getattr(text, "layer_types", None) or [] if kind != "full_attention"})
+        reason = ""
+        if "token_type_ids" in accepted or getattr(text, "use_bidirectional_attention", None):
+            reason = "lets the tokens of a picture see those behind them, which matching's causal mask does not"
+        elif other:
+            reason = f"has layers of {', '.join(other)}, which do not follow matching's 4-D attention mask"
+        elif "mm_encoder_outputs" not in accepted:
+            reason = "takes no picture features that were computed before (mm_encoder_outputs)"
+        if reason:
+            raise ModelError(
+                f"{name}: {type(self.model).__name__} {reason}. Use one of another family, such as Qwen2-VL, Qwen3-VL, "
+                "LLaVA-OneVision, SmolVLM or InternVL."
             )
 
     def _single_token(self, word: str) -> int:

@@ -65,6 +65,58 @@ def train(
 
 
 @app.command()
+def mine(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory, hub name, or rematch-tiny.")],
+    data: Annotated[Path, typer.Argument(help="A .jsonl or .parquet file with query and positive.")],
+    output: Annotated[Path, typer.Option(help="Training data with hard negatives, .jsonl; a report lies beside it.")],
+    corpus: Annotated[Path | None, typer.Option(help="Further documents: a folder of pictures, or a file.")] = None,
+    negatives: Annotated[int, typer.Option(min=1, help="Negatives for each query, at most.")] = 4,
+    candidates: Annotated[int, typer.Option(min=1, help="Nearest documents looked at.")] = 30,
+    yes: Annotated[float, typer.Option(min=0, max=1, help="P(yes) from which a candidate is a right answer.")] = 0.5,
+    margin: Annotated[float, typer.Option(min=0, max=1, help="Least distance to the positive's P(yes).")] = 0.0,
+    views: Annotated[
+        str, typer.Option(help="What the matching head reads: feat-feat (vectors), …, raw-raw.")
+    ] = "feat-feat",
+) -> None:
+    """Find hard negatives for own data; the matching head takes out false ones."""
+    if views not in ("raw-raw", "raw-feat", "feat-raw", "feat-feat"):
+        raise RematchError(f"--views {views} is unknown; choose raw-raw, raw-feat, feat-raw or feat-feat.")
+    if not data.is_file():
+        raise RematchError(f"{data}: no such file. Give a .jsonl or .parquet file with query and positive.")
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
+    from rich.table import Table
+
+    from rematch.model import ReMatch
+    from rematch.train.mine import REASONS, Rules
+    from rematch.train.mine import mine as run
+
+    rules = Rules(negatives, candidates, yes, margin, views)  # type: ignore[arg-type]
+    with Progress(*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn()) as shown:
+        bars: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                bars[what] = shown.add_task(what, total=total)
+            shown.update(bars[what], completed=done)
+
+        report = run(ReMatch(model), data, output, rules, corpus, progress)
+    table = Table("candidates", "")
+    for reason, count in report["candidates"].items():
+        table.add_row(f"{count:,}", REASONS[reason])
+    Console().print(table)
+    if report["positives_answered_yes"] < 0.6:
+        typer.echo(
+            f"warning: the model says Yes to only {100 * report['positives_answered_yes']:.0f} % of the labelled "
+            "positives; its filter is not to be trusted on this data. Fine-tune it first.",
+            err=True,
+        )
+    if lost := report["queries_without_negatives"]:
+        typer.echo(f"{lost} of {report['queries']} queries have no negative left and are not in the output.", err=True)
+    typer.echo(f"{report['negatives']:,} negatives: {output}\nWhat was dropped and why: {output.with_suffix('.html')}")
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint directory, hub name, or rematch-tiny.")] = "rematch-tiny",
     benchmark: Annotated[str, typer.Option(help="picto.")] = "picto",

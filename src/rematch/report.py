@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from rematch.data import picto
 from rematch.data.schema import Item
@@ -22,9 +22,9 @@ _COLOURS = {"contrastive": "#888", "rematch": "#c2410c", "orthogonality": "#0e74
 
 
 def data_url(picture: Image.Image, edge: int = 96) -> str:
-    """A picture as a PNG data URL."""
+    """A picture as a PNG data URL, its longer side ``edge`` pixels."""
     buffer = io.BytesIO()
-    picture.convert("RGB").resize((edge, edge), Image.Resampling.LANCZOS).save(buffer, "PNG")
+    ImageOps.contain(picture.convert("RGB"), (edge, edge), Image.Resampling.LANCZOS).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -36,9 +36,6 @@ def read_triplets(path: Path | str) -> list[Triplet]:
         triplets.append(Triplet(items["query"], items["positive"], items.get("negative")))
     if not triplets:
         raise DataError(f"{path}: holds no samples.")
-    if 0 < sum(t.negative is not None for t in triplets) < len(triplets):
-        row = next(i for i, t in enumerate(triplets, 1) if t.negative is None)
-        raise DataError(f"{path}:{row}: has no 'negative', but other rows have. Give every row one, or none.")
     return triplets
 
 

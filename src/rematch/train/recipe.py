@@ -109,6 +109,11 @@ class Recipe(_Section):
     def _fits_together(self) -> "Recipe":
         if self.data.validation and not self.train.save_every:
             raise ValueError("data.validation is scored at checkpoints; set train.save_every too")
+        if self.loss.w_qdm and "flash" in (self.model.attention or ""):
+            raise ValueError(
+                f"model.attention={self.model.attention} takes no 4-D masks, which matching needs; leave it out, or "
+                "train without matching (loss.w_qdm=0)"
+            )
         if self.loss.matching == "reuse" and self.train.gradient_checkpointing:
             raise ValueError(
                 "loss.matching=reuse reads keys and values that train.gradient_checkpointing throws away; switch one "

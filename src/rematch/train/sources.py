@@ -56,7 +56,7 @@ def _rows(sources: list["_Opened"], recipe: Recipe, numbers: Any, indices: Any) 
 
 def _mixed_negatives(name: str) -> DataError:
     return DataError(
-        f"{name}: some samples have a hard negative and others none. Give every one a negative, or train without them "
+        f"{name}; some samples have a hard negative and others none. Give every one a negative, or train without them "
         "(data.hard_negatives=false)."
     )
 
@@ -93,7 +93,8 @@ def _open(source: Source, most: int, recipe: Recipe, kept_out: bool = False) -> 
     for part in parts:
         with_negative = sum(t.negative is not None for t in part)
         if 0 < with_negative < len(part) and recipe.data.hard_negatives:
-            raise _mixed_negatives(source.path)
+            first = next(i for i, triplet in enumerate(part, 1) if triplet.negative is None)
+            raise _mixed_negatives(f"{source.path}: sample {first} has no negative")
         weight = (source.weight or total) * len(part) / max(1, total)
         opened.append(_Opened(source.path, part.__getitem__, len(part), weight, bool(with_negative)))
     return opened
