@@ -97,6 +97,26 @@ def test_two_forwards_before_the_backwards(model, triplets):
     assert all(torch.equal(found[n], g) for n, g in expected.items())
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_gradient_checkpointing_changes_nothing(make_model, triplets, cached):
+    """Of the language model and of a tower that trains."""
+    results, ran = [], []
+    for checkpointing in (False, True):
+        model = make_model().train()
+        language, vision = model.backbone.base.language_model, model.backbone.base.vision_tower
+        norms = [*(one.input_layernorm for one in language.layers), *(one.layer_norm1 for one in vision.encoder.layers)]
+        if checkpointing:
+            model.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+        batch = Collator(model, tokens=SMALL)(triplets)["batch"]
+        count = [0]
+        for norm in norms:
+            norm.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        results.append(gradients(model, ReMatchLoss(model, gradient_cache=cached), [batch]))
+        ran.append(count[0])
+    assert_equal(*results, 1e-9)
+    assert ran[1] > ran[0]  # layers did run again in the backward pass
+
+
 def test_a_frozen_tower_sees_each_distinct_picture_once(model, triplets):
     model.backbone.freeze_vision()
     batch = Collator(model, tokens=SMALL)([*triplets, *triplets])["batch"]

@@ -4,9 +4,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from rematch.losses import ReMatchLoss
-from rematch.matching import VIEWS, unified_mask
+from rematch.matching import VIEWS, block_mask, unified_mask
 from rematch.pictures import Pictures
 from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_QUESTION, MATCH_TASK
 from rematch.tokens import fuse
@@ -210,3 +211,18 @@ def test_padding_sees_itself(model, triplets):
     rows = [(read(t["query"]), [read(t["positive"])]) for t in triplets[:3]]
     packed, _ = model.backbone.reader.pack_matching(rows, [[("raw", 0, "raw")]] * 3)
     assert unified_mask(packed.owner, packed.visible).any(-1).all()
+
+
+@pytest.mark.parametrize("before", [0, 5])
+def test_the_block_mask_is_the_unified_mask(before):
+    """FlexAttention under the one, attention under the other; values, for it has no gradient on CPUs."""
+    torch.manual_seed(before)
+    owner = torch.randint(0, 4, (2, before + 40)).sort(dim=1).values
+    visible = (torch.rand(2, 4, 4) < 0.5) | torch.eye(4, dtype=torch.bool)
+    q = torch.randn(2, 2, 40, 8, dtype=torch.float64)
+    k, v = (torch.randn(2, 2, before + 40, 8, dtype=torch.float64) for _ in range(2))
+    flexible = flex_attention(q, k, v, block_mask=block_mask(owner, visible, before))
+    dense = unified_mask(owner, visible, before)
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense)
+    torch.testing.assert_close(flexible, plain, rtol=1e-9, atol=1e-9)
+    assert not dense.all()

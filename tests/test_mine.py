@@ -73,7 +73,7 @@ def test_everything_is_accounted_for(judged, data, tmp_path):
     assert counts["kept"] == report["negatives"]
     assert not (tmp_path / "out" / "mined.jsonl.partial").exists()
     page = output.with_suffix(".html").read_text()
-    assert "a dog" in page
+    assert f"{counts['yes']} candidates false negative: the matching head says Yes" in page
     assert page.count("data:image/png") > 5
     assert json.loads(output.with_suffix(".json").read_text()) == report
 

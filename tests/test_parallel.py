@@ -2,12 +2,16 @@
 
 import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import build_model
+from safetensors.torch import load_file
 from test_gradient_cache import SMALL
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -15,7 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rematch.losses import ReMatchLoss
 from rematch.train.collator import Collator
+from rematch.train.recipe import load_recipe
+from rematch.train.run import train
 
+ROOT = Path(__file__).parents[1]
 MODES = [(cached, reuse) for cached in (False, True) for reuse in (False, True)]
 
 
@@ -103,3 +110,39 @@ def test_two_processes_equal_one(backbone_path, triplets, tmp_path, kind, pictur
         for name, gradient in gradients.items():
             difference = (theirs[1][name] - gradient).norm()
             assert difference <= 1e-6 * gradient.norm().clamp(min=1e-3 * largest), (cached, reuse, name)
+
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "ACCELERATE_USE_CPU": "true",
+}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_train_and_save_what_one_does(backbone_path, tmp_path, kind):
+    """The whole command under torchrun; the model of a sharded run is put together at the end."""
+    settings = [f"model.backbone={backbone_path}", "model.num_tokens=2", "train.steps=2", "train.batch_size=4"]
+    settings += ["train.bf16=false", "train.workers=0", "train.save_every=1", "loss.gradient_cache=true"]
+    settings += ["train.learning_rate=1e-3", "train.mini_batch_tokens=300"]
+    recipe = ROOT / "recipes" / "picto.yaml"
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(load_recipe(recipe, [*settings, f"train.output={one}"]), quiet=True)
+    program = ["-m", "rematch.cli"] if kind == "ddp" else [Path(__file__).with_name("sharded_on_cpu.py")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    done = subprocess.run(
+        [*launch, *program, "train", recipe, *settings, f"train.output={two}"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (FSDP2 if kind == "fsdp2" else {}),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    base, single, shared = (load_file(p / "model.safetensors") for p in (backbone_path, one, two))
+    assert single.keys() == shared.keys()
+    moved = max(float((single[n] - base[n]).abs().max()) for n in base if base[n].shape == single[n].shape)
+    apart = max(float((single[n] - shared[n]).abs().max()) for n in single)
+    assert moved > 1e-3
+    assert apart < moved / 10  # Adam turns rounding into steps where a gradient is nearly zero

@@ -76,26 +76,25 @@ def qwen_ids(tok):
     return ids(tok, image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end)
 
 
-def qwen_processor(kind, tok, patch=14):
+def qwen_processor(kind, tok, patch=14, pixels=(784, 3136)):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    side = 2 * patch
     images = Qwen2VLImageProcessorPil(
-        patch_size=patch, merge_size=2, temporal_patch_size=2, min_pixels=side * side, max_pixels=4 * side * side
+        patch_size=patch, merge_size=2, temporal_patch_size=2, min_pixels=pixels[0], max_pixels=pixels[1]
     )
     video = t.Qwen3VLVideoProcessor() if kind is t.Qwen3VLProcessor else t.Qwen2VLVideoProcessor()
     start, end, image, _ = QWEN
     return kind(images, tok, video, chat_template=template(start + image + end))
 
 
-def qwen2_vl():
+def qwen2_vl(text=(), vision=(), pixels=(784, 3136)):
     tok = tokenizer(*QWEN)
     config = t.Qwen2VLConfig(
-        text_config=TEXT | {"vocab_size": len(tok), "rope_parameters": MROPE},
-        vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
+        text_config=TEXT | {"vocab_size": len(tok), "rope_parameters": MROPE} | dict(text),
+        vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2} | dict(vision),
         **qwen_ids(tok),
     )
-    return t.Qwen2VLForConditionalGeneration(config), qwen_processor(t.Qwen2VLProcessor, tok)
+    return t.Qwen2VLForConditionalGeneration(config), qwen_processor(t.Qwen2VLProcessor, tok, pixels=pixels)
 
 
 def qwen2_5_vl():

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForMultimodalLM, Cache, DynamicCac
 from transformers.utils import logging as transformers_logging
 
 from rematch.errors import ModelError, RematchError
-from rematch.matching import additive, unified_mask
+from rematch.matching import additive, block_mask, unified_mask
 from rematch.prompts import NO, YES
 from rematch.reading import Reader, too_long
 
@@ -295,11 +295,11 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
             (B, A, V); rows of absent slots (-1) hold no meaning.
         """
         positions, slots = features["position_ids"], features["slots"]
+        layout = features["owner"], features["visible"], features["context"].shape[1]
+        flexible = self.model.config.get_text_config()._attn_implementation == "flex_attention"
         inputs = {
             "input_ids": features["input_ids"],
-            "attention_mask": additive(
-                unified_mask(features["owner"], features["visible"], features["context"].shape[1]), self.model.dtype
-            ),
+            "attention_mask": block_mask(*layout) if flexible else additive(unified_mask(*layout), self.model.dtype),
             "position_ids": positions[0] if len(positions) == 1 else positions,
         }
         pictures = {name: value for name, value in features.items() if name.startswith("mm_")}

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 VIEWS = ("raw-raw", "raw-feat", "feat-raw", "feat-feat")
 
@@ -143,6 +144,16 @@ def unified_mask(owner: Tensor, visible: Tensor, before: int = 0) -> Tensor:
     rows = torch.arange(len(owner), device=owner.device)[:, None, None]
     seen = visible[rows, owner[:, before:, None], owner[:, None, :]]
     return seen.tril(before)[:, None]
+
+
+def block_mask(owner: Tensor, visible: Tensor, before: int = 0) -> BlockMask:
+    """:func:`unified_mask` for FlexAttention, which does not compute blocks that nobody sees."""
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return visible[b, owner[b, before + q], owner[b, k]] & (k <= before + q)
+
+    batch, columns = owner.shape
+    return create_block_mask(sees, batch, None, columns - before, columns, device=owner.device)
 
 
 def lay_out(

@@ -135,6 +135,7 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
         report_to=report_to,
         dataloader_num_workers=settings.workers,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # the loss touches them all (parallel.touch)
         disable_tqdm=quiet,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel: the loss calls parts of the model by name
@@ -165,6 +166,11 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
             f"stopped after step {trainer.state.global_step} of {settings.steps}; a checkpoint is written. Start the "
             "same command again to go on."
         )
+    if trainer.is_fsdp_enabled:  # every process holds a part of each weight; the first one puts them together
+        weights = trainer.accelerator.get_state_dict(trainer.model)
+        model = build_model(recipe)
+        if first:
+            model.load_state_dict(weights)
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward ran under autocast
     model.eval()
     if first:

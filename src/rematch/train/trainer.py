@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import transformers
 from sentence_transformers import SentenceTransformerTrainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -121,21 +122,23 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        own = {n: p for n, p in self.loss.state_dict().items() if not n.startswith("model.")}
-        torch.save(own, Path(output_dir or self.args.output_dir) / "loss.pt")
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            own = {n: p for n, p in self.loss.state_dict().items() if not n.startswith("model.")}
+            torch.save(own, directory / "loss.pt")
+        self.accelerator.wait_for_everyone()  # for the others' shards, if there are any
         if self.args.should_save:  # written last, in one go: a checkpoint without it was cut off
             scratch = directory / (COMPLETE + ".tmp")
             scratch.write_text(json.dumps({"step": self.state.global_step}) + "\n")
             os.replace(scratch, directory / COMPLETE)
 
-    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
-        super()._load_from_checkpoint(checkpoint_path)
+    def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            transformers.Trainer._load_from_checkpoint(self, checkpoint_path, model)
+        else:
+            super()._load_from_checkpoint(checkpoint_path)
         self.loss.load_state_dict(torch.load(Path(checkpoint_path) / "loss.pt"), strict=False)
 
 

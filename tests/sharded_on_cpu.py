@@ -1,0 +1,33 @@
+"""``rematch`` with FSDP2 on CPUs, which accelerate offers on GPUs only: it is told that CPUs will do.
+
+torchrun --nproc_per_node=2 tests/sharded_on_cpu.py train RECIPE …
+"""
+
+import inspect
+import sys
+import textwrap
+
+import torch
+from accelerate import state
+
+source = textwrap.dedent(inspect.getsource(state.AcceleratorState.__init__))
+changed = source.replace("DistributedType.MULTI_GPU,", "DistributedType.MULTI_GPU, DistributedType.MULTI_CPU,")
+assert changed != source, "accelerate chooses FSDP in another way now"
+exec(compile(changed, __file__, "exec"), vars(state))
+state.AcceleratorState.__init__ = vars(state).pop("__init__")
+torch.cpu.current_device = lambda: torch.device("cpu")
+
+if __name__ == "__main__":
+    from rematch import cli
+    from rematch.train.trainer import Trainer
+
+    plain = Trainer.training_step
+
+    def checked(self, *args, **kwargs):
+        assert self.is_fsdp_enabled
+        assert all(type(p.data).__name__ == "DTensor" for p in self.model.parameters())
+        return plain(self, *args, **kwargs)
+
+    Trainer.training_step = checked
+    sys.argv[0] = "rematch"
+    cli.main()
