@@ -47,6 +47,8 @@ from rematch.train.sources import build_dataset
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "ablation"
 SECONDS = RESULTS.with_name("ablation-seconds.json")
+PAGE = ROOT / "docs" / "ablation.md"
+START, END = "<!-- table -->", "<!-- end of table -->"
 STEPS = 1600
 REFERENCE = "5-multi-token"
 # arm: its recipe, and what it changes there
@@ -208,8 +210,25 @@ def measure_seconds(args: argparse.Namespace) -> None:
             if turn:  # the first one warms up
                 seconds[arm].append(time.perf_counter() - start)
     result = {"seconds_per_step": {arm: round(statistics.median(found), 4) for arm, found in seconds.items()}}
-    write_json(SECONDS, result | {"threads": torch.get_num_threads(), "rounds": args.rounds})
-    Console().print(result)
+    measured = {"threads": torch.get_num_threads(), "rounds": args.rounds}
+    write_json(SECONDS, result | measured)
+    cost = {"encode_ms_per_scene": encoding(args.rounds)}
+    write_json(SECONDS.with_name("ablation-encoding.json"), cost | measured)
+    Console().print(result, cost)
+
+
+def encoding(rounds: int) -> dict[str, float]:
+    """Median milliseconds to embed a scene, by number of learnable tokens, taking turns."""
+    models = {k: ReMatch.from_backbone("rematch-base", k).eval() for k in (0, 4, 16)}
+    rng = random.Random(0)
+    pictures = [picto.render(picto.sample_scene(rng), picto.TRAIN_STYLES[0], i) for i in range(64)]
+    times: dict[int, list[float]] = {k: [] for k in models}
+    for _ in range(rounds + 1):
+        for k, model in models.items():
+            start = time.perf_counter()
+            model.encode_document(pictures, batch_size=64, show_progress_bar=False)
+            times[k].append(time.perf_counter() - start)
+    return {f"K={k}": round(1000 * statistics.median(found[1:]) / len(pictures), 2) for k, found in times.items()}
 
 
 # ---- what is shown --------------------------------------------------------------------------------------------------
@@ -240,10 +259,13 @@ def report(args: argparse.Namespace) -> None:
         cells += [mean_and_error([of(row) for row in rows]) for of in COLUMNS.values()]
         table.add_row(*cells)
         lines.append(f"| {' | '.join(cells)} |")
-    Console().print(table)
+    Console(width=150).print(table)
     Console().print("Not run:", ", ".join(arm for arm in ARMS if arm not in groups) or "nothing")
-    (RESULTS.parent / "ablation.md").write_text("\n".join(lines) + "\n")
-    draw({arm: groups[arm] for arm in known}, RESULTS.parent / "ablation.png")
+    before, _, rest = PAGE.read_text().partition(START)
+    scratch = PAGE.with_suffix(".tmp")
+    scratch.write_text(before + START + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
+    scratch.replace(PAGE)
+    draw({arm: groups[arm] for arm in known}, PAGE.with_suffix(".png"))
 
 
 def draw(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:

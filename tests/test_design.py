@@ -8,7 +8,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "rematch"
 RANKS = [
     {"errors", "prompts"},
     {"data", "evaluate.metrics", "matching"},
-    {"tokens", "pictures", "reading", "lora", "parallel"},
+    {"tokens", "pictures", "reading", "cache", "lora", "parallel"},
     {"backbone", "batch"},
     {"model"},
     {"losses", "search"},

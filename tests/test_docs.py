@@ -59,11 +59,11 @@ def test_the_readmes_commands_are_understood(monkeypatch):
     code = [c for language, _, c in blocks("README.md") if language == "bash" and c.startswith("rematch")]
     for line in code[0].strip().splitlines():
         assert run_command(line, monkeypatch) == 0, line
-    assert len(called) == 4
+    assert len(called) == 5
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/method.md", "docs/quickstart.md", "docs/picto.md", "CONTRIBUTING.md"]
+    "page", sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 )
 def test_links_and_recipes_exist(page):
     text = (ROOT / page).read_text()
@@ -106,3 +106,18 @@ def test_the_scores_in_the_docs_are_those_of_the_committed_reports():
     contrastive = json.loads((ROOT / "benchmarks/results/picto-contrastive.json").read_text())["scores"]
     assert f"| contrastive, full length | {' | '.join(f'{contrastive[c]:.1f}' for c in columns)} |" in page
     assert 40 < contrastive["overall"] < 85
+
+
+def test_figures_of_the_step_benchmark_are_those_measured():
+    page = (ROOT / "docs/training.md").read_text().partition("## What a step costs")[2]
+    measured = json.loads((ROOT / "benchmarks/results/step-cpu.json").read_text())
+    for arm, seconds in measured["seconds_per_step"].items():
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{arm}`"))
+        cells = [cell.strip() for cell in row.split("|")[3:-1]]
+        matching = measured["matching_seconds"].get(arm)
+        assert cells[0] == f"{seconds:.2f}"
+        assert cells[1] == ("" if matching is None else f"{matching:.2f}")
+        assert cells[2] == f"{measured['step_memory_mb'][arm]:,}"
+        assert cells[3] == f"{measured['mfu'][arm]:.2f}"
+    for ratio in measured["ratios"].values():
+        assert f"{ratio:.2f}" in page

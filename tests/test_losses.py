@@ -31,6 +31,17 @@ def test_info_nce_is_its_formula():
     assert info_nce(queries, documents, 0.02).item() == pytest.approx(sum(losses) / 3, rel=1e-12)
 
 
+@pytest.mark.parametrize("largest", [1 << 24, 7])
+def test_each_query_can_have_its_own_temperature(largest):
+    queries, documents = torch.randn(3, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    own = torch.tensor([[0.02], [0.1], [0.5]], dtype=torch.float64)
+    each = []
+    for i, tau in enumerate(own.flatten().tolist()):
+        order = [i, *(j for j in range(6) if j != i)]
+        each.append(info_nce(queries[i : i + 1], documents[order], tau).item())
+    assert info_nce(queries, documents, own, largest=largest).item() == pytest.approx(sum(each) / 3, rel=1e-12)
+
+
 def test_the_whole_loss_equals_a_plain_one(model, triplets):
     """L = L_cl + 0.5 L_orth + 0.1 L_qdm, from embeddings and from eight separate matching forwards."""
     rows = triplets[:4]

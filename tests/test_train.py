@@ -14,7 +14,7 @@ from rematch import ReMatch
 from rematch.errors import RecipeError, TrainingError
 from rematch.train.plan import plan
 from rematch.train.recipe import Recipe
-from rematch.train.run import train
+from rematch.train.run import build_collator, build_loss, build_model, train
 from rematch.train.sources import build_dataset, build_validation
 from rematch.train.trainer import newest_checkpoint
 
@@ -67,7 +67,7 @@ import sys, torch
 torch.set_num_threads(1)
 from rematch.errors import RematchError
 from rematch.train.recipe import load_recipe
-from rematch.train.run import train
+from rematch.train.run import build_collator, build_loss, build_model, train
 try:
     train(load_recipe(sys.argv[1]), quiet=True)
 except RematchError as error:
@@ -182,3 +182,23 @@ def test_sources_and_validation_do_not_overlap(tmp_path, backbone_path):
     assert kept_out == {"one 10", "one 11", "two 10", "two 11"}
     assert not seen & kept_out
     assert {row["id"].rpartition("/")[2].partition(":")[0] for row in rows} == {"one.jsonl", "two.jsonl"}
+
+
+def test_a_source_can_have_its_own_temperature(tmp_path, backbone_path):
+    (tmp_path / "own.jsonl").write_text(
+        "".join(json.dumps({"query": f"q {i}", "positive": f"p {i}", "negative": f"n {i}"}) + "\n" for i in range(8))
+    )
+    sources = [{"path": str(tmp_path / "own.jsonl"), "temperature": 0.1}, {"path": "picto", "samples": 8}]
+    settings = recipe(backbone_path, tmp_path / "m", data={"source": sources}, loss={"learn_temperature": False})
+    rows = [build_dataset(settings)[i] for i in range(8)]
+    told = {row["id"].rpartition("/")[2].partition(":")[0]: row["temperature"] for row in rows}
+    assert told == {"own.jsonl": 0.1, "picto": 0.02}
+    model = build_model(settings)
+    batch = build_collator(settings, model)(rows)["batch"]
+    assert batch.temperatures.tolist() == [row["temperature"] for row in rows]
+    loss = build_loss(settings, model)
+    own = loss([batch])["contrastive"].item()
+    batch.temperatures = None
+    assert loss([batch])["contrastive"].item() != pytest.approx(own, rel=1e-3)
+    with pytest.raises(ValueError, match="temperature of its own"):
+        recipe(backbone_path, tmp_path / "m", data={"source": sources}, loss={"learn_temperature": True})

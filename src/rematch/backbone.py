@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForMultimodalLM, Cache, DynamicCache, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoModelForMultimodalLM, Cache, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
+from rematch.cache import KeyValues
 from rematch.errors import ModelError, RematchError
 from rematch.matching import additive, block_mask, unified_mask
 from rematch.prompts import NO, YES
@@ -349,29 +350,6 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
             yield
         finally:
             handle.remove()
-
-
-class KeyValues(DynamicCache):  # type: ignore[misc]
-    """Hands out the keys and values that a forward pass computes, and puts others before them, without extra copies.
-
-    Args:
-        before: Keys and values of every layer that stand before the sequence, (B, heads, C, head width) each.
-
-    Attributes:
-        new: Those of the sequence, layer by layer.
-    """
-
-    def __init__(self, before: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
-        super().__init__()
-        self.before = before
-        self.new: list[tuple[Tensor, Tensor]] = []
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.new.append((keys, values))
-        if not self.before:
-            return keys, values
-        known_keys, known_values = self.before[layer]
-        return torch.cat([known_keys, keys], 2), torch.cat([known_values, values], 2)
 
 
 @contextmanager

@@ -42,6 +42,7 @@ class Batch:
             in the placeholders, in reading order, and ``relevant`` (b, 2): whether a slot's document is the positive.
         pictures: The distinct picture sets; ``None`` without any.
         budget: Tokens of a forward pass; visual ones, when the vision tower runs alone.
+        temperatures: τ of each sample's source, (B,); ``None`` for the loss's.
         ids: What the samples are called, for errors.
     """
 
@@ -51,6 +52,7 @@ class Batch:
     matching: list[Step]
     pictures: Pictures | None
     budget: int
+    temperatures: Tensor | None = None
     ids: list[str] = field(default_factory=list)
 
     @property

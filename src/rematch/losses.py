@@ -43,7 +43,7 @@ def info_nce(
     Args:
         queries: (B, D).
         documents: (M, D), M ≥ B; number ``first`` + i is the i-th query's positive, the others are negatives.
-        temperature: τ.
+        temperature: τ; one for all, or each query's own, (B, 1).
         first: Where this process's positives begin among the documents of all.
         masked: True for documents that are no negatives of a query although they are not its positive, (B, M).
         hardness: β; a negative counts ``exp(β cos)`` times, so that hard ones count more.
@@ -55,7 +55,7 @@ def info_nce(
     queries, documents = F.normalize(queries, dim=-1), F.normalize(documents, dim=-1)
     targets = first + torch.arange(len(queries), device=queries.device)
 
-    def total(queries: Tensor, targets: Tensor, masked: Tensor | None) -> Tensor:
+    def total(queries: Tensor, targets: Tensor, masked: Tensor | None, temperature: float | Tensor) -> Tensor:
         cosines = queries @ documents.T
         scores = cosines / temperature
         positive = F.one_hot(targets, len(documents)).bool()
@@ -67,12 +67,13 @@ def info_nce(
 
     rows = max(1, largest // len(documents))
     if rows >= len(queries):
-        return total(queries, targets, masked) / len(queries)
+        return total(queries, targets, masked, temperature) / len(queries)
     losses = []
     for start in range(0, len(queries), rows):
         part = slice(start, start + rows)
         some = None if masked is None else masked[part]
-        losses.append(checkpoint(total, queries[part], targets[part], some, use_reentrant=False))
+        tau = temperature[part] if isinstance(temperature, Tensor) and temperature.ndim else temperature
+        losses.append(checkpoint(total, queries[part], targets[part], some, tau, use_reentrant=False))
     return torch.stack(losses).sum() / len(queries)
 
 
@@ -200,7 +201,11 @@ class ReMatchLoss(nn.Module):
             masked = keys[inputs[:, 1]][:, None] == others[None]
         first = first_row(len(queries))
         options: dict[str, Any] = {"first": first, "hardness": self.hardness, "largest": self.largest}
-        tau = self.temperature if self.log_temperature is None else self.log_temperature.exp()
+        tau: float | Tensor = self.temperature
+        if self.log_temperature is not None:
+            tau = self.log_temperature.exp()
+        elif batch.temperatures is not None:
+            tau = batch.temperatures[:, None].to(multi)
         losses = []
         for width in (*self.matryoshka, vectors.shape[1]):
             loss = info_nce(queries[:, :width], documents[:, :width], tau, masked=masked, **options)

@@ -17,7 +17,8 @@ from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from rematch.backbone import Backbone, KeyValues, resize_vocabulary, resolve
+from rematch.backbone import Backbone, resize_vocabulary, resolve
+from rematch.cache import KeyValues
 from rematch.errors import ModelError, RematchError
 from rematch.lora import inject, merge
 from rematch.matching import VIEWS, Segment, token_numbers

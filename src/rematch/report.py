@@ -1,7 +1,5 @@
 """The demo's HTML report: one self-contained file with tables, loss curves, example searches and attention maps."""
 
-import base64
-import io
 import os
 import random
 from importlib.resources import files
@@ -11,21 +9,15 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from rematch.data import picto
+from rematch.data.images import data_url
 from rematch.data.schema import Item
 from rematch.evaluate.run import TaskResult
 from rematch.model import ReMatch
 
 _COLOURS = {"contrastive": "#888", "rematch": "#c2410c", "orthogonality": "#0e7490", "matching": "#7c3aed"}
-
-
-def data_url(picture: Image.Image, edge: int = 96) -> str:
-    """A picture as a PNG data URL, its longer side ``edge`` pixels."""
-    buffer = io.BytesIO()
-    ImageOps.contain(picture.convert("RGB"), (edge, edge), Image.Resampling.LANCZOS).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 @torch.inference_mode()

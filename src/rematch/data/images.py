@@ -1,5 +1,7 @@
 """Pictures from disk to RGB: rotated as EXIF says, transparency on white, first frame of an animation."""
 
+import base64
+import io
 import warnings
 from pathlib import Path
 
@@ -42,3 +44,10 @@ def load_image(source: Image.Image | Path | str) -> Image.Image:
         layer = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return picture.convert("RGB")
+
+
+def data_url(picture: Image.Image, edge: int = 96) -> str:
+    """A picture as a PNG data URL, its longer side ``edge`` pixels."""
+    buffer = io.BytesIO()
+    ImageOps.contain(picture.convert("RGB"), (edge, edge), Image.Resampling.LANCZOS).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

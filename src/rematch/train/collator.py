@@ -59,6 +59,9 @@ class Collator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Batch]:
         columns = [name for name in TASKS if name in rows[0]]
         ids = [str(row.get("id", number)) for number, row in enumerate(rows)]
+        own = None
+        if "temperature" in rows[0]:
+            own = torch.tensor([row["temperature"] for row in rows], dtype=torch.float64)
         readings: dict[int, Reading] = {}
         distinct: dict[int, Input] = {}
         samples = []
@@ -80,12 +83,12 @@ class Collator:
         triplets = [self.triplet(samples, i) for i in range(len(samples))] if self.views else []
         if self.reuse:
             keys, steps, inputs = self.reuse_steps(samples, triplets, distinct)
-            return {"batch": Batch(inputs, torch.tensor(keys), steps, [], pictures, self.tokens, ids)}
+            return {"batch": Batch(inputs, torch.tensor(keys), steps, [], pictures, self.tokens, own, ids)}
         keys = sorted(distinct, key=lambda key: distinct[key].length)
         inputs = _places(keys, samples)
         steps = self.embedding_steps([distinct[key] for key in keys])
         matching = self.matching_steps(keys, triplets, distinct) if triplets else []
-        return {"batch": Batch(inputs, torch.tensor(keys), steps, matching, pictures, self.tokens, ids)}
+        return {"batch": Batch(inputs, torch.tensor(keys), steps, matching, pictures, self.tokens, own, ids)}
 
     def triplet(self, samples: list[list[int]], i: int) -> tuple[int, list[int], list[bool]]:
         """A sample's query, its documents in their slots, and whether each is relevant."""

@@ -23,13 +23,12 @@ from numpy.typing import NDArray
 from sentence_transformers.util import dot_score, semantic_search
 
 from rematch.backbone import fingerprint
-from rematch.data.images import load_image
+from rematch.data.images import data_url, load_image
 from rematch.data.pairs import read_triplets
 from rematch.data.schema import Item
 from rematch.errors import DataError
 from rematch.evaluate.run import write_json
 from rematch.model import ReMatch, Views
-from rematch.report import data_url
 from rematch.search.exact import read_corpus
 
 QUERIES_AT_ONCE, INPUTS_AT_ONCE, SAMPLES = 64, 2048, 8

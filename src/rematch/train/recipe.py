@@ -36,6 +36,8 @@ class Model(_Section):
     )
     attention: str | None = Field(None, description="sdpa, eager, flash_attention_2; by default the backbone's choice")
     four_bit: bool = Field(False, description="QLoRA: the frozen weights in 4 bits (needs bitsandbytes and a GPU)")
+    compile: bool = Field(False, description="torch.compile for the language model's layers")
+    liger: bool = Field(False, description="Liger's fused kernels (needs liger-kernel and a GPU)")
     train_vision: bool = Field(False, description="full fine-tuning: train the vision tower too")
 
 
@@ -45,6 +47,7 @@ class Source(_Section):
     path: str = Field(description="picto, a .jsonl/.parquet file, or a directory in MMEB-train form")
     weight: float | None = Field(None, gt=0, description="how often it is drawn; by default its number of samples")
     samples: int | None = Field(None, gt=0, description="use only so many samples")
+    temperature: float | None = Field(None, gt=0, description="τ for its queries instead of loss.temperature")
 
 
 class Data(_Section):
@@ -119,6 +122,9 @@ class Recipe(_Section):
                 "loss.matching=reuse reads keys and values that train.gradient_checkpointing throws away; switch one "
                 "of them off (loss.gradient_cache with fewer train.mini_batch_tokens saves memory too)"
             )
+        own = isinstance(self.data.source, list) and any(source.temperature for source in self.data.source)
+        if own and self.loss.learn_temperature:
+            raise ValueError("a source has a temperature of its own; with loss.learn_temperature there is only one")
         if self.model.four_bit and self.model.lora is None:
             raise ValueError("model.four_bit leaves nothing to train without model.lora")
         return self

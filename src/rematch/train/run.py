@@ -36,9 +36,11 @@ def build_model(recipe: Recipe) -> ReMatch:
     options: dict[str, Any] = {"dtype": dtype}
     if settings.attention:
         options["attn_implementation"] = settings.attention
+    for setting, package in (("four_bit", "bitsandbytes"), ("liger", "liger-kernel")):
+        installed = find_spec(package.replace("-", "_")) is not None
+        if getattr(settings, setting) and not (torch.cuda.is_available() and installed):
+            raise RecipeError(f"model.{setting} needs a CUDA device and {package} (pip install {package}).")
     if settings.four_bit:
-        if not torch.cuda.is_available() or find_spec("bitsandbytes") is None:
-            raise RecipeError("model.four_bit needs a CUDA device and bitsandbytes (pip install bitsandbytes).")
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
@@ -48,6 +50,13 @@ def build_model(recipe: Recipe) -> ReMatch:
     model.backbone.document_instructions = recipe.data.document_instructions
     if lora is None and not settings.train_vision:
         model.backbone.freeze_vision()
+    if settings.liger:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model.backbone.model)
+    if settings.compile:
+        for layer in model.backbone.model.get_decoder().layers:
+            layer.compile(dynamic=True)
     if recipe.train.gradient_checkpointing:
         model.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

@@ -73,13 +73,15 @@ class _Opened:
     size: int
     weight: float
     has_negatives: bool
+    temperature: float
 
 
 def _open(source: Source, most: int, recipe: Recipe, kept_out: bool = False) -> list[_Opened]:
     most, validation = source.samples or most, recipe.data.validation
+    temperature = source.temperature or recipe.loss.temperature
     if source.path == "picto":
         seed, size = (recipe.train.seed + 1_000_003, validation) if kept_out else (recipe.train.seed, most)
-        return [_Opened("picto", partial(training_triplet, seed), size, source.weight or most, True)]
+        return [_Opened("picto", partial(training_triplet, seed), size, source.weight or most, True, temperature)]
     path = Path(source.path)
     parts = read_train(path) if path.is_dir() else [read_triplets(path)]
     if validation:
@@ -96,7 +98,7 @@ def _open(source: Source, most: int, recipe: Recipe, kept_out: bool = False) -> 
             first = next(i for i, triplet in enumerate(part, 1) if triplet.negative is None)
             raise _mixed_negatives(f"{source.path}: sample {first} has no negative")
         weight = (source.weight or total) * len(part) / max(1, total)
-        opened.append(_Opened(source.path, part.__getitem__, len(part), weight, bool(with_negative)))
+        opened.append(_Opened(source.path, part.__getitem__, len(part), weight, bool(with_negative), temperature))
     return opened
 
 
@@ -113,4 +115,5 @@ class _Rows:
         found = [self.sources[s].triplet(i) for s, i in places]
         instruct = {c: self.document_instructions or c == "query" for c in self.columns}
         columns: dict[str, list[Any]] = {c: [getattr(t, c).as_input(instruct[c]) for t in found] for c in self.columns}
-        return columns | {"id": [f"{self.sources[s].name}:{i}" for s, i in places]}
+        named = {"id": [f"{self.sources[s].name}:{i}" for s, i in places]}
+        return columns | named | {"temperature": [self.sources[s].temperature for s, _ in places]}
