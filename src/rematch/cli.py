@@ -79,18 +79,19 @@ def mine(
     ] = "feat-feat",
 ) -> None:
     """Find hard negatives for own data; the matching head takes out false ones."""
-    if views not in ("raw-raw", "raw-feat", "feat-raw", "feat-feat"):
-        raise RematchError(f"--views {views} is unknown; choose raw-raw, raw-feat, feat-raw or feat-feat.")
     if not data.is_file():
         raise RematchError(f"{data}: no such file. Give a .jsonl or .parquet file with query and positive.")
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
     from rich.table import Table
 
+    from rematch.matching import VIEWS
     from rematch.model import ReMatch
     from rematch.train.mine import REASONS, Rules
     from rematch.train.mine import mine as run
 
+    if views not in VIEWS:
+        raise RematchError(f"--views {views} is unknown; choose one of {', '.join(VIEWS)}.")
     rules = Rules(negatives, candidates, yes, margin, views)  # type: ignore[arg-type]
     with Progress(*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn()) as shown:
         bars: dict[str, TaskID] = {}

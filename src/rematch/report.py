@@ -1,6 +1,5 @@
 """The demo's HTML report: one self-contained file with tables, loss curves, example searches and attention maps."""
 
-import os
 import random
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +13,7 @@ from PIL import Image
 from rematch.data import picto
 from rematch.data.images import data_url
 from rematch.data.schema import Item
-from rematch.evaluate.run import TaskResult
+from rematch.evaluate.run import TaskResult, write_text
 from rematch.model import ReMatch
 
 _COLOURS = {"contrastive": "#888", "rematch": "#c2410c", "orthogonality": "#0e7490", "matching": "#7c3aed"}
@@ -104,9 +103,7 @@ def write_report(
         tasks=[(r.task.name, r.task.meta_task, r.scores["hit@1"], r.scores["hit@10"]) for r in tiny],
         maps=[(caption, data_url(p), data_url(m), [data_url(t) for t in tokens]) for caption, p, m, tokens in maps],
     )
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(html)
-    os.replace(partial, path)
+    write_text(path, html)
     return path
 
 

@@ -127,7 +127,12 @@ def _commonest(task: RetrievalTask) -> float:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON under a temporary name, then rename."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    partial.write_text(text)
     os.replace(partial, path)

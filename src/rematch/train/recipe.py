@@ -34,7 +34,7 @@ class Model(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] | None = Field(
         None, description="of the weights: by default the checkpoint's under an adapter, float32 without"
     )
-    attention: str | None = Field(None, description="sdpa, eager, flash_attention_2; by default the backbone's choice")
+    attention: str | None = Field(None, description="sdpa, eager, flex_attention; by default the backbone's choice")
     four_bit: bool = Field(False, description="QLoRA: the frozen weights in 4 bits (needs bitsandbytes and a GPU)")
     compile: bool = Field(False, description="torch.compile for the language model's layers")
     liger: bool = Field(False, description="Liger's fused kernels (needs liger-kernel and a GPU)")

@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import BitsAndBytesConfig, PrinterCallback, TrainerCallback
 
 from rematch.errors import RecipeError, RematchError, TrainingError
+from rematch.evaluate.run import write_text
 from rematch.losses import ReMatchLoss
 from rematch.model import ReMatch
 from rematch.train.collator import Collator
@@ -117,7 +118,7 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
         if checkpoint is None:
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
-        _write(partial / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
+        write_text(partial / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(partial / "tensorboard")
     report_to = settings.report_to or (["tensorboard"] if find_spec("tensorboard") else [])
     arguments = SentenceTransformerTrainingArguments(
@@ -184,7 +185,7 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
     model.eval()
     if first:
         model.save_pretrained(str(partial))
-        _write(partial / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
+        write_text(partial / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
         _write_card(partial, model, recipe, trainer.state.log_history)
         for old in partial.glob("checkpoint-*"):
             shutil.rmtree(old)
@@ -209,12 +210,6 @@ def _resumable(recipe: Recipe, partial: Path) -> Path | None:
     return checkpoint
 
 
-def _write(path: Path, text: str) -> None:
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(text)
-    scratch.replace(path)
-
-
 def _write_card(directory: Path, model: ReMatch, recipe: Recipe, history: list[dict[str, Any]]) -> None:
     """Add how it was trained to the model card."""
     last = [row for row in history if "loss" in row][-1:]
@@ -236,4 +231,4 @@ def _write_card(directory: Path, model: ReMatch, recipe: Recipe, history: list[d
 Losses at the end: {losses}. Versions: {versions}.
 """
     )
-    _write(card, text)
+    write_text(card, text)

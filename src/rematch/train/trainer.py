@@ -1,7 +1,5 @@
 """The trainer: sentence-transformers' own, in the plan's order, with checkpoints to trust and more in the log."""
 
-import json
-import os
 import signal
 import time
 from collections.abc import Iterable
@@ -19,6 +17,7 @@ from transformers.utils import logging
 
 from rematch.batch import Batch
 from rematch.errors import TrainingError
+from rematch.evaluate.run import write_json
 
 logger = logging.get_logger("rematch")
 COMPLETE = "complete.json"
@@ -130,9 +129,7 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
             torch.save(own, directory / "loss.pt")
         self.accelerator.wait_for_everyone()  # for the others' shards, if there are any
         if self.args.should_save:  # written last, in one go: a checkpoint without it was cut off
-            scratch = directory / (COMPLETE + ".tmp")
-            scratch.write_text(json.dumps({"step": self.state.global_step}) + "\n")
-            os.replace(scratch, directory / COMPLETE)
+            write_json(directory / COMPLETE, {"step": self.state.global_step})
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
