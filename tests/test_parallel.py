@@ -1,9 +1,11 @@
 """Two processes against one with the same global batch: DDP and FSDP2, plain and cached, unified and reuse."""
 
+import gc
 import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -46,7 +48,17 @@ def step(model, wrapped, rows, cached, reuse, options):
 def worker(rank, port, kind, backbone, shares, results):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=2))
+    found = run_modes(rank, kind, backbone, shares)
+    if rank == 0:
+        torch.save(found, results)
+    gc.collect()
+    # DDP is gone by now: were it the last to hold the group, freeing it would wait, with the interpreter's lock, for
+    # gloo's thread, which waits for that lock
+    dist.destroy_process_group()
+
+
+def run_modes(rank, kind, backbone, shares):
     reductions = []
     found = {}
     for cached, reuse in MODES:
@@ -68,9 +80,7 @@ def worker(rank, port, kind, backbone, shares, results):
         if kind == "ddp":
             assert len(reductions) == 1, "one reduction a step"
             reductions.clear()
-    if rank == 0:
-        torch.save(found, results)
-    dist.destroy_process_group()
+    return found
 
 
 def counted(reductions):
@@ -138,6 +148,7 @@ def test_two_processes_train_and_save_what_one_does(backbone_path, tmp_path, kin
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (FSDP2 if kind == "fsdp2" else {}),
         capture_output=True,
         text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     base, single, shared = (load_file(p / "model.safetensors") for p in (backbone_path, one, two))
