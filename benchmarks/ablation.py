@@ -36,7 +36,9 @@ from rich.table import Table
 
 from rematch.data import picto
 from rematch.data.picto_tasks import TASKS, Draw, evaluation_tasks
-from rematch.evaluate.run import evaluate, summary, write_json
+from rematch.encoder import Encoder
+from rematch.evaluate.run import evaluate, summary
+from rematch.files import write_json
 from rematch.matching import VIEWS
 from rematch.model import ReMatch
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
@@ -167,7 +169,9 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
             row |= {"steps": steps, "overrides": [*ARMS[arm][1], *args.set]}
         model.eval()
         tasks = evaluation_tasks() + evaluation_tasks(ood=True)
-        row |= {"scores": summary(evaluate(model, tasks)), "composition": composition(model)} | abilities(model)
+        row |= {"scores": summary(evaluate(Encoder(model), tasks)[0]), "composition": composition(model)} | abilities(
+            model
+        )
         write_json(target, row)
         if arm != BASE:
             shutil.rmtree(output)

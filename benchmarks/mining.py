@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rematch.data import picto
-from rematch.evaluate.run import write_json
+from rematch.files import write_json
 from rematch.model import ReMatch
 from rematch.train.mine import Rules, mine
 

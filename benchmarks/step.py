@@ -42,7 +42,7 @@ from rematch.backbone import resolve
 from rematch.batch import Batch, Step
 from rematch.data import picto
 from rematch.data.picto_tasks import training_triplet
-from rematch.evaluate.run import write_json
+from rematch.files import write_json
 from rematch.losses import ReMatchLoss
 from rematch.matching import VIEWS
 from rematch.model import ReMatch

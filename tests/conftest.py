@@ -63,6 +63,14 @@ def model(make_model) -> ReMatch:
 
 
 @pytest.fixture(scope="session")
+def saved_model(backbone_path, tmp_path_factory) -> Path:
+    """A checkpoint on the tiny backbone, in float32."""
+    path = tmp_path_factory.mktemp("saved") / "model"
+    build_model(backbone_path, dtype=torch.float32).save_pretrained(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
 def triplets() -> list[dict]:
     """One sample of each of Picto's twelve tasks: text-only, picture-only and mixed columns."""
     found = [training_triplet(0, i, name) for i, name in enumerate(TASKS)]

@@ -130,7 +130,7 @@ def test_train_evaluate_and_search(rematch, backbone_path, pairs, tmp_path, monk
         "rematch.data.picto_tasks.TASKS",
         {"Picto-Count": __import__("rematch.data.picto_tasks", fromlist=["TASKS"]).TASKS["Picto-Count"]},
     )
-    code, said = rematch("evaluate", output, "--queries", "50", "--output", tmp_path / "scores")
+    code, said = rematch("evaluate", output, "--limit", "20", "--output", tmp_path / "scores")
     assert code == 0, said
     assert "Picto-Count-OOD" in said
     scores = json.loads((tmp_path / "scores/scores.json").read_text())
@@ -362,8 +362,9 @@ def test_a_finished_model_is_not_overwritten(fails, backbone_path, tmp_path):
 
 
 def test_options_out_of_range(fails):
-    assert "choose 50, 100, 150 or 200" in fails("evaluate", "rematch-tiny", "--queries", "7")
-    assert "--benchmark mmeb is unknown" in fails("evaluate", "rematch-tiny", "--benchmark", "mmeb")
+    assert "Did you mean picto?" in fails("evaluate", "rematch-tiny", "--benchmark", "pikto")
+    assert "Did you mean Picto-T2I or" in fails("evaluate", "rematch-tiny", "--tasks", "Picto-T2J")
+    assert "--views raw is unknown" in fails("evaluate", "rematch-tiny", "--rerank", "5", "--views", "raw")
     assert "unknown; this version has: picto" in fails("data", "export", "coco", "x")
 
 

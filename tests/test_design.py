@@ -6,11 +6,13 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "rematch"
 # A module may import from its own rank and below.
 RANKS = [
-    {"errors", "prompts"},
+    {"errors", "prompts", "files"},
     {"data", "evaluate.metrics", "matching"},
     {"tokens", "pictures", "reading", "cache", "lora", "parallel"},
     {"backbone", "batch"},
     {"model"},
+    {"vectors"},
+    {"encoder"},
     {"losses", "search"},
     {"train", "evaluate"},
     {"report"},

@@ -4,10 +4,12 @@ import functools
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from test_benchmark_data import eval_tree, own_data, zeroshot_tree
 
 from rematch import cli
 
@@ -43,6 +45,50 @@ def test_the_quickstart_from_top_to_bottom(tmp_path, monkeypatch, capfd):
     assert ran == ["train", "evaluate", "search", "search"]
     assert (tmp_path / "scores/scores.json").exists()
     assert ".png" in capfd.readouterr().out
+
+
+def test_the_evaluation_page_from_top_to_bottom(tmp_path, monkeypatch, capfd):
+    """Every command and file of the page, on small copies of the data sets that it speaks of."""
+    eval_tree(tmp_path / "mmeb-eval")
+    shutil.rmtree(tmp_path / "mmeb-eval" / "NIGHTS")
+    zeroshot_tree(tmp_path / "zeroshot")
+    own_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for language, options, code in blocks("docs/evaluation.md"):
+        if "file=" in options:
+            Path(options.split("file=")[1].strip()).write_text(code)
+        elif language == "bash":
+            for line in code.strip().splitlines():
+                assert run_command(line, monkeypatch) == 0, f"{line}\n{capfd.readouterr().err}"
+                ran += 1
+        elif language == "json":
+            Path("lines.jsonl").write_text(code)
+            assert run_command("rematch evaluate rematch-tiny --benchmark lines.jsonl", monkeypatch) == 0
+    assert ran == 11
+    scores = json.loads(Path("mmeb-partial/scores.json").read_text())
+    assert list(scores["left_out"]) == ["NIGHTS"]
+    assert "NIGHTS" in Path("mmeb-partial/report.html").read_text()
+    assert len(json.loads(Path("mmeb-partial/leaderboard.json").read_text())["metrics"]["image"]) == 35
+    assert "published figures" in Path("mmeb-scores/report.html").read_text()
+    assert list(json.loads(Path("own-scores/scores.json").read_text())["tasks"]) == ["shop", "colours"]
+    assert len(json.loads(Path("zeroshot-scores/scores.json").read_text())["tasks"]) == 15
+
+
+def test_figures_of_the_evaluation_benchmark_are_those_measured():
+    page = (ROOT / "docs/evaluation.md").read_text()
+    measured = json.loads((ROOT / "benchmarks/results/evaluate.json").read_text())
+    for name in ("speedup_evaluate", "speedup_over_distinct", "speedup_encode"):
+        assert f"{measured[name]:.2f}" in page
+    methods = json.loads((ROOT / "benchmarks/results/picto-methods.json").read_text())
+    for name, found in methods["methods"].items():
+        row = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        cells = [f"{found['scores'][c]:.1f}" for c in METHOD_COLUMNS]
+        assert row.split(" | ")[1:-1] == cells
+        assert row.endswith(f" {methods['run']['ms_per_query'][name]:.2f} |")
+
+
+METHOD_COLUMNS = ("overall", "classification", "vqa", "retrieval", "grounding", "ood_overall")
 
 
 def test_the_readmes_python_runs():

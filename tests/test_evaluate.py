@@ -1,53 +1,211 @@
-"""The evaluator against an independent computation, and its summary."""
+"""The evaluator against independent computations: metrics, rankings, reranking, means, doubts, mteb."""
 
 import numpy as np
 import pytest
+import pytrec_eval
 import torch
+from test_benchmark_data import picto_tree
 
 from rematch.data.picto_tasks import evaluation_tasks
-from rematch.evaluate.metrics import answer_ranks, hit_at
-from rematch.evaluate.run import evaluate, evaluate_task, summary
+from rematch.data.schema import Item, RetrievalTask
+from rematch.encoder import Encoder
+from rematch.evaluate import metrics
+from rematch.evaluate.command import Options, run
+from rematch.evaluate.metrics import ranks_of_right
+from rematch.evaluate.rerank import Reranking, maxsim
+from rematch.evaluate.run import TaskResult, chance, evaluate, evaluate_task, summary
 
 
-def test_hits_equal_an_independent_script(make_model):
-    model = make_model(dtype=torch.float32)
-    for task in evaluation_tasks(queries=50)[6:8]:
-        result = evaluate_task(model, task)
-        queries = model.encode_query([q.as_input() for q in task.queries], batch_size=7)
-        documents = model.encode_document([d.as_input() for d in task.documents], batch_size=7)
-        for i, candidates in enumerate(task.candidates):
-            scores = [float(np.dot(queries[i], documents[j])) for j in candidates]
-            gap = min(abs(s - scores[0]) for s in scores[1:])
-            if gap > 1e-6:
-                assert result.ranks[i] == 1 + sum(s >= scores[0] for s in scores[1:])
-        assert result.scores["hit@1"] == pytest.approx(100 * np.mean(result.ranks == 1))
+def test_metrics_equal_those_of_trec():
+    rng = np.random.default_rng(0)
+    scores = [rng.normal(size=30) for _ in range(40)]
+    right = rng.integers(1, 6, size=40)
+    qrels = {str(i): {str(j): 1 for j in range(p)} for i, p in enumerate(right)}
+    runs = {str(i): {str(j): float(s) for j, s in enumerate(own)} for i, own in enumerate(scores)}
+    measures = {"success_1,5,10", "recip_rank", "ndcg_cut_10", "recall_10", "map", "map_cut_5"}
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(runs)
+
+    def mean(name):
+        return 100 * np.mean([row[name] for row in theirs.values()])
+
+    ranks = [ranks_of_right(own, p) for own, p in zip(scores, right, strict=True)]
+    for k in (1, 5, 10):
+        assert metrics.hit_at(ranks, k) == pytest.approx(mean(f"success_{k}"))
+    assert metrics.mrr_at(ranks) == pytest.approx(mean("recip_rank"))
+    assert metrics.ndcg_at(ranks, 10) == pytest.approx(mean("ndcg_cut_10"))
+    assert metrics.recall_at(ranks, 10) == pytest.approx(mean("recall_10"))
+    assert metrics.map_at(ranks) == pytest.approx(mean("map"))
 
 
-def test_text_documents_shared_by_tasks_are_encoded_once(make_model, monkeypatch):
-    model = make_model(dtype=torch.float32)
-    tasks = evaluation_tasks(queries=50)[:2]
-    apart = [evaluate_task(model, task).ranks for task in tasks]
-    encoded = []
-    encode = model.encode_document
-    monkeypatch.setattr(
-        model, "encode_document", lambda inputs, **kw: encoded.append(len(inputs)) or encode(inputs, **kw)
+def test_ties_and_nan_are_misses():
+    assert ranks_of_right(np.ones(5)).tolist() == [5]
+    assert ranks_of_right(np.full(5, np.nan)).tolist() == [5]
+    assert ranks_of_right(np.array([np.nan, -1.0])).tolist() == [2]
+    assert ranks_of_right(np.array([1.0, np.nan])).tolist() == [2]
+    assert ranks_of_right(np.array([1.0, 1.0, 1.0]), right=2).tolist() == [2, 3]
+
+
+def hits_from_saved_vectors(path):
+    """Hit@1 of one task from its saved vectors and nothing else."""
+    saved = np.load(path)
+    hits, start = [], 0
+    for query, size, right in zip(saved["queries"], saved["sizes"], saved["right"], strict=True):
+        own = saved["candidates"][start : start + size]
+        start += size
+        best_right = -np.inf
+        best_wrong = -np.inf
+        for place, document in enumerate(own):
+            score = np.dot(saved["documents"][document], query)
+            if place < right:
+                best_right = max(best_right, score)
+            else:
+                best_wrong = max(best_wrong, score)
+        hits.append(bool(best_right > best_wrong))
+    return hits
+
+
+def test_hits_on_an_mmeb_export_equal_an_independent_script_query_by_query(saved_model, tmp_path):
+    import pyarrow.parquet as pq
+
+    picto_tree(tmp_path / "tree")
+    content = run(
+        Options(str(saved_model), output=tmp_path / "out", data=tmp_path / "tree", limit=30, save_vectors=True)
     )
-    together = [result.ranks for result in evaluate(model, tasks)]
-    assert all(np.array_equal(a, b) for a, b in zip(apart, together, strict=True))
-    assert encoded == [len(tasks[0].documents), 0]
+    rows = pq.read_table(tmp_path / "out/predictions.parquet").to_pylist()
+    assert len(content["tasks"]) == 24
+    for name, scores in content["tasks"].items():
+        hits = hits_from_saved_vectors(tmp_path / f"out/arrays/{name}.npz")
+        assert hits == [row["rank"] == 1 for row in rows if row["task"] == name]
+        assert scores["hit@1"] == pytest.approx(100 * np.mean(hits), abs=0.01)
 
 
-def test_nan_and_ties_are_misses():
-    assert hit_at(answer_ranks(np.full((3, 5), np.nan)), 1) == 0
-    assert hit_at(answer_ranks(np.ones((3, 5))), 1) == 0
+def test_text_documents_shared_by_tasks_are_encoded_once(make_model):
+    tasks = evaluation_tasks(queries=50)[:2]
+    model = make_model(dtype=torch.float32)
+    encoder = Encoder(model, workers=0)
+    together, _ = evaluate(encoder, tasks)
+    distinct = {q.text + str(id(q.image)) for t in tasks for q in t.queries} | {
+        d.instruction + d.text for t in tasks for d in t.documents
+    }
+    assert encoder.encoded == len(distinct)
+    for one, task in zip(together, tasks, strict=True):
+        assert np.array_equal(evaluate_task(Encoder(model, workers=0), task).ranks, one.ranks)
 
 
-def test_summary_means_tasks_as_mmeb_does(make_model):
-    tasks = [t for ood in (False, True) for t in evaluation_tasks(ood=ood, queries=50)[:4:3]]
-    done = []
-    means = summary(results := evaluate(make_model(dtype=torch.float32), tasks, progress=done.append))
-    assert done == [t.name for t in tasks]
-    hits = [r.scores["hit@1"] for r in results]
-    assert means["overall"] == pytest.approx(np.mean(hits[:2]), abs=0.01)
-    assert means["ood_overall"] == pytest.approx(np.mean(hits[2:]), abs=0.01)
-    assert means["classification"] == pytest.approx(hits[0], abs=0.01)
+def test_several_answers_and_whole_corpora():
+    items = [Item(text=str(i), key=str(i)) for i in range(5)]
+    task = RetrievalTask("t", "retrieval", items[:2], items, [], answers=[[3, 1], [0]])
+    own, right = task.pool(0)
+    assert own[:2].tolist() == [3, 1]
+    assert right == 2
+    assert sorted(own.tolist()) == [0, 1, 2, 3, 4]
+    assert chance(task) == pytest.approx(100 * (2 / 5 + 1 / 5) / 2)
+
+
+def result(name, meta, hit, ood=False):
+    return TaskResult(RetrievalTask(name, meta, [], [], [], ood=ood), {"hit@1": hit}, [])
+
+
+def test_means_are_mmebs_and_pictos():
+    mmeb = [result("A", "vqa", 10), result("B", "vqa", 20, ood=True), result("C", "grounding", 60)]
+    assert summary(mmeb) == {"overall": 30.0, "vqa": 15.0, "grounding": 60.0, "ood": 20.0, "ind": 35.0}
+    picto = [result("A", "vqa", 10), result("A-OOD", "vqa", 2, ood=True), result("C", "grounding", 60)]
+    assert summary(picto) == {"overall": 35.0, "vqa": 10.0, "grounding": 60.0, "ood_overall": 2.0}
+
+
+def test_maxsim_is_the_mean_of_best_cosines():
+    rng = np.random.default_rng(0)
+    query, documents = rng.normal(size=(3, 8)), rng.normal(size=(5, 4, 8))
+    slow = [np.mean([max(float(q @ t) for t in document) for q in query]) for document in documents]
+    assert np.allclose(maxsim(query, documents), slow)
+
+
+def test_reranking_orders_the_first_candidates_by_p_yes_of_single_pairs(make_model):
+    model = make_model(dtype=torch.float32)
+    task = next(t for t in evaluation_tasks(queries=50) if t.name == "Picto-T2I")
+    task.queries, task.candidates = task.queries[:6], task.candidates[:6]
+    views = ("raw-raw", "feat-feat")
+    encoder = Encoder(model, workers=0)
+    found = evaluate_task(encoder, task, reranking=Reranking(9, views), multi_vector=True)
+    assert list(found.methods) == ["embedding", "MaxSim", "rerank 9, raw-raw", "rerank 9, feat-feat"]
+    asked, given = ([x.as_input() for x in side] for side in (task.queries, task.documents))
+    queries, documents = found.vectors
+    for view in views:
+        ranks = []
+        for i, own in enumerate(task.candidates):
+            order = sorted(range(len(own)), key=lambda c, i=i, own=own: (-(documents[own[c]] @ queries[i]), c == 0))
+            judged = []
+            for c in order[:9]:  # one pair at a time
+                pair = (asked[i], given[own[c]]) if view == "raw-raw" else (queries[i], documents[own[c]])
+                judged.append(float(model.match([pair[0]], [pair[1]], view)[0]))
+            place = order.index(0)
+            ranks.append(1 + place if place >= 9 else sum(p >= judged[place] - 1e-7 for p in judged))
+        hits = 100 * np.mean([rank == 1 for rank in ranks])
+        assert found.methods[f"rerank 9, {view}"]["hit@1"] == pytest.approx(hits)
+        assert found.methods[f"rerank 9, {view}"]["mrr"] == pytest.approx(100 * np.mean([1 / r for r in ranks]), abs=1)
+
+
+def test_equal_vectors_nan_and_chance_are_flagged(make_model, monkeypatch):
+    model = make_model(dtype=torch.float32)
+    task = evaluation_tasks(queries=50)[2]
+    encoder = Encoder(model, workers=0)
+    monkeypatch.setattr(encoder, "encode", lambda inputs, *_, **__: np.ones((len(inputs), 4), np.float32))
+    warnings = " ".join(evaluate_task(encoder, task).warnings)
+    assert "all vectors of documents are equal" in warnings
+    assert "no better than chance (1.0)" in warnings
+    monkeypatch.setattr(encoder, "encode", lambda inputs, *_, **__: np.full((len(inputs), 4), np.nan, np.float32))
+    found = evaluate_task(encoder, task)
+    assert "hold NaN" in " ".join(found.warnings)
+    assert found.scores["hit@10"] == 0
+
+
+def test_mteb_runs_a_model_through_its_own_wrapper(saved_model, tmp_path):
+    """The scores are those of our evaluator on the same data."""
+    import mteb
+    from datasets import Dataset
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    from rematch import ReMatch
+
+    texts = [f"number {i} is {'even' if i % 2 == 0 else 'odd'}" for i in range(30)]
+    asked = [f"which is number {i}?" for i in range(12)]
+
+    class Local(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            name="LocalNumbers",
+            description="Numbers.",
+            reference=None,
+            dataset={"path": "local", "revision": "1"},
+            type="Retrieval",
+            category="t2t",
+            modalities=["text"],
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_10",
+            date=None,
+            domains=None,
+            task_subtypes=None,
+            license=None,
+            annotations_creators=None,
+            dialect=None,
+            sample_creation=None,
+            bibtex_citation=None,
+        )
+
+        def load_data(self, *args, **kwargs):
+            corpus = Dataset.from_list([{"id": str(i), "text": t} for i, t in enumerate(texts)])
+            queries = Dataset.from_list([{"id": str(i), "text": t} for i, t in enumerate(asked)])
+            relevant = {str(i): {str(i): 1} for i in range(len(asked))}
+            split = {"corpus": corpus, "queries": queries, "relevant_docs": relevant, "top_ranked": None}
+            self.dataset = {"default": {"test": split}}
+            self.data_loaded = True
+
+    model = ReMatch(saved_model)
+    outcome = mteb.evaluate(model, Local(), cache=None, show_progress_bar=False)
+    theirs = outcome.task_results[0].scores["test"][0]
+    documents = [Item(text=t, key=t) for t in texts]
+    task = RetrievalTask("n", "own", [Item(text=t) for t in asked], documents, [], answers=[[i] for i in range(12)])
+    ours = evaluate_task(Encoder(model, workers=0), task).scores
+    assert ours["ndcg@10"] == pytest.approx(100 * theirs["ndcg_at_10"], abs=0.01)
+    assert ours["hit@1"] == pytest.approx(100 * theirs["recall_at_1"], abs=0.01)

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from rematch.data import picto
-from rematch.data.mmeb import MARKER, export_picto, read_eval, read_train
+from rematch.data.mmeb import MARKER, read_eval, read_train
+from rematch.data.mmeb_export import export_picto
 from rematch.data.picto_tasks import CANDIDATES, TASKS, evaluation_tasks, training_triplet
 from rematch.errors import DataError
 from rematch.evaluate.run import baselines
@@ -141,7 +142,7 @@ def test_export_in_mmeb_eval_form_reads_back_as_the_same_test(tmp_path, monkeypa
     assert count[0]["qry_text"].startswith(MARKER)
     assert count[0]["tgt_img_path"] == [""] * 100
     made = [*evaluation_tasks(), *evaluation_tasks(ood=True)]
-    for task, read in zip(made, read_eval(tmp_path / "eval"), strict=True):
+    for task, read in zip(made, read_eval(tmp_path / "eval")[0], strict=True):
         assert (task.name, task.meta_task, task.ood) == (read.name, read.meta_task, read.ood)
         for i in (0, 123):
             assert task.queries[i].as_input().get("text") == read.queries[i].as_input().get("text")

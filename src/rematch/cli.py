@@ -2,15 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from rematch import __version__
 from rematch.errors import RematchError
-
-if TYPE_CHECKING:
-    from rematch.evaluate.run import TaskResult
 
 app = typer.Typer(
     help="Multimodal retrieval from a multimodal LLM: train, evaluate, search.",
@@ -119,60 +116,64 @@ def mine(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Checkpoint directory, hub name, or rematch-tiny.")] = "rematch-tiny",
-    benchmark: Annotated[str, typer.Option(help="picto.")] = "picto",
-    output: Annotated[Path | None, typer.Option(help="Directory for scores.json.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Read the tasks from a directory in MMEB-eval form instead.")
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint, hub name, or rematch-tiny; any SentenceTransformer.")
+    ] = "rematch-tiny",
+    benchmark: Annotated[
+        str, typer.Option(help="picto, mmeb, zeroshot; or own data: .yaml, .jsonl, .parquet, a BEIR folder.")
+    ] = "picto",
+    output: Annotated[
+        Path | None, typer.Option(help="Directory for scores.json, predictions.parquet and report.html.")
     ] = None,
-    queries: Annotated[int, typer.Option(help="Queries per task: 50, 100, 150 or 200.")] = 200,
+    data: Annotated[Path | None, typer.Option(help="Folder of the benchmark; without it MMEB is downloaded.")] = None,
+    tasks: Annotated[str, typer.Option(help="Only these, with commas between.")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many queries of each task.")] = None,
+    skip_missing: Annotated[bool, typer.Option(help="Leave out what is missing or broken, and say so.")] = False,
+    document_instructions: Annotated[
+        bool | None, typer.Option(help="Instructions before documents; by default as the model was trained.")
+    ] = None,
+    rerank: Annotated[int, typer.Option(min=0, help="Let the matching head reorder the first so many besides.")] = 0,
+    views: Annotated[str, typer.Option(help="What it reads: raw-raw, feat-feat, …; several with commas.")] = "raw-raw",
+    maxsim: Annotated[bool, typer.Option(help="Score by MaxSim over the token vectors besides.")] = False,
+    cache: Annotated[Path | None, typer.Option(help="Where vectors are kept; by default OUTPUT/vectors.")] = None,
+    save_vectors: Annotated[bool, typer.Option(help="Write each task's vectors to OUTPUT/arrays.")] = False,
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a forward pass.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that prepare batches.")] = None,
+    min_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Least pixels of a picture, where a model takes it.")
+    ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Most pixels of a picture, where a model takes it.")
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with a foreign model.")] = False,
 ) -> None:
     """Score a model on a benchmark: Hit@1 per task, per meta-task, in and out of distribution."""
-    if benchmark != "picto":
-        raise RematchError(f"--benchmark {benchmark} is unknown; this version has: picto.")
-    if queries not in (50, 100, 150, 200):
-        raise RematchError(f"--queries {queries}: choose 50, 100, 150 or 200.")
-    if output and output.is_file():
-        raise RematchError(f"--output {output} is a file. Give a directory.")
-    from rich.progress import Progress
+    from rematch.evaluate.command import Options, run
 
-    from rematch.data.mmeb import read_eval
-    from rematch.data.picto_tasks import evaluation_tasks
-    from rematch.evaluate.run import baselines, evaluate, summary, write_json
-    from rematch.model import ReMatch
-
-    loaded = ReMatch(model)
-    tasks = (
-        read_eval(data) if data else [*evaluation_tasks(queries=queries), *evaluation_tasks(ood=True, queries=queries)]
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    chosen = tuple(view.strip() for view in views.split(","))
+    run(
+        Options(
+            model=model,
+            benchmark=benchmark,
+            output=output,
+            data=data,
+            tasks=names,
+            limit=limit,
+            skip_missing=skip_missing,
+            document_instructions=document_instructions,
+            rerank=rerank,
+            views=chosen,
+            maxsim=maxsim,
+            cache=cache,
+            save_vectors=save_vectors,
+            batch_tokens=batch_tokens,
+            workers=workers,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            trust_remote_code=trust_remote_code,
+        )
     )
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("evaluating", total=len(tasks))
-        results = evaluate(loaded, tasks, progress=lambda _: progress.advance(bar))
-    means, floors = summary(results), baselines(tasks)
-    _print_table(results, means, floors)
-    if output:
-        per_task = {r.task.name: {k: round(v, 2) for k, v in r.scores.items()} for r in results}
-        content = {"benchmark": "picto", "model": model, "scores": means, **floors, "tasks": per_task}
-        write_json(output / "scores.json", content)
-        typer.echo(f"Scores: {output / 'scores.json'}")
-
-
-def _print_table(results: "list[TaskResult]", means: dict[str, float], floors: dict[str, dict[str, float]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Hit@1 (%)")
-    for column in ("task", "meta-task", "Hit@1", "Hit@10", "MRR"):
-        table.add_column(column, justify="left" if column in ("task", "meta-task") else "right")
-    for r in results:
-        cells = [f"{r.scores[k]:.1f}" for k in ("hit@1", "hit@10", "mrr")]
-        table.add_row(r.task.name, r.task.meta_task, *cells)
-    table.add_section()
-    for name, value in means.items():
-        table.add_row(f"[bold]{name}", "", f"[bold]{value:.1f}", "", "")
-    for name, floor in floors.items():
-        table.add_row(f"{name}, overall", "", f"{floor['overall']:.1f}", "", "")
-    Console().print(table)
 
 
 @app.command()
@@ -221,7 +222,7 @@ def export(
     """Write a benchmark to disk in one of MMEB's layouts."""
     if benchmark != "picto":
         raise RematchError(f"benchmark {benchmark!r} is unknown; this version has: picto.")
-    from rematch.data.mmeb import export_picto
+    from rematch.data.mmeb_export import export_picto
 
     export_picto(directory, layout, samples=samples)
     typer.echo(f"Written: {directory}")

@@ -14,8 +14,10 @@ from rematch.data import picto
 from rematch.data.picto import Scene
 from rematch.data.picto_tasks import BLOCK, evaluation_tasks
 from rematch.data.schema import Item
+from rematch.encoder import Encoder
 from rematch.errors import RematchError
-from rematch.evaluate.run import TaskResult, baselines, evaluate, summary, write_json
+from rematch.evaluate.run import TaskResult, baselines, evaluate, summary
+from rematch.files import write_json
 from rematch.model import ReMatch
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
 from rematch.report import attention_maps, write_report
@@ -84,10 +86,10 @@ def run_demo(output: Path, steps: int) -> Path:
             model = train(recipe, (callback,), quiet=True)
             logs[name] = read_log(Path(recipe.train.output))
             progress.update(bar, description=f"evaluating {name}")
-            results[name] = evaluate(model, tasks, progress=evaluated)
+            results[name] = evaluate(Encoder(model), tasks, progress=evaluated)[0]
         progress.update(bar, description="evaluating rematch-tiny")
         tiny = ReMatch("rematch-tiny")
-        results["rematch-tiny"] = evaluate(tiny, tasks, progress=evaluated)
+        results["rematch-tiny"] = evaluate(Encoder(tiny), tasks, progress=evaluated)[0]
         progress.update(bar, description="indexing, searching, reporting")
         searches = example_searches(tiny)
         progress.update(bar, completed=total, description="done")

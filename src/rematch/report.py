@@ -13,7 +13,8 @@ from PIL import Image
 from rematch.data import picto
 from rematch.data.images import data_url
 from rematch.data.schema import Item
-from rematch.evaluate.run import TaskResult, write_text
+from rematch.evaluate.run import TaskResult
+from rematch.files import write_text
 from rematch.model import ReMatch
 
 _COLOURS = {"contrastive": "#888", "rematch": "#c2410c", "orthogonality": "#0e7490", "matching": "#7c3aed"}

@@ -1,8 +1,14 @@
-"""Pictures from disk to RGB: rotated as EXIF says, transparency on white, first frame of an animation."""
+"""Pictures from disk or a zip archive to RGB: rotated as EXIF says, transparency on white, first frame of an animation,
+no side shorter than what vision towers take.
+"""
 
 import base64
 import io
+import os
 import warnings
+import zipfile
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -10,13 +16,89 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from rematch.errors import ImageError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+SHORTEST, ENLARGED = 28, 56  # MMEB's rule: a picture with a side under 28 pixels is scaled to 56×56
 
 
-def load_image(source: Image.Image | Path | str) -> Image.Image:
+@dataclass(frozen=True)
+class Zipped:
+    """A picture inside a zip archive that was never unpacked."""
+
+    archive: Path
+    member: str
+
+    def __str__(self) -> str:
+        return f"{self.archive}!{self.member}"
+
+    def read_bytes(self) -> bytes:
+        """The picture's file.
+
+        Raises:
+            ImageError: If the archive is broken or does not hold it.
+        """
+        try:
+            return opened(self.archive, os.getpid()).read(self.member)
+        except KeyError:
+            raise ImageError(f"{self}: the archive holds no such picture.") from None
+        except (zipfile.BadZipFile, OSError, EOFError) as error:
+            raise ImageError(f"{self}: the archive is broken ({error}). Download it again.") from None
+
+
+@lru_cache(maxsize=64)
+def opened(archive: Path, process: int) -> zipfile.ZipFile:
+    """An archive, opened once in each process: forked ones would share one place in the file.
+
+    Raises:
+        ImageError: If it is no whole zip archive.
+    """
+    try:
+        return zipfile.ZipFile(archive)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ImageError(f"{archive}: no whole zip archive ({error}). Download it again.") from None
+
+
+class Archives:
+    """The zip archives in a folder and in its ``images_zip/``.
+
+    Args:
+        root: The folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @cached_property
+    def _members(self) -> dict[str, Zipped]:
+        found = {}
+        for archive in sorted([*self.root.glob("*.zip"), *self.root.glob("images_zip/*.zip")]):
+            if archive.name.startswith("._"):
+                continue
+            opened.cache_clear()  # it may have been replaced since
+            for name in opened(archive, os.getpid()).namelist():
+                if name.lower().endswith(EXTENSIONS) and not Path(name).name.startswith("._"):
+                    found[_plain(name)] = Zipped(archive, name)
+        return found
+
+    def find(self, path: str) -> Zipped | None:
+        """Where a picture lies, whether or not its path or the archive's begins with ``images/``.
+
+        Raises:
+            ImageError: If an archive is broken.
+        """
+        return self._members.get(_plain(path))
+
+
+def _plain(path: str) -> str:
+    return path.removeprefix("./").removeprefix("images/")
+
+
+Picture = Image.Image | Path | Zipped
+
+
+def load_image(source: Picture | str) -> Image.Image:
     """A decoded RGB picture.
 
     Args:
-        source: A path or an opened picture.
+        source: A path, a place in a zip archive, or an opened picture.
 
     Raises:
         ImageError: If the file is missing, is no picture, is cut off, or would decode to more pixels than Pillow's
@@ -26,10 +108,15 @@ def load_image(source: Image.Image | Path | str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = source if isinstance(source, Image.Image) else Image.open(source)
+            if isinstance(source, Zipped):
+                picture: Image.Image = Image.open(io.BytesIO(source.read_bytes()))
+            else:
+                picture = source if isinstance(source, Image.Image) else Image.open(source)
             picture.load()
     except FileNotFoundError:
         raise ImageError(f"{name}: no such picture. Check the path; relative paths start at the data file.") from None
+    except ImageError:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = Image.MAX_IMAGE_PIXELS
         raise ImageError(
@@ -43,7 +130,8 @@ def load_image(source: Image.Image | Path | str) -> Image.Image:
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         layer = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return picture.convert("RGB")
+    picture = picture.convert("RGB")
+    return picture.resize((ENLARGED, ENLARGED)) if min(picture.size) < SHORTEST else picture
 
 
 def data_url(picture: Image.Image, edge: int = 96) -> str:

@@ -1,11 +1,13 @@
 """The one form in which every reader hands out data: items, triplets for training, tasks for evaluation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from numpy.typing import NDArray
 
-Picture = Image.Image | Path
+from rematch.data.images import Picture
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class Item:
 
     Attributes:
         text: May be empty if there is a picture.
-        image: A decoded picture, the path of one, or several paths.
+        image: A picture (decoded, its path, its place in a zip archive), or several paths.
         instruction: Kept apart from the text so that it can be left off (target instructions are an ablation).
         key: Identity of a document within its task; two items with one key are one document.
     """
@@ -52,16 +54,28 @@ class RetrievalTask:
 
     Attributes:
         name: As in the benchmark's tables.
-        meta_task: ``"classification"``, ``"vqa"``, ``"retrieval"`` or ``"grounding"``.
+        meta_task: What mean it counts in; for MMEB ``"classification"``, ``"vqa"``, ``"retrieval"`` or
+            ``"grounding"``.
         queries: The queries.
         documents: Every distinct document of the task.
-        candidates: For each query the indices of its candidate documents; the **first is the answer**.
+        candidates: For each query the indices of its candidate documents; the **first is the answer**. Empty if every
+            document is a candidate of every query.
         ood: Whether the task is out of distribution.
+        answers: For each query the indices of all its right documents, where there may be several.
     """
 
     name: str
     meta_task: str
     queries: list[Item]
     documents: list[Item]
-    candidates: list[list[int]]
+    candidates: list[Sequence[int] | NDArray[np.int32]]
     ood: bool = False
+    answers: list[Sequence[int]] | None = None
+
+    def pool(self, query: int) -> tuple[NDArray[np.int64], int]:
+        """(a query's candidates, the right ones first; how many are right)."""
+        if self.answers is None:
+            return np.asarray(self.candidates[query], np.int64), 1
+        right = np.asarray(self.answers[query], np.int64)
+        every = np.asarray(self.candidates[query], np.int64) if self.candidates else np.arange(len(self.documents))
+        return np.concatenate([right, every[~np.isin(every, right)]]), len(right)

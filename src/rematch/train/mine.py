@@ -27,7 +27,7 @@ from rematch.data.images import data_url, load_image
 from rematch.data.pairs import read_triplets
 from rematch.data.schema import Item
 from rematch.errors import DataError
-from rematch.evaluate.run import write_json
+from rematch.files import write_json
 from rematch.model import ReMatch, Views
 from rematch.search.exact import read_corpus
 

@@ -44,9 +44,10 @@ class Model(_Section):
 class Source(_Section):
     """One of several data sets."""
 
-    path: str = Field(description="picto, a .jsonl/.parquet file, or a directory in MMEB-train form")
+    path: str = Field(description="picto, a .jsonl/.parquet file, a directory in MMEB-train form, or one config in it")
     weight: float | None = Field(None, gt=0, description="how often it is drawn; by default its number of samples")
-    samples: int | None = Field(None, gt=0, description="use only so many samples")
+    samples: int | None = Field(None, gt=0, description="use only so many samples, drawn by train.seed")
+    split: str = Field("original", description="of a directory in MMEB-train form: original or diverse_instruction")
     temperature: float | None = Field(None, gt=0, description="τ for its queries instead of loss.temperature")
 
 

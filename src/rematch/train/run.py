@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import BitsAndBytesConfig, PrinterCallback, TrainerCallback
 
 from rematch.errors import RecipeError, RematchError, TrainingError
-from rematch.evaluate.run import write_text
+from rematch.files import write_text
 from rematch.losses import ReMatchLoss
 from rematch.model import ReMatch
 from rematch.train.collator import Collator

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from rematch.data.mmeb import read_train
@@ -83,11 +84,12 @@ def _open(source: Source, most: int, recipe: Recipe, kept_out: bool = False) -> 
         seed, size = (recipe.train.seed + 1_000_003, validation) if kept_out else (recipe.train.seed, most)
         return [_Opened("picto", partial(training_triplet, seed), size, source.weight or most, True, temperature)]
     path = Path(source.path)
-    parts = read_train(path) if path.is_dir() else [read_triplets(path)]
+    parts = read_train(path, source.split) if path.is_dir() else [read_triplets(path)]
     if validation:
         parts = [part[-validation:] if kept_out else part[:-validation] for part in parts]
     if (recipe.data.samples or source.samples) and not kept_out:
-        parts = [part[:most] for part in parts]
+        drawn = [np.random.default_rng(recipe.train.seed).permutation(len(part))[:most] for part in parts]
+        parts = [[part[i] for i in sorted(chosen)] for part, chosen in zip(parts, drawn, strict=True)]
     if not recipe.data.homogeneous:
         parts = [[triplet for part in parts for triplet in part]]
     total = sum(map(len, parts))

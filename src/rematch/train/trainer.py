@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from rematch.batch import Batch
 from rematch.errors import TrainingError
-from rematch.evaluate.run import write_json
+from rematch.files import write_json
 
 logger = logging.get_logger("rematch")
 COMPLETE = "complete.json"

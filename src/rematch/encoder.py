@@ -1,0 +1,276 @@
+"""Encode many inputs with any SentenceTransformer, as its ``encode`` would, and faster.
+
+1. Each distinct input is encoded once; inputs are told apart by their text and the bytes of their pictures.
+2. Batches hold inputs of like length within a budget of tokens, pictures counted as what they become.
+3. Worker processes decode and tokenize the next batches while the accelerator computes. On a CPU there is nothing to
+   wait for: each worker prepares and computes batches of its own, with one thread.
+4. Vectors go to disk batch by batch (:mod:`rematch.vectors`), so that an interrupted run goes on where it was.
+5. Under ``torchrun`` the processes share the batches.
+
+Batches follow from the inputs alone, not from what is known already, from workers or processes: a run that was cut or
+shared gives the same vectors (to the last bit, where it computes with as many threads).
+"""
+
+import io
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import batch_to_device
+from sentence_transformers.util.distributed import get_rank, get_world_size
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils.data import DataLoader, Dataset
+from xxhash import xxh3_128
+
+from rematch.data.images import EXTENSIONS, Zipped, load_image
+from rematch.data.inputs import as_parts
+from rematch.errors import ImageError, RematchError
+from rematch.model import ReMatch
+from rematch.vectors import VectorStore, say
+
+_MOST = 256  # inputs in a batch, however short
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of an input before it is encoded: who it is, and how long."""
+
+    key: bytes
+    tokens: int
+
+
+class Encoder:
+    """Encodes lists of inputs.
+
+    Args:
+        model: Any SentenceTransformer that takes the inputs' modalities.
+        store: Where vectors are kept; ``None`` keeps nothing.
+        batch_tokens: Tokens of a forward pass, padding included; by default 2,048 on a CPU, 16,384 elsewhere.
+        workers: Processes that prepare batches; by default as many as there are cores, at most eight; 0 for none.
+        progress: Told (done, of how many) distinct inputs.
+        warn: Told what the user should know.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        store: VectorStore | None = None,
+        *,
+        batch_tokens: int | None = None,
+        workers: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        warn: Callable[[str], None] = say,
+    ) -> None:
+        self.model = model.eval()
+        self.store = store
+        self.batch_tokens = batch_tokens or (2048 if model.device.type == "cpu" else 16384)
+        self.workers = min(8, os.cpu_count() or 1) if workers is None else workers
+        self.progress, self.warn = progress, warn
+        self.encoded = self.found = 0
+        self._picture_tokens: dict[int, int] = {}
+        self._texts: dict[bytes, NDArray[np.float32]] = {}  # labels and answers, which many tasks share
+
+    def encode(self, inputs: Sequence[Any], task: str, *, multi_vector: bool = False) -> NDArray[np.float32]:
+        """Vectors of queries or documents.
+
+        Args:
+            inputs: N inputs, as for ``encode``.
+            task: ``"query"`` or ``"document"``.
+            multi_vector: The K token vectors besides; ReMatch models only.
+
+        Returns:
+            (N, D); with ``multi_vector`` (N, 1 + K, D), the embedding and then its token vectors.
+
+        Raises:
+            RematchError: If an input cannot be read, or one alone does not fit into memory.
+        """
+        if multi_vector and not isinstance(self.model, ReMatch):
+            raise RematchError("token vectors (MaxSim) are there in ReMatch models only. Leave them out.")
+        if not inputs:
+            return np.zeros((0, self.model.get_embedding_dimension()), np.float32)
+        measured = self._measure(inputs, f"{task}{'+' if multi_vector else ''}")
+        first = {m.key: i for i, m in reversed(list(enumerate(measured)))}
+        vectors = {key: self._texts[key] for key in first if key in self._texts}
+        if self.store is not None:
+            vectors |= self.store.get([key for key in first if key not in vectors])
+        self.found += len(vectors)
+        if get_world_size() > 1:
+            dist.barrier()  # what another process adds from here on must not change what this one leaves out
+        batches = plan([measured[i] for i in first.values()], self.batch_tokens)
+        todo = [left for batch in batches if (left := [m.key for m in batch if m.key not in vectors])]
+        total = sum(map(len, todo))
+        self.encoded += total
+        mine = todo[get_rank() :: get_world_size()]
+        done = 0
+        for keys, batch in zip(mine, self._run([[inputs[first[k]] for k in b] for b in mine], task), strict=True):
+            new = dict(zip(keys, batch if multi_vector else batch[:, 0], strict=True))
+            if self.store is not None:
+                self.store.put(new)
+            vectors |= new
+            done += len(keys) * get_world_size()
+            if self.progress:
+                self.progress(min(done, total), total)
+        if get_world_size() > 1:
+            shared: list[Any] = [None] * get_world_size()
+            dist.all_gather_object(shared, {k: vectors[k] for b in mine for k in b})
+            vectors |= {k: v for part in shared for k, v in part.items()}
+        self._texts |= {k: vectors[k] for k, i in first.items() if not _look_at(inputs[i])[1]}
+        return np.stack([vectors[m.key] for m in measured])
+
+    # ---- before ---------------------------------------------------------------------------------------------------
+
+    def _measure(self, inputs: Sequence[Any], task: str) -> list[Measured]:
+        objects = list({id(value): value for value in inputs}.values())
+        with ThreadPoolExecutor(8) as threads:
+            looked = list(threads.map(_look_at, objects))
+        texts = [text for text, _, _ in looked]
+        tokenizer = getattr(self.model[0], "tokenizer", None) or self.model.tokenizer
+        lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+        known = {}
+        for value, (text, digests, areas), length in zip(objects, looked, lengths, strict=True):
+            parts = [task.encode(), text.encode(), *digests]
+            key = xxh3_128(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()
+            known[id(value)] = Measured(key, length + sum(map(self._tokens_of_picture, areas)))
+        return [known[id(value)] for value in inputs]
+
+    def _tokens_of_picture(self, area: int) -> int:
+        """How many tokens a picture of about so many pixels becomes, found out with a blank one."""
+        step = round(4 * math.log2(area))
+        if step not in self._picture_tokens:
+            edge = max(28, round(2 ** (step / 8)))
+            features = self._prepare([{"image": Image.new("RGB", (edge, edge))}], "document")
+            self._picture_tokens[step] = int(features["attention_mask"].sum()) if "attention_mask" in features else 1
+        return self._picture_tokens[step]
+
+    # ---- the model ------------------------------------------------------------------------------------------------
+
+    def _run(self, batches: list[list[Any]], task: str) -> Iterator[NDArray[np.float32]]:
+        """(b, 1 + K, D) of each batch, K = 0 if the model has no token vectors."""
+        workers = min(self.workers, len(batches) // 2)
+        whole = self.model.device.type == "cpu"
+        loader = DataLoader(
+            _Batches(self._vectors if whole else self._prepare, batches, task),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            multiprocessing_context="fork" if workers else None,
+        )
+        for batch, made in zip(batches, loader, strict=True):
+            yield made.numpy() if whole else self._forward(batch, made, task).numpy()
+
+    def _vectors(self, batch: list[Any], task: str) -> Tensor:
+        return self._forward(batch, self._prepare(batch, task), task)
+
+    def _prepare(self, batch: list[Any], task: str) -> dict[str, Any]:
+        """What ``SentenceTransformer.encode`` hands to the model."""
+        inputs = batch if isinstance(self.model, ReMatch) else [_plain(value, i) for i, value in enumerate(batch)]
+        names = ("query",) if task == "query" else ("document", "passage", "corpus")
+        name = next((n for n in names if n in self.model.prompts), self.model.default_prompt_name)
+        try:
+            return dict(self.model.preprocess(inputs, prompt=self.model.prompts.get(name), task=task))
+        except RematchError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise RematchError(
+                f"{type(self.model[0]).__name__} cannot take {_kind(inputs)} ({str(error).splitlines()[0]}). Use a "
+                "model for these inputs, or --tasks without them."
+            ) from error
+
+    @torch.inference_mode()
+    def _forward(self, batch: list[Any], features: dict[str, Any], task: str) -> Tensor:
+        try:
+            out = self.model(batch_to_device(features, self.model.device), task=task)
+            fused: Tensor = out["sentence_embedding"].float()[:, None]
+            if "multi_vector" in out:
+                fused = torch.cat([fused, normalize(out["multi_vector"].float(), dim=-1)], 1)
+            return fused.cpu()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+        if len(batch) == 1:
+            raise RematchError(
+                "out of memory with a single input. Shorten it, use smaller pictures, or a machine with more memory."
+            )
+        half = len(batch) // 2
+        self.warn(f"out of memory with {len(batch)} inputs; going on with {half} at a time")
+        parts = (batch[:half], batch[half:])
+        return torch.cat([self._vectors(part, task) for part in parts])
+
+
+def plan(inputs: Sequence[Measured], tokens: int) -> list[list[Measured]]:
+    """Batches of inputs of like length, longest first, none with more tokens after padding than ``tokens``, unless it
+    is a single input.
+
+    >>> [len(batch) for batch in plan([Measured(b"", n) for n in (1, 8, 4, 4, 3)], 8)]
+    [1, 2, 2]
+    """
+    batches: list[list[Measured]] = []
+    for one in sorted(inputs, key=lambda m: (-m.tokens, m.key)):
+        room = batches and (len(batches[-1]) + 1) * batches[-1][0].tokens <= tokens and len(batches[-1]) < _MOST
+        batches[-1].append(one) if room else batches.append([one])
+    return batches
+
+
+class _Batches(Dataset[Any]):
+    def __init__(self, work: Callable[[list[Any], str], Any], batches: list[list[Any]], task: str) -> None:
+        self.work, self.batches, self.task = work, batches, task
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.work(self.batches[index], self.task)
+
+
+def _look_at(value: Any) -> tuple[str, list[bytes], list[int]]:
+    """(text, a digest of each picture, its pixels) without decoding a file."""
+    if isinstance(value, dict):
+        text, pictures = value.get("text") or "", value.get("image")
+    elif isinstance(value, str) and not value.lower().endswith(EXTENSIONS):
+        text, pictures = value, None
+    else:
+        text, pictures = "", value
+    pictures = [] if pictures is None else pictures if isinstance(pictures, list | tuple) else [pictures]
+    found = [_look_at_picture(picture) for picture in pictures]
+    return text, [digest for digest, _ in found], [area for _, area in found]
+
+
+def _look_at_picture(source: Any) -> tuple[bytes, int]:
+    if isinstance(source, Image.Image):
+        head = f"{source.mode}{source.size}".encode()
+        return xxh3_128(head + source.tobytes()).digest(), source.width * source.height
+    source = source if isinstance(source, Zipped) else Path(source)
+    try:
+        content = source.read_bytes()
+        width, height = Image.open(io.BytesIO(content)).size
+    except ImageError:
+        raise
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
+        load_image(source)  # says what is wrong with it
+        raise
+    return xxh3_128(content).digest(), width * height
+
+
+def _plain(value: Any, row: int) -> Any:
+    """An input as any SentenceTransformer takes it: text, a decoded picture, or a dictionary of both."""
+    pictures, text = as_parts(value, row)
+    if not pictures:
+        return text
+    picture = pictures[0] if len(pictures) == 1 else pictures
+    return {"text": text, "image": picture} if text else picture
+
+
+def _kind(inputs: Sequence[Any]) -> str:
+    kinds = {"text": any(isinstance(x, str) for x in inputs), "pictures": any(not isinstance(x, str) for x in inputs)}
+    return " and ".join(kind for kind, there in kinds.items() if there)
