@@ -233,6 +233,35 @@ def test_training_draws_each_data_set_by_its_weight_and_cap(tmp_path, backbone_p
     assert texts != drawn(1)
 
 
+@pytest.mark.parametrize("homogeneous", [False, True])
+def test_a_data_set_without_hard_negatives_lends_other_samples_documents(tmp_path, homogeneous):
+    train_tree(tmp_path)
+    file = tmp_path / "WebQA" / "original-00000-of-00001.parquet"
+    wide = pq.read_table(file).to_pylist()
+    parquet(file, [row | {"neg_text": "wrong"} for row in wide])
+    settings = [f"data.source={tmp_path}", f"data.homogeneous={json.dumps(homogeneous)}", "train.batch_size=4"]
+    rows = build_dataset(load_recipe(ROOT / "recipes/picto.yaml", [*settings, "train.steps=9"]))[:]
+    seen = set()
+    for positive, negative in zip(rows["positive"], rows["negative"], strict=True):
+        of_webqa = "image" in positive
+        seen.add(of_webqa)
+        if of_webqa:
+            assert negative["text"].endswith("wrong")
+        else:
+            assert negative["text"].startswith("Represent the answer: a")
+            assert negative != positive
+    assert seen == {True, False}
+    again = build_dataset(load_recipe(ROOT / "recipes/picto.yaml", [*settings, "train.steps=9"]))[:]
+    assert again["negative"] == rows["negative"]
+    parquet(file, [row | {"neg_text": "", "pos_text": "same"} for row in wide[:-1]] + [wide[-1] | {"neg_text": "x"}])
+    parquet(tmp_path / "OK-VQA" / "original-00000-of-00001.parquet", [ALIKE] * 6)
+    with pytest.raises(DataError, match="has no hard negative, and none of 64 other samples"):
+        build_dataset(load_recipe(ROOT / "recipes/picto.yaml", [*settings, "train.steps=9"]))[:]
+
+
+ALIKE = {"qry": "one?", "qry_image_path": "", "pos_text": "yes", "pos_image_path": ""}
+
+
 def test_missing_things_are_named_or_left_out(tmp_path):
     eval_tree(tmp_path / "mmeb")
     shutil.rmtree(tmp_path / "mmeb" / "GQA")

@@ -20,7 +20,7 @@ from test_parallel import free_port
 
 from rematch.data.images import load_image
 from rematch.data.picto_tasks import evaluation_tasks
-from rematch.encoder import Encoder
+from rematch.encoder import Encoder, plan
 from rematch.errors import ImageError, RematchError
 from rematch.evaluate.command import Options, run
 from rematch.vectors import VectorStore, describe
@@ -44,12 +44,14 @@ def test_vectors_are_those_of_plain_encode_for_any_batch_and_workers(make_model,
     tokens = model.encode_document(inputs, batch_size=4, multi_vector=True)
     found = {
         (b, w): Encoder(model, batch_tokens=b, workers=w).encode(inputs, "document")
-        for b in (300, 3000)
+        for b in (100, 3000)
         for w in (0, 2)
     }
+    encoder = Encoder(model, batch_tokens=100)
+    assert len(plan(encoder._measure(inputs, "document"), 100)) >= 2 * 8, "too few batches for two workers"
     for vectors in found.values():
         assert np.allclose(vectors, plain, atol=1e-5)
-    for b in (300, 3000):
+    for b in (100, 3000):
         assert np.allclose(found[b, 0], found[b, 2], atol=1e-6)
     both = Encoder(model, workers=0).encode(inputs, "document", multi_vector=True)
     assert np.allclose(both[:, 0], plain, atol=1e-5)
@@ -207,10 +209,19 @@ def test_a_broken_picture_is_named_before_anything_is_encoded(make_model, tmp_pa
     broken.write_bytes(b"\xff\xd8\xff no picture")
     with pytest.raises(ImageError, match=r"broken\.jpg"):
         load_image(broken)
-    model = make_model(dtype=torch.float32)
+    with pytest.raises(ImageError, match=r"broken\.jpg"):
+        Encoder(make_model(dtype=torch.float32)).encode(["a", {"image": broken}], "document")
+
+
+def test_a_picture_that_is_cut_off_is_named_from_within_a_worker(make_model, tmp_path):
+    Image.effect_noise((300, 200), 60).convert("RGB").save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:3000])
+    texts = [f"text {i}" for i in range(40)]
     for workers in (0, 2):
-        with pytest.raises(ImageError, match=r"broken\.jpg"):
-            Encoder(model, workers=workers).encode(["a", {"image": broken}], "document")
+        with pytest.raises(ImageError, match=r"cut\.jpg: broken or cut off"):
+            Encoder(make_model(dtype=torch.float32), workers=workers, batch_tokens=5).encode(
+                [*texts, {"image": tmp_path / "cut.jpg"}], "document"
+            )
 
 
 COMMAND = [sys.executable, "-m", "rematch.cli", "evaluate"]

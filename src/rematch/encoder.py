@@ -157,7 +157,7 @@ class Encoder:
 
     def _run(self, batches: list[list[Any]], task: str) -> Iterator[NDArray[np.float32]]:
         """(b, 1 + K, D) of each batch, K = 0 if the model has no token vectors."""
-        workers = min(self.workers, len(batches) // 2)
+        workers = min(self.workers, len(batches) // 8)  # fewer batches are done before processes have started
         whole = self.model.device.type == "cpu"
         loader = DataLoader(
             _Batches(self._vectors if whole else self._prepare, batches, task),

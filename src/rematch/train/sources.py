@@ -1,7 +1,7 @@
 """Where training samples come from: sources opened, and the rows of a run in their order."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from rematch.errors import DataError
 from rematch.train.plan import plan
 from rematch.train.recipe import Recipe, Source
 
+_TRIES = 64  # of finding a document that can stand in for a hard negative
+
 
 def build_dataset(recipe: Recipe) -> Dataset:
     """The rows ``query``, ``positive``(, ``negative``) of the whole run in their order, made or read when asked for."""
@@ -25,9 +27,6 @@ def build_dataset(recipe: Recipe) -> Dataset:
     given = _given(recipe)
     sources = [part for source in given for part in _open(source, settings.samples or total, recipe)]
     named = ", ".join(source.path for source in given)
-    with_negatives = {source.has_negatives for source in sources}
-    if len(with_negatives) > 1 and settings.hard_negatives:
-        raise _mixed_negatives(named)
     sizes = [source.size for source in sources]
     fewest = min(sizes) if settings.homogeneous else sum(sizes)
     if fewest < recipe.train.batch_size:
@@ -50,16 +49,14 @@ def build_validation(recipe: Recipe) -> Dataset | None:
 
 
 def _rows(sources: list["_Opened"], recipe: Recipe, numbers: Any, indices: Any) -> Dataset:
-    with_negatives = recipe.data.hard_negatives and all(source.has_negatives for source in sources)
-    rows = _Rows(sources, ["query", "positive"] + ["negative"] * with_negatives, recipe.data.document_instructions)
-    return Dataset.from_dict({"source": numbers, "index": indices}).with_transform(rows)
-
-
-def _mixed_negatives(name: str) -> DataError:
-    return DataError(
-        f"{name}; some samples have a hard negative and others none. Give every one a negative, or train without them "
-        "(data.hard_negatives=false)."
+    with_negatives = recipe.data.hard_negatives and any(source.has_negatives for source in sources)
+    rows = _Rows(
+        sources,
+        ["query", "positive"] + ["negative"] * with_negatives,
+        recipe.data.document_instructions,
+        recipe.train.seed,
     )
+    return Dataset.from_dict({"source": numbers, "index": indices}).with_transform(rows)
 
 
 def _given(recipe: Recipe) -> list[Source]:
@@ -90,15 +87,16 @@ def _open(source: Source, most: int, recipe: Recipe, kept_out: bool = False) -> 
     if (recipe.data.samples or source.samples) and not kept_out:
         drawn = [np.random.default_rng(recipe.train.seed).permutation(len(part))[:most] for part in parts]
         parts = [[part[i] for i in sorted(chosen)] for part, chosen in zip(parts, drawn, strict=True)]
-    if not recipe.data.homogeneous:
-        parts = [[triplet for part in parts for triplet in part]]
     total = sum(map(len, parts))
     opened = []
     for part in parts:
         with_negative = sum(t.negative is not None for t in part)
-        if 0 < with_negative < len(part) and recipe.data.hard_negatives:
+        if path.is_file() and 0 < with_negative < len(part) and recipe.data.hard_negatives:
             first = next(i for i, triplet in enumerate(part, 1) if triplet.negative is None)
-            raise _mixed_negatives(f"{source.path}: sample {first} has no negative")
+            raise DataError(
+                f"{source.path}: sample {first} has no negative; some samples have a hard negative and others none. "
+                "Give every one a negative, or train without them (data.hard_negatives=false)."
+            )
         weight = (source.weight or total) * len(part) / max(1, total)
         opened.append(_Opened(source.path, part.__getitem__, len(part), weight, bool(with_negative), temperature))
     return opened
@@ -111,11 +109,28 @@ class _Rows:
     sources: list[_Opened]
     columns: list[str]
     document_instructions: bool
+    seed: int
 
     def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         places = list(zip(batch["source"], batch["index"], strict=True))
-        found = [self.sources[s].triplet(i) for s, i in places]
+        found = [self._whole(s, i) for s, i in places]
         instruct = {c: self.document_instructions or c == "query" for c in self.columns}
         columns: dict[str, list[Any]] = {c: [getattr(t, c).as_input(instruct[c]) for t in found] for c in self.columns}
         named = {"id": [f"{self.sources[s].name}:{i}" for s, i in places]}
         return columns | named | {"temperature": [self.sources[s].temperature for s, _ in places]}
+
+    def _whole(self, source: int, index: int) -> Triplet:
+        """A sample; if others have a hard negative and it has none, another sample's document of its source is it."""
+        opened = self.sources[source]
+        found = opened.triplet(index)
+        if "negative" not in self.columns or found.negative is not None:
+            return found
+        rng = np.random.default_rng((self.seed, source, index))
+        for other in rng.integers(opened.size, size=_TRIES):
+            document = opened.triplet(int(other)).positive
+            if (document.text, document.image) != (found.positive.text, found.positive.image):
+                return replace(found, negative=document)
+        raise DataError(
+            f"{opened.name}: sample {index + 1} has no hard negative, and none of {_TRIES} other samples drawn has "
+            "another document to stand in. Give it negatives, or train without them (data.hard_negatives=false)."
+        )
