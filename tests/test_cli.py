@@ -16,6 +16,7 @@ from PIL import Image
 
 from rematch import ReMatch, cli
 from rematch.backbone import resolve
+from rematch.errors import ModelError
 from rematch.train.recipe import load_recipe
 from rematch.train.run import build_dataset, train
 
@@ -376,3 +377,5 @@ def test_the_packaged_recipe_is_valid():
 def test_packaged_names_resolve():
     assert Path(resolve("rematch-base"), "config.json").exists()
     assert resolve("some/model") == "some/model"
+    with pytest.raises(ModelError, match="Did you mean rematch-tiny"):
+        resolve("rematch-tny")

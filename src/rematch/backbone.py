@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib.resources import files
 from inspect import signature
 from pathlib import Path
@@ -34,10 +35,18 @@ PACKAGED = {"rematch-base": "assets/base", "rematch-tiny": "assets/tiny"}
 
 
 def resolve(name: str) -> str:
-    """The directory of a packaged model (``rematch-base``, ``rematch-tiny``) or local model; a hub name unchanged."""
+    """The directory of a packaged model (``rematch-base``, ``rematch-tiny``) or local model; a hub name unchanged.
+
+    Raises:
+        ModelError: If it is nearly a packaged model's name.
+    """
     if name in PACKAGED:
         return str(files("rematch") / PACKAGED[name])
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    if Path(name).is_dir():
+        return str(Path(name).resolve())
+    if near := get_close_matches(name, PACKAGED, 1, cutoff=0.85):
+        raise ModelError(f"{name}: no such model. Did you mean {near[0]}?")
+    return name
 
 
 class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ships no types
