@@ -48,7 +48,7 @@ def test_vectors_are_those_of_plain_encode_for_any_batch_and_workers(make_model,
         for w in (0, 2)
     }
     encoder = Encoder(model, batch_tokens=100)
-    assert len(plan(encoder._measure(inputs, "document"), 100)) >= 2 * 8, "too few batches for two workers"
+    assert len(plan(encoder.measure(inputs, "document"), 100)) >= 2 * 8, "too few batches for two workers"
     for vectors in found.values():
         assert np.allclose(vectors, plain, atol=1e-5)
     for b in (100, 3000):

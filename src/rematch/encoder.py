@@ -14,7 +14,8 @@ shared gives the same vectors (to the last bit, where it computes with as many t
 import io
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
 from xxhash import xxh3_128
 
-from rematch.data.images import EXTENSIONS, Zipped, load_image
+from rematch.data.images import EXTENSIONS, Encoded, Zipped, load_image
 from rematch.data.inputs import as_parts
 from rematch.errors import ImageError, RematchError
 from rematch.model import ReMatch
@@ -99,7 +100,7 @@ class Encoder:
             raise RematchError("token vectors (MaxSim) are there in ReMatch models only. Leave them out.")
         if not inputs:
             return np.zeros((0, self.model.get_embedding_dimension()), np.float32)
-        measured = self._measure(inputs, f"{task}{'+' if multi_vector else ''}")
+        measured = [_whole(one) for one in self.measure(inputs, task, multi_vector=multi_vector)]
         first = {m.key: i for i, m in reversed(list(enumerate(measured)))}
         vectors = {key: self._texts[key] for key in first if key in self._texts}
         if self.store is not None:
@@ -113,8 +114,12 @@ class Encoder:
         self.encoded += total
         mine = todo[get_rank() :: get_world_size()]
         done = 0
-        for keys, batch in zip(mine, self._run([[inputs[first[k]] for k in b] for b in mine], task), strict=True):
-            new = dict(zip(keys, batch if multi_vector else batch[:, 0], strict=True))
+        workers = min(self.workers, len(mine) // 8)  # fewer batches are done before processes have started
+        batches_of_mine = ((keys, [inputs[first[k]] for k in keys]) for keys in mine)
+        for keys, batch, errors in self.stream(batches_of_mine, task, multi_vector=multi_vector, workers=workers):
+            if errors:
+                raise next(iter(errors.values()))
+            new = dict(zip(keys, batch, strict=True))
             if self.store is not None:
                 self.store.put(new)
             vectors |= new
@@ -130,15 +135,21 @@ class Encoder:
 
     # ---- before ---------------------------------------------------------------------------------------------------
 
-    def _measure(self, inputs: Sequence[Any], task: str) -> list[Measured]:
+    def measure(self, inputs: Sequence[Any], task: str, *, multi_vector: bool = False) -> list[Measured | RematchError]:
+        """Each input's identity and length, or what is wrong with it, without decoding a picture."""
+        task += "+" if multi_vector else ""
         objects = list({id(value): value for value in inputs}.values())
         with ThreadPoolExecutor(8) as threads:
-            looked = list(threads.map(_look_at, objects))
-        texts = [text for text, _, _ in looked]
+            looked = list(threads.map(_try_to_look, objects))
+        texts = ["" if isinstance(one, RematchError) else one[0] for one in looked]
         tokenizer = getattr(self.model[0], "tokenizer", None) or self.model.tokenizer
         lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
-        known = {}
-        for value, (text, digests, areas), length in zip(objects, looked, lengths, strict=True):
+        known: dict[int, Measured | RematchError] = {}
+        for value, one, length in zip(objects, looked, lengths, strict=True):
+            if isinstance(one, RematchError):
+                known[id(value)] = one
+                continue
+            text, digests, areas = one
             parts = [task.encode(), text.encode(), *digests]
             key = xxh3_128(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()
             known[id(value)] = Measured(key, length + sum(map(self._tokens_of_picture, areas)))
@@ -155,19 +166,45 @@ class Encoder:
 
     # ---- the model ------------------------------------------------------------------------------------------------
 
-    def _run(self, batches: list[list[Any]], task: str) -> Iterator[NDArray[np.float32]]:
-        """(b, 1 + K, D) of each batch, K = 0 if the model has no token vectors."""
-        workers = min(self.workers, len(batches) // 8)  # fewer batches are done before processes have started
+    def stream(
+        self, batches: Iterable[tuple[Any, list[Any]]], task: str, *, multi_vector: bool = False, workers: int
+    ) -> Iterator[tuple[Any, NDArray[np.float32], dict[int, RematchError]]]:
+        """Encode batches as they come, some of them ahead.
+
+        Args:
+            batches: (whatever names it, its inputs); taken from one by one.
+            task: ``"query"`` or ``"document"``.
+            multi_vector: The K token vectors besides.
+            workers: Processes.
+
+        Returns:
+            For each batch in turn its name, (b, D) or (b, 1 + K, D) vectors of those inputs that could be read, and by
+            its place in the batch what is wrong with each other one.
+        """
+        waiting: deque[tuple[Any, list[Any]]] = deque()
+
+        def inputs() -> Iterator[list[Any]]:
+            for name, batch in batches:
+                waiting.append((name, batch))
+                yield batch
+
         whole = self.model.device.type == "cpu"
         loader = DataLoader(
-            _Batches(self._vectors if whole else self._prepare, batches, task),
+            _Work(self, task, whole),
             batch_size=None,
+            sampler=inputs(),
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             multiprocessing_context="fork" if workers else None,
         )
-        for batch, made in zip(batches, loader, strict=True):
-            yield made.numpy() if whole else self._forward(batch, made, task).numpy()
+        for made, errors in loader:
+            name, batch = waiting.popleft()
+            kept = [value for i, value in enumerate(batch) if i not in errors]
+            if not kept:
+                yield name, np.zeros((0, self.model.get_embedding_dimension()), np.float32), errors
+                continue
+            vectors = (made if whole else self._forward(kept, made, task)).numpy()
+            yield name, vectors if multi_vector else vectors[:, 0], errors
 
     def _vectors(self, batch: list[Any], task: str) -> Tensor:
         return self._forward(batch, self._prepare(batch, task), task)
@@ -222,15 +259,42 @@ def plan(inputs: Sequence[Measured], tokens: int) -> list[list[Measured]]:
     return batches
 
 
-class _Batches(Dataset[Any]):
-    def __init__(self, work: Callable[[list[Any], str], Any], batches: list[list[Any]], task: str) -> None:
-        self.work, self.batches, self.task = work, batches, task
+class _Work(Dataset[Any]):
+    """What a worker does with a batch: (vectors or features of what can be read, errors of the rest)."""
 
-    def __len__(self) -> int:
-        return len(self.batches)
+    def __init__(self, encoder: Encoder, task: str, whole: bool) -> None:
+        self.encoder, self.task = encoder, task
+        self.work = encoder._vectors if whole else encoder._prepare
 
-    def __getitem__(self, index: int) -> Any:
-        return self.work(self.batches[index], self.task)
+    def __getitem__(self, batch: list[Any]) -> tuple[Any, dict[int, RematchError]]:
+        try:
+            return self.work(batch, self.task), {}
+        except RematchError as error:
+            errors = {i: broken for i, value in enumerate(batch) if (broken := self._broken(value))}
+            if not errors:
+                raise error
+        kept = [value for i, value in enumerate(batch) if i not in errors]
+        return self.work(kept, self.task) if kept else None, errors
+
+    def _broken(self, value: Any) -> RematchError | None:
+        try:
+            self.encoder._prepare([value], self.task)
+        except RematchError as error:
+            return error
+        return None
+
+
+def _whole(one: Measured | RematchError) -> Measured:
+    if isinstance(one, RematchError):
+        raise one
+    return one
+
+
+def _try_to_look(value: Any) -> tuple[str, list[bytes], list[int]] | RematchError:
+    try:
+        return _look_at(value)
+    except RematchError as error:
+        return error
 
 
 def _look_at(value: Any) -> tuple[str, list[bytes], list[int]]:
@@ -250,7 +314,7 @@ def _look_at_picture(source: Any) -> tuple[bytes, int]:
     if isinstance(source, Image.Image):
         head = f"{source.mode}{source.size}".encode()
         return xxh3_128(head + source.tobytes()).digest(), source.width * source.height
-    source = source if isinstance(source, Zipped) else Path(source)
+    source = source if isinstance(source, Zipped | Encoded) else Path(source)
     try:
         content = source.read_bytes()
         width, height = Image.open(io.BytesIO(content)).size

@@ -43,6 +43,21 @@ class Zipped:
             raise ImageError(f"{self}: the archive is broken ({error}). Download it again.") from None
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A picture's file, read but not decoded."""
+
+    name: str
+    content: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read_bytes(self) -> bytes:
+        """The file."""
+        return self.content
+
+
 @lru_cache(maxsize=64)
 def opened(archive: Path, process: int) -> zipfile.ZipFile:
     """An archive, opened once in each process: forked ones would share one place in the file.
@@ -91,14 +106,14 @@ def _plain(path: str) -> str:
     return path.removeprefix("./").removeprefix("images/")
 
 
-Picture = Image.Image | Path | Zipped
+Picture = Image.Image | Path | Zipped | Encoded
 
 
 def load_image(source: Picture | str) -> Image.Image:
     """A decoded RGB picture.
 
     Args:
-        source: A path, a place in a zip archive, or an opened picture.
+        source: A path, a place in a zip archive, a file's content, or an opened picture.
 
     Raises:
         ImageError: If the file is missing, is no picture, is cut off, or would decode to more pixels than Pillow's
@@ -108,7 +123,7 @@ def load_image(source: Picture | str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if isinstance(source, Zipped):
+            if isinstance(source, Zipped | Encoded):
                 picture: Image.Image = Image.open(io.BytesIO(source.read_bytes()))
             else:
                 picture = source if isinstance(source, Image.Image) else Image.open(source)
