@@ -12,8 +12,9 @@ from rematch.encoder import Encoder
 from rematch.evaluate import metrics
 from rematch.evaluate.command import Options, run
 from rematch.evaluate.metrics import ranks_of_right
-from rematch.evaluate.rerank import Reranking, maxsim
+from rematch.evaluate.rerank import Reranking
 from rematch.evaluate.run import TaskResult, chance, evaluate, evaluate_task, summary
+from rematch.search.cascade import maxsim
 
 
 def test_metrics_equal_those_of_trec():

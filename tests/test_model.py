@@ -189,7 +189,7 @@ def test_no_learnable_tokens_means_the_last_token(make_model):
 def test_public_names():
     import rematch
 
-    assert set(rematch.__all__) == {"ReMatch", "ReMatchLoss", "RematchError", "Searcher"}
+    assert set(rematch.__all__) == {"Index", "ReMatch", "ReMatchLoss", "RematchError"}
     assert all(getattr(rematch, name) is not None for name in rematch.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Rematch'"):
         rematch.Rematch  # noqa: B018

@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from rematch.errors import RematchError
     from rematch.losses import ReMatchLoss
     from rematch.model import ReMatch
-    from rematch.search.exact import Searcher
+    from rematch.search.index import Index
 
 __version__ = "0.1.0"
-__all__ = ["ReMatch", "ReMatchLoss", "RematchError", "Searcher"]
+__all__ = ["Index", "ReMatch", "ReMatchLoss", "RematchError"]
 
 _HOME = {
     "ReMatch": "rematch.model",
     "ReMatchLoss": "rematch.losses",
     "RematchError": "rematch.errors",
-    "Searcher": "rematch.search.exact",
+    "Index": "rematch.search.index",
 }
 
 

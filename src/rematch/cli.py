@@ -177,39 +177,71 @@ def evaluate(
 
 
 @app.command()
-def search(
+def index(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or hub name; left out: rematch-tiny.")],
-    corpus: Annotated[str | None, typer.Argument(help="A folder of pictures, or a .jsonl/.parquet file.")] = None,
-    text: Annotated[str | None, typer.Option(help="Query text.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Query picture.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Results.")] = 5,
-    rerank: Annotated[int, typer.Option(min=0, help="Let the matching head reorder the best so many.")] = 0,
+    corpus: Annotated[
+        str | None, typer.Argument(help="A folder of pictures, a .jsonl/.parquet file, or a Hugging Face data set.")
+    ] = None,
+    output: Annotated[
+        str,
+        typer.Option(help="Directory or object store's URI; an index that is there is brought up to date."),
+    ] = "rematch.idx",
+    tokens: Annotated[bool, typer.Option(help="Keep the K token vectors, for --rerank maxsim.")] = False,
+    dimensions: Annotated[int, typer.Option(min=0, help="Keep only so many dimensions; 0 for all.")] = 0,
+    ann: Annotated[
+        str, typer.Option(help="Approximate index: auto (int8 above 100,000), none, float, int8, binary, pq, hnsw.")
+    ] = "auto",
+    add: Annotated[bool, typer.Option(help="Leave documents in the index that are not in CORPUS.")] = False,
+    max_failures: Annotated[float, typer.Option(min=0, max=1, help="Share of documents that may be broken.")] = 0.2,
+    engine: Annotated[str, typer.Option(help="local, or ray for many processes or machines.")] = "local",
+    actors: Annotated[int, typer.Option(min=1, help="With ray: how many encoders.")] = 2,
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a forward pass.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that prepare batches.")] = None,
 ) -> None:
-    """Exact search in a folder of pictures or a file of documents."""
+    """Encode a corpus into an index; run it again after changes, or if it was cut off."""
     if corpus is None:
         model, corpus = "rematch-tiny", model
-    query = {"text": text} if text else {}
+    from rematch.search.command import IndexOptions, run_index
+
+    run_index(
+        IndexOptions(
+            model=model,
+            corpus=corpus,
+            output=output,
+            tokens=tokens,
+            dimensions=dimensions,
+            ann=ann,
+            add=add,
+            max_failures=max_failures,
+            engine=engine,
+            actors=actors,
+            batch_tokens=batch_tokens,
+            workers=workers,
+        )
+    )
+
+
+@app.command()
+def search(
+    index: Annotated[str, typer.Argument(help="What `rematch index` wrote.")],
+    text: Annotated[str | None, typer.Option(help="Query text.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Query picture.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Results.")] = 10,
+    where: Annotated[str, typer.Option("--filter", help='Condition in SQL on metadata, such as "year > 2000".')] = "",
+    rerank: Annotated[str, typer.Option(help="Stages such as feat:100,raw:10; also maxsim:200.")] = "",
+    exact: Annotated[bool, typer.Option(help="Scan all vectors even if there is an approximate index.")] = False,
+    model: Annotated[str | None, typer.Option(help="Where the index's model lies now.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+) -> None:
+    """Search an index by text, by a picture, or by both."""
+    query: dict[str, object] = {"text": text} if text else {}
     if image:
-        query["image"] = image  # type: ignore[assignment]
+        query["image"] = image
     if not query:
         raise RematchError("no query. Give --text, --image, or both.")
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from rematch.search.command import run_search
 
-    from rematch.model import ReMatch
-    from rematch.search.exact import Searcher, read_corpus
-
-    documents = read_corpus(corpus)
-    searcher = Searcher(ReMatch(model), documents, show_progress=len(documents) > 64)
-    table = Table("rank", "document", "score", "by")
-    for rank, hit in enumerate(searcher.search(query, top, rerank), 1):
-        table.add_row(str(rank), escape(hit.name), f"{hit.score:.3f}", "P(yes)" if hit.reranked else "cosine")
-    Console().print(table)
-    if model == "rematch-tiny":
-        typer.echo(
-            "rematch-tiny knows Picto's emoji scenes and little else; train a model for your own pictures.", err=True
-        )
+    run_search(index, query, top=top, where=where, rerank=rerank, exact=exact, model=model, as_json=as_json)
 
 
 @data_app.command()

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
@@ -21,7 +22,6 @@ from rematch.files import write_json
 from rematch.model import ReMatch
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
 from rematch.report import attention_maps, write_report
-from rematch.search.exact import Searcher
 from rematch.train.recipe import Loss, Model, Recipe, Train
 from rematch.train.run import train
 
@@ -133,7 +133,7 @@ def example_searches(model: ReMatch) -> list[tuple[dict[str, Any], list[tuple[It
         Item(image=picto.render(scene, rng.choice(picto.TRAIN_STYLES), i), instruction=IMAGE, key=picto.caption(scene))
         for i, scene in enumerate(scenes)
     ]
-    searcher = Searcher(model, corpus)
+    vectors = model.encode_document([item.as_input() for item in corpus], show_progress_bar=False)
     to_scene = "Find me an image that matches the given caption: "
     queries: list[dict[str, Any]] = [
         {"text": to_scene + picto.caption(scenes[0])},
@@ -148,4 +148,8 @@ def example_searches(model: ReMatch) -> list[tuple[dict[str, Any], list[tuple[It
             "image": picto.render(before, "noto", 98),
         },
     ]
-    return [(q, [(corpus[h.index], h.score) for h in searcher.search(q, 5)]) for q in queries]
+    scores = model.encode_query(queries, show_progress_bar=False) @ vectors.T
+    return [
+        (query, [(corpus[i], float(own[i])) for i in np.argsort(-own, kind="stable")[:5]])
+        for query, own in zip(queries, scores, strict=True)
+    ]

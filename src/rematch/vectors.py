@@ -28,27 +28,44 @@ _LIBRARIES = ("torch", "transformers", "sentence-transformers", "pillow")
 
 
 def describe(model: SentenceTransformer) -> dict[str, Any]:
-    """All of a model that its vectors depend on, as digests and settings."""
-    weights = xxh3_128()
-    for name, value in sorted(model.state_dict().items()):
-        weights.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    processor = getattr(model[0], "processor", None) or model.tokenizer
-    tokenizer = getattr(processor, "tokenizer", processor)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    pictures = getattr(processor, "image_processor", None)
-    return {
-        "weights": weights.hexdigest(),
+    """All that a model's vectors depend on to the last bit, as digests and settings."""
+    return _settings(model) | {
+        "weights": _weights(model),
         "modules": str(model),
-        "template": _digest(str(getattr(processor, "chat_template", None))),
-        "tokenizer": _digest(_vocabulary(backend) if backend is not None else repr(tokenizer)),
-        "pictures": str(pictures),
-        "max_seq_length": model.max_seq_length,
-        "prompts": model.prompts,
         "device": model.device.type,
         "code": _code(),
         "libraries": {name: version(name) for name in _LIBRARIES},
     }
+
+
+def fingerprint(model: SentenceTransformer) -> str:
+    """Digest of what makes two vectors comparable: weights (rounded to bfloat16, so that it does not matter in which
+    precision they were loaded), chat template, tokenizer, picture settings, prompts.
+    """
+    content = _settings(model) | {"weights": _weights(model, torch.bfloat16)}
+    return _digest(json.dumps(content, sort_keys=True, default=str))
+
+
+def _settings(model: SentenceTransformer) -> dict[str, Any]:
+    processor = getattr(model[0], "processor", None) or model.tokenizer
+    tokenizer = getattr(processor, "tokenizer", processor)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return {
+        "template": _digest(str(getattr(processor, "chat_template", None))),
+        "tokenizer": _digest(_vocabulary(backend) if backend is not None else repr(tokenizer)),
+        "pictures": str(getattr(processor, "image_processor", None)),
+        "max_seq_length": model.max_seq_length,
+        "prompts": model.prompts,
+    }
+
+
+def _weights(model: SentenceTransformer, dtype: torch.dtype | None = None) -> str:
+    digest = xxh3_128()
+    for name, value in sorted(model.state_dict().items()):
+        value = value.to(dtype) if dtype and value.is_floating_point() else value
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _vocabulary(tokenizer: Any) -> str:

@@ -1,4 +1,4 @@
-"""Other rankings of the same candidates: MaxSim over token vectors, and P(yes) of the matching head for the first."""
+"""Another ranking of the same candidates: P(yes) of the matching head for the first."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,21 +22,6 @@ class Reranking:
 
     top: int = 10
     views: tuple[str, ...] = ("raw-raw",)
-
-
-def maxsim(query: NDArray[np.float32], documents: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean over a query's token vectors of the best cosine with a document's token vectors.
-
-    Args:
-        query: (K, D), unit length.
-        documents: (N, K, D), unit length.
-
-    Returns:
-        (N,)
-    """
-    similar: NDArray[np.float32] = np.einsum("nkd,qd->nqk", documents, query, optimize=True)
-    best: NDArray[np.float32] = similar.max(axis=2).mean(axis=1)
-    return best
 
 
 def rerank(

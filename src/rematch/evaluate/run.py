@@ -13,8 +13,9 @@ from rematch.data.schema import RetrievalTask
 from rematch.encoder import Encoder
 from rematch.errors import DataError, ImageError
 from rematch.evaluate.metrics import Ranks, hit_at, mrr_at, ndcg_at, ranking, ranks_of_right, recall_at
-from rematch.evaluate.rerank import Reranking, maxsim, rerank
+from rematch.evaluate.rerank import Reranking, rerank
 from rematch.model import ReMatch
+from rematch.search.cascade import maxsim
 
 _SHOWN = 10  # candidates kept of each query for predictions
 

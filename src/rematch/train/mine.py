@@ -29,7 +29,7 @@ from rematch.data.schema import Item
 from rematch.errors import DataError
 from rematch.files import write_json
 from rematch.model import ReMatch, Views
-from rematch.search.exact import read_corpus
+from rematch.search.corpus import documents_of
 
 QUERIES_AT_ONCE, INPUTS_AT_ONCE, SAMPLES = 64, 2048, 8
 REASONS = {
@@ -103,7 +103,7 @@ def mine(
         positives[query][positive] = None
         if triplet.negative is not None:
             documents.setdefault(identity(triplet.negative), triplet.negative)
-    further = read_corpus(corpus) if corpus else []
+    further = documents_of(corpus) if corpus else []
     for document in further:
         documents.setdefault(identity(document), document)
     given = len(triplets) + sum(t.negative is not None for t in triplets) + len(further)

@@ -1,0 +1,45 @@
+"""An index as a LangChain retriever."""
+
+from typing import Any
+
+from rematch.errors import RematchError
+from rematch.search.index import Index
+
+try:
+    from langchain_core.callbacks import CallbackManagerForRetrieverRun
+    from langchain_core.documents import Document
+    from langchain_core.retrievers import BaseRetriever
+except ImportError as error:
+    raise RematchError("the LangChain adapter needs langchain-core: pip install 'rematch-mm[langchain]'.") from error
+
+
+class ReMatchRetriever(BaseRetriever):
+    """Finds the documents of an index.
+
+    Attributes:
+        index: An opened :class:`~rematch.search.index.Index`.
+        top: How many documents.
+        where: A condition in SQL on metadata.
+        rerank: Stages such as ``"feat:100,raw:10"``.
+    """
+
+    index: Any
+    top: int = 10
+    where: str = ""
+    rerank: str = ""
+
+    @classmethod
+    def open(cls, uri: str, **settings: Any) -> "ReMatchRetriever":
+        """A retriever on the index at ``uri``."""
+        return cls(index=Index.open(uri), **settings)
+
+    def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
+        hits = self.index.search(query, self.top, where=self.where, rerank=self.rerank)
+        return [
+            Document(
+                id=hit.id,
+                page_content=hit.text,
+                metadata=hit.metadata | {"path": hit.path, "score": hit.score, "scored_by": hit.by},
+            )
+            for hit in hits
+        ]
