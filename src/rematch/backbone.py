@@ -5,7 +5,6 @@ transparency and several pictures at once, with errors that name the row; only t
 states after the final norm); and the same weights answer packed matching questions (:mod:`rematch.matching`).
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from rematch.cache import KeyValues
 from rematch.errors import ModelError, RematchError
+from rematch.lora import fingerprint
 from rematch.matching import additive, block_mask, unified_mask
 from rematch.prompts import NO, YES
 from rematch.reading import Reader, too_long
@@ -304,7 +304,17 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         Returns:
             (B, A, V); rows of absent slots (-1) hold no meaning.
         """
-        positions, slots = features["position_ids"], features["slots"]
+        slots = features["slots"]
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        states = self.run_packed(features, embeddings, cache)[rows, slots]
+        logits: Tensor = self.model.get_output_embeddings()(states)
+        return logits
+
+    def run_packed(
+        self, features: dict[str, Any], embeddings: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """Last hidden states of packed sequences, (B, T, D); arguments as for :meth:`answer_logits`."""
+        positions = features["position_ids"]
         layout = features["owner"], features["visible"], features["context"].shape[1]
         flexible = self.model.config.get_text_config()._attn_implementation == "flex_attention"
         inputs = {
@@ -315,9 +325,8 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         pictures = {name: value for name, value in features.items() if name.startswith("mm_")}
         with self._replaced(features["features"], embeddings):
             out = self.base(**inputs, **pictures, past_key_values=cache, use_cache=cache is not None)
-        rows = torch.arange(len(slots), device=slots.device)[:, None]
-        logits: Tensor = self.model.get_output_embeddings()(out.last_hidden_state[rows, slots])
-        return logits
+        states: Tensor = out.last_hidden_state
+        return states
 
     def embed_keeping(self, parts: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """Embed, and keep what attention has computed.
@@ -373,23 +382,6 @@ def _quiet() -> Iterator[None]:
 
 _GENERATION_PROMPT = {"chat_template": {"add_generation_prompt": True}}
 _HUB_KEYS = frozenset({"token", "cache_dir", "local_files_only", "trust_remote_code"})
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """Twelve hex digits that tell one base from another, whatever dtype it is loaded in: shapes of all weights and the
-    values of a few.
-
-    The input embedding is left out: learnable tokens may have been added to it.
-    """
-    digest = hashlib.sha256()
-    vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())
-    left_out = {id(p) for module in vocabulary if module is not None for p in module.parameters()}
-    weights = [(name, p) for name, p in model.named_parameters() if id(p) not in left_out]
-    for name, weight in weights:
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-    for _, weight in weights[:: max(1, len(weights) // 8)]:
-        digest.update(weight.detach().flatten()[:64].bfloat16().view(torch.int16).cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def resize_vocabulary(model: PreTrainedModel, size: int) -> None:

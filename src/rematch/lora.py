@@ -1,4 +1,6 @@
-"""LoRA on a backbone: injecting an adapter, and folding it into the weights."""
+"""LoRA on a backbone: injecting an adapter, folding it into the weights, and knowing the base it belongs to."""
+
+import hashlib
 
 import torch
 from peft import LoraConfig
@@ -54,3 +56,20 @@ def merge(model: PreTrainedModel) -> None:
     del model.peft_config
     model._weight_conversions = None  # it would write adapter names into the merged checkpoint
     model.tie_weights()
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Twelve hex digits that tell one base from another, whatever dtype it is loaded in: shapes of all weights and the
+    values of a few.
+
+    The input embedding is left out: learnable tokens may have been added to it.
+    """
+    digest = hashlib.sha256()
+    vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())
+    left_out = {id(p) for module in vocabulary if module is not None for p in module.parameters()}
+    weights = [(name, p) for name, p in model.named_parameters() if id(p) not in left_out]
+    for name, weight in weights:
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+    for _, weight in weights[:: max(1, len(weights) // 8)]:
+        digest.update(weight.detach().flatten()[:64].bfloat16().view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]

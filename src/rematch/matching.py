@@ -192,6 +192,30 @@ def lay_out(
     return segments
 
 
+def lay_out_prefix(prompt: Segment, query: Segment, head: Segment) -> list[Segment]:
+    """What all questions about one query have in common: the prompt, its one view, and what opens a document.
+
+    ``head`` stands before a document's view as in :func:`lay_out`, where it belongs to it; it sees nothing of it.
+    """
+    query = replace(query, sees=(0,), start=prompt.end)
+    return [prompt, query, replace(head, sees=(0,), start=query.end)]
+
+
+def lay_out_behind(prefix: Sequence[Segment], documents: Sequence[Segment], slot: Segment) -> list[Segment]:
+    """Documents and their questions behind a prefix that was run before; scores are those of :func:`lay_out`.
+
+    Args:
+        prefix: Of :func:`lay_out_prefix`, with :attr:`Segment.source`.
+        documents: Their views, without head.
+        slot: As for :func:`lay_out`.
+    """
+    segments = list(prefix)
+    segments += [replace(document, sees=(0, 2), start=prefix[2].end) for document in documents]
+    for i in range(len(prefix), len(segments)):
+        segments.append(replace(slot, sees=(0, 1, 2, i), start=segments[i].end, is_slot=True))
+    return segments
+
+
 def lay_out_reuse(
     prompt: Segment,
     heads: tuple[Segment, Segment],

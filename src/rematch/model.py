@@ -7,6 +7,7 @@ input, and matching.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +22,14 @@ from rematch.backbone import Backbone, resize_vocabulary, resolve
 from rematch.cache import KeyValues
 from rematch.errors import ModelError, RematchError
 from rematch.lora import inject, merge
-from rematch.matching import VIEWS, Segment, token_numbers
+from rematch.matching import VIEWS, Packed, Segment, token_numbers
 from rematch.pictures import Pictures, Seen, as_inputs, see
 from rematch.prompts import document_token, query_token
 from rematch.reading import Reading
 from rematch.tokens import MultiTokenFusion, add_tokens_to_template, fuse
 
 Views = Literal["raw-raw", "raw-feat", "feat-raw", "feat-feat"]
-_DOCUMENTS_PER_PACK = 8
+_DOCUMENTS_PER_PACK, _PER_ROW = 8, 4  # in a sequence with the query; behind a query that was run before
 _CARD = """---
 library_name: sentence-transformers
 tags: [sentence-transformers, multimodal, retrieval, reranking, rematch]
@@ -223,16 +224,56 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         query_view, document_view = views.split("-")
         groups: list[list[int]] = []
         for i, query in enumerate(queries):
-            joins = groups and len(groups[-1]) < _DOCUMENTS_PER_PACK and queries[groups[-1][0]] is query
+            joins = groups and queries[groups[-1][0]] is query
             groups[-1].append(i) if joins else groups.append([i])
         scores = np.empty(len(queries), np.float32)
-        for start in range(0, len(groups), batch_size):
-            batch = groups[start : start + batch_size]
+        packs: list[list[int]] = []
+        for group in groups:
+            if len(group) <= _DOCUMENTS_PER_PACK or self.backbone.matching == "reuse":
+                packs += [group[i : i + _DOCUMENTS_PER_PACK] for i in range(0, len(group), _DOCUMENTS_PER_PACK)]
+            else:
+                found = self._match_many(queries[group[0]], [documents[i] for i in group], views, batch_size)
+                scores[group] = found
+        for start in range(0, len(packs), batch_size):
+            batch = packs[start : start + batch_size]
             rows = [(queries[g[0]], [documents[i] for i in g]) for g in batch]
             logits = self._match_batch(rows, query_view, document_view)
             for group, row in zip(batch, logits, strict=True):
                 scores[group] = row[: len(group)]
         return scores
+
+    def _match_many(self, query: Any, documents: Sequence[Any], views: Views, batch_size: int) -> NDArray[np.float32]:
+        """One query with many documents: prompt and query run once, and the documents read their keys and values."""
+        reader = self.backbone.reader
+        query_view, document_view = views.split("-")
+        asked = reader.read(query) if query_view == "raw" else None
+        packed, prefix = reader.pack_prefix(asked)
+        z = self.fusion.projector(self._vectors([query], "query")) if asked is None else None
+        kept = KeyValues()
+        self.backbone.run_packed(self._packed(packed, [asked] if asked else []), z, kept)
+        scores, size = [], _PER_ROW * batch_size
+        for start in range(0, len(documents), size):
+            some = documents[start : start + size]
+            count = -(-len(some) // _PER_ROW)
+            bounds = [len(some) * i // count for i in range(count + 1)]
+            readings = [reader.read(d, i) if document_view == "raw" else None for i, d in enumerate(some)]
+            rows = [readings[a:b] for a, b in pairwise(bounds)]
+            packed = reader.pack_behind(prefix, rows)
+            z = None if document_view == "raw" else self.fusion.projector(self._vectors(list(some), "document"))
+            cache = KeyValues([(k.expand(count, -1, -1, -1), v.expand(count, -1, -1, -1)) for k, v in kept.new])
+            logits = self.backbone.answer_logits(self._packed(packed, [r for r in readings if r]), z, cache)
+            yes, no = self.backbone.answer_ids
+            judged = (logits[..., yes] - logits[..., no]).float().sigmoid().cpu().numpy()
+            scores += [row[: b - a] for row, (a, b) in zip(judged, pairwise(bounds), strict=True)]
+        return np.concatenate(scores)
+
+    def _packed(self, packed: Packed, readings: list[Reading]) -> dict[str, Any]:
+        """Packed sequences as features, with the pictures of the readings that they show."""
+        sets = [r for r in readings if r.vision]
+        seen: list[Seen] = []
+        if sets:
+            seen = self._see(Pictures.collect([r.vision for r in sets], [r.visual_tokens for r in sets]))
+        return {name: value.to(self.device) for name, value in vars(packed).items()} | as_inputs(seen)
 
     def _match_batch(self, rows: list[tuple[Any, list[Any]]], query_view: str, document_view: str) -> Any:
         reader = self.backbone.reader

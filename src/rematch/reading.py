@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rematch.data.inputs import as_parts
 from rematch.errors import ModelError, RematchError
-from rematch.matching import Packed, Segment, lay_out, lay_out_reuse, pack
+from rematch.matching import Packed, Segment, lay_out, lay_out_behind, lay_out_prefix, lay_out_reuse, pack
 from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_QUESTION, MATCH_TASK, document_token, query_token
 
 _MARK = "[[CONTENT]]"
@@ -194,6 +194,33 @@ class Reader:
             others = [views({d for _, i, d in asked if i == j}, value, 1) for j, value in enumerate(documents)]
             sequences.append(lay_out(prompt, queries, others, slot, asked))
         return pack(sequences, int(self.tokenizer.pad_token_id or 0)), shown
+
+    def pack_prefix(self, query: Reading | None) -> tuple[Packed, list[Segment]]:
+        """What all questions about a query have in common, to be run once.
+
+        Args:
+            query: Of a ``raw`` view; ``None`` for its vector.
+
+        Returns:
+            The packed sequence, and its segments with the numbers of their tokens as ``source``.
+        """
+        prompt, head, document = self._prompt_and_heads()
+        view = self.text_segment(MATCH_QUERY, placeholder=True) if query is None else self.headed(head, query.content)
+        segments = lay_out_prefix(prompt, view, document)
+        packed = pack([segments], int(self.tokenizer.pad_token_id or 0))
+        numbers = torch.split(torch.arange(packed.input_ids.shape[1]), [len(s.ids) for s in segments])
+        return packed, [replace(s, source=n) for s, n in zip(segments, numbers, strict=True)]
+
+    def pack_behind(self, prefix: Sequence[Segment], rows: Sequence[Sequence[Reading | None]]) -> Packed:
+        """Documents and their questions behind a prefix.
+
+        Args:
+            prefix: Of :meth:`pack_prefix`.
+            rows: The documents of each sequence; ``None`` for a vector.
+        """
+        slot, feat = self.text_segment(MATCH_QUESTION + self.suffix), self.text_segment("", placeholder=True)
+        sequences = [lay_out_behind(prefix, [feat if d is None else d.content for d in ds], slot) for ds in rows]
+        return pack(sequences, int(self.tokenizer.pad_token_id or 0))
 
     def matching_prompts(self) -> dict[str, Tensor]:
         """The prompt and the head of a query's vector, the prompt and the head of a document's: what all questions that

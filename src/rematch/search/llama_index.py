@@ -9,9 +9,7 @@ try:
     from llama_index.core.retrievers import BaseRetriever
     from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle, TextNode
 except ImportError as error:
-    raise RematchError(
-        "LlamaIndex's adapter needs llama-index-core: pip install 'rematch-mm[llama-index]'."
-    ) from error
+    raise RematchError("LlamaIndex's adapter needs llama-index-core: pip install 'rematch-mm[llama-index]'.") from error
 
 
 class ReMatchRetriever(BaseRetriever):  # type: ignore[misc]

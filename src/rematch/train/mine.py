@@ -22,12 +22,12 @@ import torch
 from numpy.typing import NDArray
 from sentence_transformers.util import dot_score, semantic_search
 
-from rematch.backbone import fingerprint
 from rematch.data.images import data_url, load_image
 from rematch.data.pairs import read_triplets
 from rematch.data.schema import Item
 from rematch.errors import DataError
 from rematch.files import write_json
+from rematch.lora import fingerprint
 from rematch.model import ReMatch, Views
 from rematch.search.corpus import documents_of
 
