@@ -205,7 +205,7 @@ class Index:
 
     def pictures(self, row_ids: Sequence[int]) -> list[bytes | None]:
         """The stored files of pictures that came out of a data set."""
-        found = self.table.take_row_ids(list(row_ids)).select(["image"]).with_row_id(True).to_arrow()
+        found = self.table.take_row_ids(list(row_ids)).select(["image"]).with_row_id().to_arrow()
         by_row = dict(zip(found["_rowid"].to_pylist(), found["image"].to_pylist(), strict=True))
         return [by_row[i] for i in row_ids]
 

@@ -6,6 +6,8 @@ encoded again. Equal contents are encoded once per block of documents, not once 
 """
 
 import json
+import logging
+import pickle
 import time
 from typing import Any
 
@@ -35,7 +37,8 @@ class Worker:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         """Encode documents and write them as fragments that nobody sees before they are committed."""
         about, failures, reads = self.index.about, {}, list[Read]()
-        for document, new in zip(batch["document"], batch["new"], strict=True):
+        for pickled, new in zip(batch["document"], batch["new"], strict=True):
+            document = pickle.loads(pickled)
             try:
                 given = document.read(about["document_instructions"])
                 reads.append(Read(document, document.stamp(), given, bool(new)))
@@ -110,8 +113,11 @@ def _run(builder: Builder, corpus: Corpus, model: str, actors: int, keep: bool) 
     todo: list[dict[str, Any]] = []
     for found in corpus:
         if document := builder.admit(*_look(builder, found)):
-            todo.append({"document": document, "new": builder.known.stamp(document.id) is None})
+            new = builder.known.stamp(document.id) is None
+            todo.append({"document": pickle.dumps(document), "new": new})
         builder.progress(report.seen, corpus.size)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = False
     started = not ray.is_initialized()
     if started:
         ray.init(log_to_driver=False, include_dashboard=False)
@@ -123,7 +129,7 @@ def _run(builder: Builder, corpus: Corpus, model: str, actors: int, keep: bool) 
                 Worker,
                 fn_constructor_args=[index.uri, model],
                 batch_size=None,
-                concurrency=min(actors, blocks),
+                compute=ray.data.ActorPoolStrategy(size=min(actors, blocks)),
                 num_gpus=gpus,
             )
             waiting: list[dict[str, Any]] = []
