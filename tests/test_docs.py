@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_benchmark_data import eval_tree, own_data, zeroshot_tree
 
-from rematch import cli
+from rematch import Index, cli
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"```(\w+)([^\n]*)\n(.*?)```", re.DOTALL)
@@ -42,9 +43,54 @@ def test_the_quickstart_from_top_to_bottom(tmp_path, monkeypatch, capfd):
             for line in code.strip().splitlines():
                 assert run_command(line, monkeypatch) == 0, f"{line}\n{capfd.readouterr().err}"
                 ran.append(line.split()[1])
-    assert ran == ["train", "evaluate", "search", "search"]
+    assert ran == ["train", "evaluate", "index", "search", "search"]
     assert (tmp_path / "scores/scores.json").exists()
     assert ".png" in capfd.readouterr().out
+
+
+def test_the_search_page_from_top_to_bottom(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for colour in ("red", "blue", "green"):
+        Image.new("RGB", (50, 50), colour).save(f"photos/{colour}-line.png")
+        Path(f"photos/{colour}-line.json").write_text(json.dumps({"text": colour, "year": 2001, "place": "Rome"}))
+    ran = []
+    for language, options, code in blocks("docs/search.md"):
+        if language == "python":
+            exec(compile(code, "search", "exec"), {})
+            assert "blue-line.png" in capfd.readouterr().out
+        elif language == "bash" and "norun" not in options:
+            for line in code.strip().splitlines():
+                assert run_command(line, monkeypatch) == 0, f"{line}\n{capfd.readouterr().err}"
+                ran.append(line.split()[1])
+    assert ran == ["index", "search", "index", "search", "search", "search", "index", "index"]
+    by_ray, alone = (
+        sorted(Index.open(name).table.to_arrow()["id"].to_pylist()) for name in ("spread.idx", "small.idx")
+    )
+    assert by_ray == alone
+
+
+def test_figures_of_the_search_benchmark_are_those_measured():
+    page = (ROOT / "docs/search.md").read_text()
+    measured = json.loads((ROOT / "benchmarks/results/search.json").read_text())
+    for name in ("rerank_packed_speedup", "rerank_feat_speedup", "encode_speedup"):
+        assert f"**{measured[name]:.1f}**" in page
+    for name, kind in measured["rerank_kinds"].items():
+        ratios = f"{kind['single_s'] / kind['packed_s']:.1f} | {kind['single_s'] / kind['feat_s']:.1f}"
+        assert f"| {name} | {ratios} |" in page
+    for name, order in measured["picto"].items():
+        assert f"| {name} | {order['hit@1']:.1f} | {order['ms_per_query']:.1f} |" in page
+    smaller = measured["picto_smaller_vectors"]
+    assert (
+        f"| {measured['picto']['cosine']['hit@1']:.1f} | {' | '.join(f'{v:.1f}' for v in smaller.values())} |" in page
+    )
+    for name in ("scan", "float", "int8", "binary"):
+        found = measured["ann"][name]
+        built = "" if found["build_s"] is None else f"{found['build_s']:.0f}"
+        cells = f"{built} | {found['size_mb']:.0f} | {found['p50_ms']:.1f} | {found['p95_ms']:.1f}"
+        assert f"| {name} | {cells} | {found['recall@10']:.3f} |" in page
+    for count, peak in measured["encode_peak_mb"].items():
+        assert f"| {int(count):,} | {peak:,} | {measured['encode_rate_at'][count]:.0f} |" in page
 
 
 def test_the_evaluation_page_from_top_to_bottom(tmp_path, monkeypatch, capfd):

@@ -509,6 +509,18 @@ def test_fewer_dimensions_and_pictures_out_of_a_data_set(searcher, tmp_path):
         Index.create(tmp_path / "j", searcher, name="m", dimensions=64)
 
 
+def test_a_uri_is_written_by_merging_rows(searcher, photos, tmp_path):
+    """As on an object store, where nothing is locked."""
+    uri = f"file://{tmp_path}/i"
+    index = Index.create(uri, searcher, name="m")
+    build(index, open_corpus(photos), Encoder(searcher, workers=0))
+    picture(photos / "copy.png", 99)
+    report = build(Index.open(uri, searcher), open_corpus(photos), Encoder(searcher, workers=0))
+    assert (report.encoded, report.unchanged) == (1, len(NAMES))
+    make(searcher, photos, tmp_path / "local")
+    same_rows(contents(uri), contents(tmp_path / "local"))
+
+
 def test_deleting_versions_and_compaction(searcher, photos, tmp_path):
     index, _ = make(searcher, photos, tmp_path / "i")
     before = index.versions()[-1]["version"]

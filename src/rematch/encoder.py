@@ -14,6 +14,7 @@ shared gives the same vectors (to the last bit, where it computes with as many t
 import io
 import math
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -197,7 +198,10 @@ class Encoder:
             prefetch_factor=4 if workers else None,
             multiprocessing_context="fork" if workers else None,
         )
-        for made, errors in loader:
+        with warnings.catch_warnings():  # an index may be open; these processes never use it
+            warnings.filterwarnings("ignore", message="lance(db fork support| is not fork-safe)")
+            done = iter(loader)
+        for made, errors in done:
             name, batch = waiting.popleft()
             kept = [value for i, value in enumerate(batch) if i not in errors]
             if not kept:

@@ -11,7 +11,6 @@ Memory holds a window, the batches ahead of the model, and some 32 bytes for eac
 """
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -161,16 +160,6 @@ class Builder:
             corpus: The documents.
             keep: Leave those in the index that are not in the corpus.
         """
-        with warnings.catch_warnings():  # the encoder's processes are forked, and never use LanceDB
-            warnings.filterwarnings("ignore", message="lancedb fork support", category=RuntimeWarning)
-            self._encode(corpus)
-        self._flush()
-        self.judge(at_the_end=True)
-        if not keep:
-            self.delete_the_rest()
-        return self.report
-
-    def _encode(self, corpus: Corpus) -> None:
         for keys, vectors, errors in self.encoder.stream(
             self._batches(corpus), "document", multi_vector=self.tokens, workers=self.encoder.workers
         ):
@@ -188,6 +177,11 @@ class Builder:
                     self._write(one, key, self.ready[key])
             self._flush(now=False)
             self.judge()
+        self._flush()
+        self.judge(at_the_end=True)
+        if not keep:
+            self.delete_the_rest()
+        return self.report
 
     # ---- in ---------------------------------------------------------------------------------------------------------
 
