@@ -677,6 +677,14 @@ def test_the_commands(saved_model, photos, tmp_path, monkeypatch, capfd):
         assert said in err
         assert "Traceback" not in err
     assert not (tmp_path / "j").exists()
+    moved = tmp_path / "moved"
+    shutil.copytree(saved_model, moved)
+    rematch("index", moved, other, "--output", tmp_path / "k", "--workers", 0)
+    shutil.rmtree(moved)
+    code, _, err = rematch("search", tmp_path / "k", "--text", "a")
+    assert code == 2
+    assert "its model is not where it was. Say where with --model" in err
+    assert rematch("search", tmp_path / "k", "--text", "a", "--model", saved_model)[0] == 0
     code, out, _ = rematch("index", saved_model, other, "--output", tmp_path / "i", "--add", "--workers", 0)
     assert f"{len(NAMES) + 2} documents in" in out
 

@@ -28,7 +28,8 @@ from rematch.encoder import Encoder, Measured, plan
 from rematch.errors import DataError, RematchError
 from rematch.files import write_json
 from rematch.search.corpus import Corpus, Document, Found
-from rematch.search.index import Index, cut, is_local, quoted
+from rematch.search.index import Index, cut
+from rematch.search.storage import is_local, quoted
 
 WINDOW, WINDOW_BYTES = 1024, 64 << 20
 FLUSH_SECONDS, FLUSH_ROWS = 2.0, 4096

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +16,8 @@ from rematch.errors import DataError, RematchError
 from rematch.model import ReMatch
 from rematch.search.build import Report, build
 from rematch.search.corpus import Corpus, open_corpus
-from rematch.search.index import ANN, Index, exists
+from rematch.search.index import ANN, Index
+from rematch.search.storage import exists
 from rematch.vectors import say
 
 _FAILURES_SHOWN = 5
@@ -85,7 +87,7 @@ def _index(options: IndexOptions, corpus: Corpus, model: ReMatch) -> Index:
         return Index.create(
             options.output,
             model,
-            name=options.model,
+            name=str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model,
             corpus=corpus.name,
             dimensions=options.dimensions,
             tokens=options.tokens,

@@ -22,9 +22,9 @@ from rematch.errors import DataError, ModelError
 from rematch.model import ReMatch
 from rematch.search.cascade import Stage, parse, reorder
 from rematch.search.corpus import Metadata
+from rematch.search.storage import TABLE, exists, is_local, quoted, writing
 from rematch.vectors import fingerprint
 
-TABLE = "documents"
 OWN = ("id", "vector", "tokens", "text", "path", "image", "content_hash", "stamp")
 ANN = {"float": "IVF_FLAT", "int8": "IVF_SQ", "binary": "IVF_RQ", "pq": "IVF_PQ", "hnsw": "IVF_HNSW_SQ"}
 EXACT_UP_TO = 100_000  # rows: below it a scan is as fast as a person notices
@@ -122,7 +122,12 @@ class Index:
     def model(self) -> ReMatch:
         """The model that made it, loaded when first asked for."""
         if self._model is None:
-            model = ReMatch(self.about["model"])
+            try:
+                model = ReMatch(self.about["model"])
+            except ModelError as error:
+                raise ModelError(
+                    f"{self.uri}: its model is not where it was. Say where with --model. ({error})"
+                ) from error
             self._check(model)
             self._model = model
         return self._model
@@ -349,18 +354,6 @@ class Index:
             yield
 
 
-def exists(uri: str | Path) -> bool:
-    """Whether an index lies there."""
-    if is_local(str(uri)):
-        return (Path(uri) / f"{TABLE}.lance").is_dir()
-    return TABLE in lancedb.connect(str(uri)).table_names()
-
-
-def is_local(uri: str) -> bool:
-    """Whether it is a directory of this machine."""
-    return "://" not in uri
-
-
 def cut(vectors: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:
     """The first so many dimensions of vectors (N, D), unit length again."""
     if dimensions == vectors.shape[1]:
@@ -368,30 +361,3 @@ def cut(vectors: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:
     short = vectors[:, :dimensions]
     result: NDArray[np.float32] = short / np.maximum(np.linalg.norm(short, axis=1, keepdims=True), 1e-12)
     return result
-
-
-def quoted(text: str) -> str:
-    """A string literal in SQL.
-
-    >>> print(quoted("it's"))
-    'it''s'
-    """
-    return "'" + text.replace("'", "''") + "'"
-
-
-@contextmanager
-def writing(uri: str) -> Iterator[None]:
-    """LanceDB's errors of writing, as one line; what was committed before stays as it is."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, DataError):
-            raise
-        text = str(error)
-        reason = next(
-            (r for r in ("No space left on device", "Read-only file system", "Permission denied") if r in text), ""
-        )
-        raise DataError(
-            f"{uri}: cannot be written ({reason or text.splitlines()[0][:200]}). What is in it already is whole; mend "
-            "that and start again."
-        ) from error

@@ -16,7 +16,8 @@ from rematch.errors import DataError, RematchError
 from rematch.model import ReMatch
 from rematch.search.build import FLUSH_SECONDS, Builder, Progress, Read, Report, settle
 from rematch.search.corpus import Corpus, Document, Found
-from rematch.search.index import TABLE, Index, writing
+from rematch.search.index import Index
+from rematch.search.storage import TABLE, writing
 
 try:
     import lance
