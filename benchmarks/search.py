@@ -46,7 +46,7 @@ from rematch.search.index import Index
 PARTS = ("rerank", "picto", "ann", "encode")
 KINDS = ("Picto-Category", "Picto-LeftRight", "Picto-I2T", "Picto-T2I", "Picto-Edit", "Picto-Grounding")
 ORDERS = {"cosine": "", "MaxSim": "maxsim:100", "feat": "feat:20", "raw": "raw:20", "cascade": "feat:20,raw:5"}
-SMALLER = ("128", "64", "32", "int8", "binary")  # dimensions kept of 256, or kind of the approximate index
+SMALLER = (128, 64, 32)  # dimensions kept of 256
 QUERIES_OF_A_TASK, ANN_QUERIES, NEIGHBOURS = 50, 200, 10
 
 
@@ -93,7 +93,7 @@ def rerank(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
 def on_picto(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
     """Hit@1 in each task's whole index, and ms per query."""
     found: dict[str, dict[str, float]] = {order: {} for order in ORDERS}
-    smaller: dict[str, list[float]] = {size: [] for size in SMALLER}
+    smaller: dict[int, list[float]] = {size: [] for size in SMALLER}
     spent = dict.fromkeys(ORDERS, 0.0)
     for task in [t for t in evaluation_tasks() if t.name in KINDS]:
         with tempfile.TemporaryDirectory() as folder:
@@ -109,12 +109,8 @@ def on_picto(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
                 spent[order] += time.perf_counter() - started
                 found[order][task.name] = 100 * float(np.mean([a == b for a, b in zip(first, answers, strict=True)]))
             for size in SMALLER:
-                kept = index
-                if size.isdigit():
-                    kept = Index.create(Path(folder) / size, model, name=args.model, dimensions=int(size))
-                    build(kept, Corpus(task.name, len(documents), lambda ds=documents: ds), Encoder(model))
-                else:
-                    kept.build_ann(size)
+                kept = Index.create(Path(folder) / str(size), model, name=args.model, dimensions=size)
+                build(kept, Corpus(task.name, len(documents), lambda ds=documents: ds), Encoder(model))
                 first = [hits[0].id for hits in kept.search(queries, 1)]
                 smaller[size].append(100 * float(np.mean([a == b for a, b in zip(first, answers, strict=True)])))
     table = Table("order", *(n.removeprefix("Picto-") for n in KINDS), "mean", "ms per query")
@@ -129,8 +125,8 @@ def on_picto(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
         }
         table.add_row(order, *(f"{hits[n]:.0f}" for n in KINDS), f"{mean:.1f}", f"{cost:.1f}")
     Console(width=110).print(table)
-    small = {size: round(statistics.mean(hits), 1) for size, hits in smaller.items()}
-    table = Table(*(f"{size} dimensions" if size.isdigit() else size for size in small))
+    small = {str(size): round(statistics.mean(hits), 1) for size, hits in smaller.items()}
+    table = Table(*(f"{size} dimensions" for size in small))
     table.add_row(*(f"{hit:.1f}" for hit in small.values()))
     Console(width=110).print(table)
     return {"picto": report, "picto_smaller_vectors": small}
