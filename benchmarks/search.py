@@ -17,11 +17,11 @@ import json
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -47,7 +47,7 @@ PARTS = ("rerank", "picto", "ann", "encode")
 KINDS = ("Picto-Category", "Picto-LeftRight", "Picto-I2T", "Picto-T2I", "Picto-Edit", "Picto-Grounding")
 ORDERS = {"cosine": "", "MaxSim": "maxsim:100", "feat": "feat:20", "raw": "raw:20", "cascade": "feat:20,raw:5"}
 SMALLER = (128, 64, 32)  # dimensions kept of 256
-QUERIES_OF_A_TASK, ANN_QUERIES, NEIGHBOURS = 50, 200, 10
+QUERIES_OF_A_TASK, ANN_QUERIES, NEIGHBOURS, MIXED = 50, 200, 10, 1000
 
 
 def best_of(rounds: int, run: Callable[[], Any]) -> tuple[float, Any]:
@@ -225,59 +225,80 @@ def corpus_of_mixed_sizes(folder: Path, count: int, most: int) -> None:
 
 def encode(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
     """Pictures a second against plain encode, and peak memory."""
-    rates, peaks = {}, {}
+    report: dict[str, Any] = {"encode_per_second": {}}
+    table = Table("pictures", "SentenceTransformer.encode of the list, a second", "rematch index, a second", "ratio")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "mixed"
-        folder.mkdir()
-        corpus_of_mixed_sizes(folder, 1000, 1600)
-        paths = sorted(folder.iterdir())
-        inputs = [{"text": "Represent the given image.", "image": path} for path in paths]
-        model.encode_document(inputs[:32], show_progress_bar=False)
-        plain, ours = [], []
-        for i in range(3):
-            started = time.perf_counter()
-            model.encode_document(inputs, batch_size=32, show_progress_bar=False)
-            plain.append(time.perf_counter() - started)
-            started = time.perf_counter()
-            build(Index.create(Path(name) / f"i{i}", model, name=args.model), open_corpus(folder), Encoder(model))
-            ours.append(time.perf_counter() - started)
-        rates = {"plain": round(1000 / statistics.median(plain), 1), "ours": round(1000 / statistics.median(ours), 1)}
-        for count in map(int, args.memory.split(",")):
+        for most, key in ((3000, "encode_speedup"), (1600, "encode_speedup_to_1600_pixels")):
+            folder = Path(name) / f"to {most}"
+            folder.mkdir()
+            corpus_of_mixed_sizes(folder, MIXED, most)
+            inputs = [{"text": "Represent the given image.", "image": path} for path in sorted(folder.iterdir())]
+            model.encode_document(inputs[:32], show_progress_bar=False)
+            plain, ours = [], []
+            for i in range(3):
+                started = time.perf_counter()
+                model.encode_document(inputs, batch_size=32, show_progress_bar=False)
+                plain.append(time.perf_counter() - started)
+                started = time.perf_counter()
+                index = Index.create(Path(name) / f"{most}-{i}", model, name=args.model)
+                build(index, open_corpus(folder), Encoder(model))
+                ours.append(time.perf_counter() - started)
+            rates = {"plain": MIXED / statistics.median(plain), "ours": MIXED / statistics.median(ours)}
+            report["encode_per_second"][most] = {way: round(rate, 1) for way, rate in rates.items()}
+            report[key] = round(rates["ours"] / rates["plain"], 2)
+            cells = [f"{rate:.1f}" for rate in rates.values()]
+            table.add_row(f"{MIXED:,} of 100 to {most:,} pixels", *cells, f"{report[key]:.2f}")
+        Console(width=110).print(table)
+        peaks = {}
+        for count in map(int, filter(None, args.memory.split(","))):
             folder = Path(name) / str(count)
             folder.mkdir()
             corpus_of_mixed_sizes(folder, count, 400)
             command = [sys.executable, __file__, "--measure", str(folder), "--model", args.model]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             peaks[str(count)] = json.loads(done.stdout.splitlines()[-1])
-    speedup = statistics.median(plain) / statistics.median(ours)
-    table = Table("pictures of mixed sizes", "per second", "ratio")
-    table.add_row("SentenceTransformer.encode on the list", f"{rates['plain']:.1f}", "")
-    table.add_row("rematch index: read, encoded, written", f"{rates['ours']:.1f}", f"{speedup:.2f}")
-    Console(width=110).print(table)
+    if peaks:
+        report["encode_peak_mb"] = {count: peak["mb"] for count, peak in peaks.items()}
+        report["encode_rate_at"] = {count: peak["rate"] for count, peak in peaks.items()}
     table = Table("pictures", "peak memory of all processes, MB", "pictures a second")
     for count, peak in peaks.items():
         table.add_row(f"{int(count):,}", f"{peak['mb']:,}", f"{peak['rate']:.1f}")
     Console(width=110).print(table)
-    return {
-        "encode_speedup": round(speedup, 2),
-        "encode_per_second": rates,
-        "encode_peak_mb": {count: peak["mb"] for count, peak in peaks.items()},
-        "encode_rate_at": {count: peak["rate"] for count, peak in peaks.items()},
-    }
+    return report
 
 
 def measure(folder: Path, name: str) -> None:
     """In a process of its own: index a folder, print the peak of the processes' memory."""
     model = ReMatch(name)
     encoder = Encoder(model)
+    seen, over = [_memory()], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.1):
+            seen.append(_memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     with tempfile.TemporaryDirectory() as place:
         index = Index.create(Path(place) / "i", model, name=name)
         started = time.perf_counter()
         report = build(index, open_corpus(folder), encoder)
         rate = report.encoded / (time.perf_counter() - started)
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest one; pages they share count in each
-    sys.stdout.write(json.dumps({"mb": round((own + child * encoder.workers) / 1024), "rate": round(rate, 1)}) + "\n")
+    over.set()
+    watcher.join()
+    sys.stdout.write(json.dumps({"mb": round(max(seen)), "rate": round(rate, 1)}) + "\n")
+
+
+def _memory() -> float:
+    """MB of this process and its children, shared pages counted once (PSS)."""
+    total = 0
+    for process in (os.getpid(), *map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())):
+        try:
+            content = Path(f"/proc/{process}/smaps_rollup").read_text()
+        except OSError:  # it has just ended
+            continue
+        total += int(content.split("\nPss:")[1].split()[0])
+    return total / 1024
 
 
 def main() -> None:
@@ -287,7 +308,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--vectors", type=int, default=1_000_000)
     parser.add_argument("--probes", type=int, default=40, help="cells of an approximate index that are looked into")
-    parser.add_argument("--memory", default="1000,5000,20000", help="sizes of the corpora for peak memory")
+    parser.add_argument("--memory", default="1000,5000,20000", help="sizes of the corpora for peak memory; empty: none")
     parser.add_argument("--output", type=Path, help="parts that were not run keep what stands there")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

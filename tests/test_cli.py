@@ -99,7 +99,7 @@ def test_help_is_quick_and_needs_no_torch():
         done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=False)
         took.append(time.perf_counter() - start)
         assert done.returncode == 0, done.stderr
-        assert all(word in done.stdout for word in ("demo", "train", "evaluate", "search", "data"))
+        assert all(word in done.stdout for word in ("demo", "train", "evaluate", "index", "search", "serve", "data"))
     assert min(took) < 1.0
 
 

@@ -13,10 +13,10 @@ RANKS = [
     {"model"},
     {"vectors"},
     {"encoder"},
-    {"losses", "search"},
+    {"losses", "search", "attention"},
     {"train", "evaluate"},
     {"report"},
-    {"demo"},
+    {"demo", "serve"},
     {"cli"},
 ]
 

@@ -191,9 +191,10 @@ def test_match_equals_the_plain_question(model, triplets):
             assert model.match([row["query"]], [row["positive"]], views)[0] == pytest.approx(expected, abs=1e-6)
 
 
-def test_match_takes_vectors_for_feature_views_and_packs_neighbours(model, triplets):
-    queries = [triplets[0]["query"]] * 10 + [t["query"] for t in triplets[:2]]
-    documents = [t["positive"] for t in triplets[:10]] + [t["negative"] for t in triplets[:2]]
+def test_match_takes_vectors_packs_neighbours_and_runs_a_query_of_many_documents_once(model, triplets):
+    queries = [triplets[0]["query"]] * 20 + [triplets[1]["query"]] * 10 + [t["query"] for t in triplets[:2]]
+    every = [t[side] for side in ("positive", "negative") for t in triplets[:10]]
+    documents = every + every[:12]
     q, d = model.encode_query(queries), model.encode_document(documents)
     for views, given in (
         ("raw-raw", (queries, documents)),
@@ -201,7 +202,7 @@ def test_match_takes_vectors_for_feature_views_and_packs_neighbours(model, tripl
         ("raw-feat", (queries, list(d))),
     ):
         together = model.match(queries, documents, views)
-        single = [model.match([queries[i]], [documents[i]], views)[0] for i in range(12)]
+        single = [model.match([queries[i]], [documents[i]], views)[0] for i in range(32)]
         assert together == pytest.approx(single, abs=1e-6)
         assert model.match(*given, views) == pytest.approx(together, abs=1e-6)
 

@@ -285,8 +285,8 @@ def put_to_use(path, directory):
     found["match"] = {}
     for view in VIEWS:
         packed = model.match([inputs[1]] * 3, documents, view)
-        many = model.match([inputs[1]] * 9, documents * 3, view)  # the query runs once, the documents behind it
-        assert np.allclose(many, np.tile(packed, 3), atol=1e-5), (view, many, packed)
+        many = model.match([inputs[1]] * 18, documents * 6, view)  # the query runs once, the documents behind it
+        assert np.allclose(many, np.tile(packed, 6), atol=1e-5), (view, many, packed)
         single = [float(model.match([inputs[1]], [document], view)[0]) for document in documents]
         found["match"][view] = [packed.tolist(), single]
     return found

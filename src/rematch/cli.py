@@ -244,6 +244,42 @@ def search(
     run_search(index, query, top=top, where=where, rerank=rerank, exact=exact, model=model, as_json=as_json)
 
 
+@app.command()
+def serve(
+    target: Annotated[str, typer.Argument(help="An index (then there is a search page, too), or a model.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; by default this machine only.")] = "127.0.0.1",
+    model: Annotated[str | None, typer.Option(help="Where an index's model lies now.")] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File with one API key a line; also REMATCH_API_KEYS with commas.")
+    ] = None,
+    image_hosts: Annotated[
+        str, typer.Option(help="Hosts whose pictures may be fetched by URL, with commas; none by default.")
+    ] = "",
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a batch.")] = 4096,
+    waiting: Annotated[int, typer.Option(min=1, help="Calls in the queue; more are refused.")] = 512,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request.")] = 60.0,
+    batching: Annotated[bool, typer.Option(help="Compute together what waits together.")] = True,
+) -> None:
+    """Serve embeddings, reranking and search over HTTP, and a page to search with."""
+    from rematch.serve.command import ServeOptions, run_server
+
+    run_server(
+        ServeOptions(
+            target=target,
+            port=port,
+            host=host,
+            model=model,
+            api_keys=api_keys,
+            image_hosts=image_hosts,
+            batch_tokens=batch_tokens,
+            waiting=waiting,
+            timeout=timeout,
+            batching=batching,
+        )
+    )
+
+
 @data_app.command()
 def export(
     benchmark: Annotated[str, typer.Argument(help="picto.")],

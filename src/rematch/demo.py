@@ -21,7 +21,7 @@ from rematch.evaluate.run import TaskResult, baselines, evaluate, summary
 from rematch.files import write_json
 from rematch.model import ReMatch
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
-from rematch.report import attention_maps, write_report
+from rematch.report import example_maps, write_report
 from rematch.train.recipe import Loss, Model, Recipe, Train
 from rematch.train.run import train
 
@@ -109,7 +109,7 @@ def run_demo(output: Path, steps: int) -> Path:
         },
     }
     write_json(output / "report.json", content)
-    maps = attention_maps(tiny, random.Random(3))
+    maps = example_maps(tiny, random.Random(3))
     return write_report(output / "report.html", content, logs, searches, results["rematch-tiny"], maps)
 
 

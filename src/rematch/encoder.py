@@ -35,7 +35,7 @@ from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
 from xxhash import xxh3_128
 
-from rematch.data.images import EXTENSIONS, Encoded, Zipped, load_image
+from rematch.data.images import EXTENSIONS, Checked, Encoded, Zipped, load_image
 from rematch.data.inputs import as_parts
 from rematch.errors import ImageError, RematchError
 from rematch.model import ReMatch
@@ -101,7 +101,7 @@ class Encoder:
             raise RematchError("token vectors (MaxSim) are there in ReMatch models only. Leave them out.")
         if not inputs:
             return np.zeros((0, self.model.get_embedding_dimension()), np.float32)
-        measured = [_whole(one) for one in self.measure(inputs, task, multi_vector=multi_vector)]
+        measured = [whole(one) for one in self.measure(inputs, task, multi_vector=multi_vector)]
         first = {m.key: i for i, m in reversed(list(enumerate(measured)))}
         vectors = {key: self._texts[key] for key in first if key in self._texts}
         if self.store is not None:
@@ -288,7 +288,8 @@ class _Work(Dataset[Any]):
         return None
 
 
-def _whole(one: Measured | RematchError) -> Measured:
+def whole(one: Measured | RematchError) -> Measured:
+    """What :meth:`Encoder.measure` found, or its error raised."""
     if isinstance(one, RematchError):
         raise one
     return one
@@ -310,11 +311,18 @@ def _look_at(value: Any) -> tuple[str, list[bytes], list[int]]:
     else:
         text, pictures = "", value
     pictures = [] if pictures is None else pictures if isinstance(pictures, list | tuple) else [pictures]
-    found = [_look_at_picture(picture) for picture in pictures]
+    found = [look_at_picture(picture) for picture in pictures]
     return text, [digest for digest, _ in found], [area for _, area in found]
 
 
-def _look_at_picture(source: Any) -> tuple[bytes, int]:
+def look_at_picture(source: Any) -> tuple[bytes, int]:
+    """(digest, pixels) of a picture; a file is not decoded.
+
+    Raises:
+        ImageError: If it cannot be read.
+    """
+    if isinstance(source, Checked):
+        return source.digest, source.pixels
     if isinstance(source, Image.Image):
         head = f"{source.mode}{source.size}".encode()
         return xxh3_128(head + source.tobytes()).digest(), source.width * source.height

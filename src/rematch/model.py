@@ -229,7 +229,7 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         scores = np.empty(len(queries), np.float32)
         packs: list[list[int]] = []
         for group in groups:
-            if len(group) <= _DOCUMENTS_PER_PACK or self.backbone.matching == "reuse":
+            if len(group) <= 2 * _DOCUMENTS_PER_PACK or self.backbone.matching == "reuse":
                 packs += [group[i : i + _DOCUMENTS_PER_PACK] for i in range(0, len(group), _DOCUMENTS_PER_PACK)]
             else:
                 found = self._match_many(queries[group[0]], [documents[i] for i in group], views, batch_size)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
-import torch
 from PIL import Image
 
+from rematch.attention import attention_maps, overlay
 from rematch.data import picto
 from rematch.data.images import data_url
 from rematch.data.schema import Item
@@ -20,48 +19,26 @@ from rematch.model import ReMatch
 _COLOURS = {"contrastive": "#888", "rematch": "#c2410c", "orthogonality": "#0e7490", "matching": "#7c3aed"}
 
 
-@torch.inference_mode()
-def attention_maps(model: ReMatch, rng: random.Random) -> list[tuple[str, Image.Image, Image.Image, list[Image.Image]]]:
-    """Where the learnable document tokens look in two unseen scenes (the paper's Figure 1).
+def example_maps(model: ReMatch, rng: random.Random) -> list[tuple[str, Image.Image, Image.Image, list[Image.Image]]]:
+    """Where the learnable document tokens look in two unseen scenes.
 
     Returns:
-        For each scene: caption, picture, map of all tokens together, maps of the first six tokens. A map is the
-        attention of the tokens' positions to the picture's, mean over layers and heads, brightest at its own maximum.
+        For each scene: caption, picture, map of all tokens together, maps of the first six tokens.
     """
-    backbone = model.backbone
-    implementation = backbone.model.config._attn_implementation
-    backbone.model.set_attn_implementation("eager")  # the others do not give their attention out
     found = []
-    try:
-        for _ in range(2):
-            scene = picto.sample_scene(rng, held_out=True, count=3, distinct=True)
-            picture = picto.render(scene, "noto", 1)
-            features = model.preprocess([picture], task="document")
-            inputs = {k: features[k].to(model.device) for k in ("input_ids", "attention_mask", "pixel_values")}
-            attentions = backbone.base(**inputs, output_attentions=True).attentions
-            mean = torch.stack([a[0].mean(0) for a in attentions]).mean(0).float().cpu()  # (T, T)
-            k = model.fusion.num_tokens
-            is_patch = features["input_ids"][0] == backbone.model.config.image_token_id
-            edge = int(is_patch.sum().item() ** 0.5)
-            weights = mean[-k:, is_patch].reshape(k, edge, edge).numpy()
-            found.append(
-                (
-                    picto.caption(scene),
-                    picture,
-                    _overlay(picture, weights.mean(0)),
-                    [_overlay(picture, w) for w in weights[:6]],
-                )
+    for _ in range(2):
+        scene = picto.sample_scene(rng, held_out=True, count=3, distinct=True)
+        picture = picto.render(scene, "noto", 1)
+        weights = attention_maps(model, picture)
+        found.append(
+            (
+                picto.caption(scene),
+                picture,
+                overlay(picture, weights.mean(0)),
+                [overlay(picture, w) for w in weights[:6]],
             )
-    finally:
-        backbone.model.set_attn_implementation(implementation)
+        )
     return found
-
-
-def _overlay(picture: Image.Image, weights: Any) -> Image.Image:
-    """The picture darkened where there is little attention."""
-    light = np.clip(weights / weights.max(), 0, 1)
-    mask = Image.fromarray((255 * light).astype(np.uint8)).resize(picture.size, Image.Resampling.BICUBIC)
-    return Image.composite(picture, Image.eval(picture.convert("L"), lambda v: v // 4).convert("RGB"), mask)
 
 
 def curves(logs: dict[str, list[dict[str, float]]], key: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
+from xxhash import xxh3_128
 
 from rematch.errors import ImageError
 
@@ -56,6 +57,38 @@ class Encoded:
     def read_bytes(self) -> bytes:
         """The file."""
         return self.content
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A picture's file on disk that was looked at before, and must not have changed since.
+
+    Attributes:
+        path: Where it lies.
+        digest: xxh3 of its content.
+        pixels: How many it has.
+    """
+
+    path: Path
+    digest: bytes
+    pixels: int
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read_bytes(self) -> bytes:
+        """The file.
+
+        Raises:
+            ImageError: If it is gone or has changed.
+        """
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise ImageError(f"{self.path}: cannot be read ({error.strerror}).") from None
+        if xxh3_128(content).digest() != self.digest:
+            raise ImageError(f"{self.path}: changed while it was read. Run again.")
+        return content
 
 
 @lru_cache(maxsize=64)
@@ -106,7 +139,8 @@ def _plain(path: str) -> str:
     return path.removeprefix("./").removeprefix("images/")
 
 
-Picture = Image.Image | Path | Zipped | Encoded
+File = Zipped | Encoded | Checked
+Picture = Image.Image | Path | File
 
 
 def load_image(source: Picture | str) -> Image.Image:
@@ -123,7 +157,7 @@ def load_image(source: Picture | str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if isinstance(source, Zipped | Encoded):
+            if isinstance(source, File):
                 picture: Image.Image = Image.open(io.BytesIO(source.read_bytes()))
             else:
                 picture = source if isinstance(source, Image.Image) else Image.open(source)
@@ -141,11 +175,12 @@ def load_image(source: Picture | str) -> Image.Image:
         raise ImageError(f"{name}: not a picture that Pillow can read. Convert it to PNG or JPEG.") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError(f"{name}: broken or cut off ({error}). Replace the file.") from None
-    picture = ImageOps.exif_transpose(picture)
+    if picture.getexif().get(0x0112, 1) != 1:  # Orientation
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         layer = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    picture = picture.convert("RGB")
+    picture = picture if picture.mode == "RGB" else picture.convert("RGB")
     return picture.resize((ENLARGED, ENLARGED)) if min(picture.size) < SHORTEST else picture
 
 

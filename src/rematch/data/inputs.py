@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from rematch.data.images import EXTENSIONS, Encoded, Zipped, load_image
+from rematch.data.images import EXTENSIONS, File, load_image
 from rematch.errors import RematchError
 
 
@@ -23,7 +23,7 @@ def as_parts(value: Any, row: int) -> tuple[list[Image.Image], str]:
     >>> as_parts("a dog", 0)
     ([], 'a dog')
     """
-    if isinstance(value, Path | Image.Image | Zipped | Encoded):
+    if isinstance(value, Path | Image.Image | File):
         return [load_image(value)], ""
     if isinstance(value, str):
         if value.lower().endswith(EXTENSIONS):
@@ -38,9 +38,7 @@ def as_parts(value: Any, row: int) -> tuple[list[Image.Image], str]:
             f"input {row}: {seen} is no query or document. Give text, a picture, a path, or a dictionary with "
             "'text' and/or 'image'."
         )
-    if not isinstance(text, str) or not all(
-        isinstance(image, str | Path | Image.Image | Zipped | Encoded) for image in images
-    ):
+    if not isinstance(text, str) or not all(isinstance(image, str | Path | Image.Image | File) for image in images):
         raise RematchError(f"input {row}: 'text' must be text, and 'image' a picture, a path, or a list of them.")
     if not text.strip() and not images:
         raise RematchError(f"input {row}: empty, so there is nothing to embed. Give it text or a picture.")

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
-from rematch.data.images import Encoded
-from rematch.encoder import Encoder, Measured, plan
+from rematch.data.images import Checked, Encoded
+from rematch.encoder import Encoder, Measured, look_at_picture, plan
 from rematch.errors import DataError, RematchError
 from rematch.files import write_json
 from rematch.search.corpus import Corpus, Document, Found
@@ -222,16 +222,16 @@ class Builder:
     def _windows(self, corpus: Iterable[Found], threads: ThreadPoolExecutor) -> Iterator[list[Read]]:
         """Documents that are new or may have changed, read."""
         window: list[Read] = []
-        size = 0
+        size, most = 0, WINDOW // 16  # the first ones are small, so that there is soon something to encode
         for some in _chunks(corpus, 16):
             for name, found in threads.map(self._read, some):
                 if one := self.admit(name, found):
                     window.append(one)
                     picture = one.given.get("image")
                     size += len(picture.content) if isinstance(picture, Encoded) else 0
-            if len(window) >= WINDOW or size >= WINDOW_BYTES:
+            if len(window) >= most or size >= WINDOW_BYTES:
                 yield window
-                window, size = [], 0
+                window, size, most = [], 0, min(2 * most, WINDOW)
         yield window
 
     def _read(self, found: Found) -> tuple[str, Read | RematchError | None]:
@@ -243,6 +243,8 @@ class Builder:
             if stamp == before:
                 return found.id, None
             given = found.read(self.index.about["document_instructions"])
+            if isinstance(found.image, Path):  # what is sent to a worker is where it lies, and what it must be
+                given["image"] = Checked(found.image, *look_at_picture(given["image"]))
             return found.id, Read(found, stamp, given, before is None)
         except RematchError as error:
             return found.id, error

@@ -41,6 +41,7 @@ class Hit:
         id: Of the document.
         score: In what ``by`` says.
         by: ``"cosine"``, ``"maxsim"``, or the view pair whose P(yes) it is.
+        nearest: Its place by cosine, from 1, before anything reordered.
         text: The document's text.
         path: Its picture, if that is a file.
         metadata: Whatever else the corpus said of it.
@@ -49,6 +50,7 @@ class Hit:
     id: str
     score: float
     by: str = "cosine"
+    nearest: int = 0
     text: str = ""
     path: str = ""
     metadata: Metadata = field(default_factory=dict)
@@ -123,6 +125,7 @@ def reorder(
             plain[i]["id"],
             float(scores[i]),
             by[i],
+            int(i) + 1,
             plain[i]["text"] or "",
             plain[i]["path"] or "",
             {k: v for k, v in metadata[i].items() if v is not None},

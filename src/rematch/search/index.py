@@ -18,10 +18,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from rematch.data.images import Encoded
 from rematch.errors import DataError, ModelError
 from rematch.model import ReMatch
 from rematch.search.cascade import Stage, parse, reorder
-from rematch.search.corpus import Metadata
+from rematch.search.corpus import Document, Metadata
 from rematch.search.storage import TABLE, exists, is_local, quoted, writing
 from rematch.vectors import fingerprint
 
@@ -213,6 +214,21 @@ class Index:
         found = self.table.take_row_ids(list(row_ids)).select(["image"]).with_row_id().to_arrow()
         by_row = dict(zip(found["_rowid"].to_pylist(), found["image"].to_pylist(), strict=True))
         return [by_row[i] for i in row_ids]
+
+    def documents(self, ids: Sequence[str]) -> list[Document]:
+        """Documents as they were indexed, those of the ids that are there."""
+        names = ["id", "text", "path", "image", *self.metadata_columns]
+        among = ", ".join(map(quoted, ids))
+        rows = self.table.search().where(f"id IN ({among})").select(names).to_list() if ids else []
+        return [
+            Document(
+                row["id"],
+                row["text"] or "",
+                Encoded(row["id"], row["image"]) if row["image"] else Path(row["path"]) if row["path"] else None,
+                {name: row[name] for name in self.metadata_columns if row[name] is not None},
+            )
+            for row in rows
+        ]
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,209 @@
+"""The search page in a real browser."""
+
+import json
+import shutil
+import threading
+import time
+
+import pytest
+import uvicorn
+from PIL import Image
+from test_search import picture
+
+from rematch import ReMatch
+from rematch.encoder import Encoder
+from rematch.search.build import build
+from rematch.search.corpus import open_corpus
+from rematch.search.index import Index
+from rematch.serve.app import create_app
+from rematch.serve.engine import Engine
+from rematch.serve.limits import Limits
+
+CHROMIUM = shutil.which("chromium")
+COLOURS = ("red", "green", "blue", "white", "black", "orange", "purple", "brown", "pink", "grey")
+
+
+@pytest.fixture(scope="module")
+def served(saved_model, tmp_path_factory):
+    """(address, engine) of a server over ten cards, one of which is text alone."""
+    folder = tmp_path_factory.mktemp("shop")
+    rows = []
+    for i, colour in enumerate(COLOURS):
+        Image.new("RGB", (90, 60), colour).save(folder / f"{colour}.png")
+        rows.append({"id": f"{colour} card", "image": f"{colour}.png", "text": f"a {colour} card", "year": 2000 + i})
+    rows.append({"id": "words", "text": "a card without a picture"})
+    (folder / "cards.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model = ReMatch(str(saved_model))
+    index = Index.create(folder / "cards.idx", model, name=str(saved_model))
+    build(index, open_corpus(folder / "cards.jsonl"), Encoder(model, workers=0))
+    engine = Engine(str(folder / "cards.idx"))
+    server = uvicorn.Server(uvicorn.Config(create_app(engine, Limits(pixels=100_000)), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", engine, folder
+    server.should_exit = True
+    thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no chromium; `make test` installs Debian's where it can")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def page(browser, served):
+    """The page, opened; whatever it asks of other machines or logs as an error fails the test."""
+    found = browser.new_page(viewport={"width": 1000, "height": 800})
+    wrong = []
+    found.on("request", lambda r: wrong.append(r.url) if not r.url.startswith((served[0], "data:", "blob:")) else None)
+    found.on("pageerror", lambda error: wrong.append(str(error)))
+    found.on("console", lambda m: wrong.append(m.text) if m.type == "error" and "status of 4" not in m.text else None)
+    found.goto(served[0])
+    found.wait_for_function("() => document.querySelectorAll('#examples button').length === 4")
+    yield found
+    found.close()
+    assert not wrong
+
+
+def results(page, status="result"):
+    page.wait_for_function(f"() => document.getElementById('status').textContent.includes({status!r})")
+    page.wait_for_function("() => !document.getElementById('results').classList.contains('busy')")
+    return [card.get_attribute("aria-label").split(": ", 1)[1] for card in page.query_selector_all(".card")]
+
+
+def test_text_picture_and_both(page, served):
+    _, engine, folder = served
+    assert "11 documents" in page.inner_text("#about")
+    page.fill("#text", "a red card")
+    page.keyboard.press("Enter")
+    found = results(page)
+    assert found == [hit.text for hit in engine.index.search("a red card", 12)]
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('.card img')].every((i) => i.complete && i.naturalWidth)"
+    )
+    page.fill("#text", "")
+    page.set_input_files("#file", folder / "blue.png")
+    page.wait_for_function("() => !document.getElementById('thumb').hidden")
+    alone = results(page)
+    assert alone == [hit.text for hit in engine.index.search({"image": folder / "blue.png"}, 12)]
+    page.fill("#text", "a green card")
+    page.click("#form button[type=submit]")
+    page.wait_for_timeout(300)
+    both = results(page)
+    assert both == [hit.text for hit in engine.index.search({"text": "a green card", "image": folder / "blue.png"}, 12)]
+    page.click("#clear")
+    assert page.is_hidden("#thumb")
+
+
+def test_reranking_says_what_it_moved(page, served):
+    engine = served[1]
+    page.fill("#text", "a brown card")
+    page.keyboard.press("Enter")
+    results(page)
+    page.check("#rerank")
+    page.wait_for_function("() => document.getElementById('status').textContent.includes('reranking')")
+    hits = engine.index.search("a brown card", 12, rerank="raw:12")
+    moved = sum(hit.nearest != place for place, hit in enumerate(hits, 1))
+    assert f"reranking moved {moved} of them" in page.inner_text("#status")
+    assert results(page) == [hit.text for hit in hits]
+    assert len(page.query_selector_all(".moved")) == moved > 0
+    assert "P(yes)" in page.inner_text(".card .score >> nth=0")
+
+
+def test_filter_nothing_found_and_errors(page):
+    page.fill("#text", "a card")
+    page.fill("#filter", "year = 2003")
+    page.keyboard.press("Enter")
+    assert results(page) == ["a white card"]
+    page.fill("#filter", "year = 1900")
+    page.keyboard.press("Enter")
+    assert results(page, "Nothing was found that meets the filter") == []
+    page.fill("#filter", "yeer = 1")
+    page.keyboard.press("Enter")
+    assert results(page, "condition in SQL on id, text, path, year") == []
+    assert "error" in page.get_attribute("#status", "class")
+    page.fill("#text", "")
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => document.getElementById('status').textContent.includes('Type something')")
+
+
+def test_bad_uploads(page, tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    page.set_input_files("#file", tmp_path / "notes.txt")
+    page.wait_for_function("() => document.getElementById('status').textContent.includes('is no picture')")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    page.set_input_files("#file", tmp_path / "broken.png")
+    page.wait_for_function(
+        "() => document.getElementById('status').textContent.includes('no picture that can be read')"
+    )
+    picture(tmp_path / "large.png", 1, 400)
+    page.set_input_files("#file", tmp_path / "large.png")
+    page.wait_for_function("() => document.getElementById('status').textContent.includes('400×400')")
+    assert "100,000 at most" in page.inner_text("#status")
+
+
+def test_detail_with_attention_by_keyboard_alone(page, served):
+    page.focus("#text")
+    page.keyboard.type("a pink card")
+    page.keyboard.press("Enter")
+    results(page)
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.className") == "card":
+            break
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#detail[open]")
+    assert page.inner_text("#detail-title") == served[1].index.search("a pink card", 1)[0].id
+    page.wait_for_function("() => document.querySelector('#detail-map img').naturalWidth > 0")
+    assert len(page.query_selector_all("#token-maps img")) == 4
+    assert "year" in page.inner_text("#detail-metadata")
+    page.keyboard.press("Escape")
+    assert page.is_hidden("#detail")
+
+
+def test_the_querys_own_attention(page, served):
+    page.set_input_files("#file", served[2] / "red.png")
+    results(page)
+    page.click(".card >> nth=0")
+    page.wait_for_function("() => document.querySelector('#query-map img').naturalWidth > 0")
+    assert page.is_visible("#query-map")
+
+
+def test_examples_and_a_phone_in_the_dark(browser, served):
+    phone = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme="dark", has_touch=True)
+    page = phone.new_page()
+    page.goto(served[0])
+    page.wait_for_selector("#examples button")
+    page.tap("#examples button >> nth=0")
+    assert results(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360, "nothing stands out at the side"
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(28, 25, 23)"
+    phone.close()
+
+
+def test_a_key_is_asked_for(browser, served):
+    engine = served[1]
+    server = uvicorn.Server(uvicorn.Config(create_app(engine, keys=["word"]), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    page = browser.new_page()
+    page.on("dialog", lambda dialog: dialog.accept("word"))
+    page.goto(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}")
+    page.wait_for_selector("#examples button")
+    page.fill("#text", "a card")
+    page.keyboard.press("Enter")
+    assert len(results(page)) == 11
+    page.close()
+    server.should_exit = True
+    thread.join(30)

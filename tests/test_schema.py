@@ -1,0 +1,45 @@
+"""The API against its own description: requests made up from the schema never crash it, and its answers fit."""
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from test_serve import corpus, engine, running
+
+from rematch.serve.limits import Limits
+
+__all__ = ["corpus", "engine"]
+OPERATIONS = {
+    "POST /v1/embeddings",
+    "POST /v1/rerank",
+    "POST /v2/rerank",
+    "POST /v1/search",
+    "POST /v1/attention",
+    "GET /v1/documents/{name}/picture",
+    "GET /v1/examples",
+    "GET /v1/models",
+    "GET /health",
+    "GET /ready",
+    "GET /metrics",
+}
+
+
+@pytest.fixture(scope="module")
+def operations(engine):
+    with running(engine, limits=Limits(inputs=8, text=500)) as address:
+        described = schemathesis.openapi.from_url(f"{address}/openapi.json")
+        found = [one.ok() for one in described.get_all_operations()]
+        yield {f"{one.method.upper()} {one.path}": one for one in found}
+
+
+@pytest.mark.parametrize("name", sorted(OPERATIONS))
+def test_no_crash_and_no_answer_that_does_not_fit(operations, name):
+    assert operations.keys() == OPERATIONS
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(case=operations[name].as_strategy())
+    def answers(case):
+        # a schema does not say that a query must not be empty: such requests get 400
+        case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+    answers()
