@@ -93,6 +93,18 @@ def test_figures_of_the_search_benchmark_are_those_measured():
         assert f"| {int(count):,} | {peak:,} | {measured['encode_rate_at'][count]:.0f} |" in page
 
 
+def test_figures_of_the_serving_benchmark_are_those_measured():
+    page = (ROOT / "docs/serving.md").read_text()
+    measured = json.loads((ROOT / "benchmarks/results/serve.json").read_text())
+    assert measured["failed"] == 0
+    for clients, both in measured["clients"].items():
+        for way, name in (("batching", "on"), ("no_batching", "off")):
+            figures = " | ".join(f"{both[way][k]:.0f}" for k in ("rps", "p50_ms", "p95_ms"))
+            assert f"| {clients} | {name} | {figures} |" in page
+    most = measured["clients"]["64"]
+    assert f"{most['batching']['rps'] / most['no_batching']['rps']:.2f} times as many" in page
+
+
 def test_the_evaluation_page_from_top_to_bottom(tmp_path, monkeypatch, capfd):
     """Every command and file of the page, on small copies of the data sets that it speaks of."""
     eval_tree(tmp_path / "mmeb-eval")
