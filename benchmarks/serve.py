@@ -68,6 +68,8 @@ class Client:
         status = await self.reader.readline()
         length = 0
         while (line := await self.reader.readline()) != b"\r\n":
+            if not line:
+                raise ConnectionError("the server closed the connection")
             if line.lower().startswith(b"content-length:"):
                 length = int(line.split(b":")[1])
         answer = await self.reader.readexactly(length)

@@ -138,19 +138,10 @@ def test_train_evaluate_and_search(rematch, backbone_path, pairs, tmp_path, monk
     assert set(scores["tasks"]) == {"Picto-Count", "Picto-Count-OOD"}
     assert scores["chance"]["overall"] == 1.0
 
-    code, said = rematch(
-        "search",
-        output,
-        tmp_path,
-        "--text",
-        "a red card",
-        "--image",
-        tmp_path / "red.png",
-        "--top",
-        "3",
-        "--rerank",
-        "2",
-    )
+    code, said = rematch("index", output, pairs.parent, "--output", tmp_path / "idx", "--workers", "0")
+    assert code == 0, said
+    query = ["--text", "a red card", "--image", tmp_path / "red.png"]
+    code, said = rematch("search", tmp_path / "idx", *query, "--top", "3", "--rerank", "2")
     assert code == 0, said
     assert said.count(".png") == 3
     assert said.count("P(yes)") == 2
@@ -248,7 +239,7 @@ def test_bad_mining_input(fails, pairs, tmp_path):
     assert "ending .jsonl" in fails("mine", "rematch-tiny", pairs, "--output", tmp_path / "mined")
     assert "exists already" in fails("mine", "rematch-tiny", pairs, "--output", pairs)
     assert "no ReMatch checkpoint" in fails("mine", tmp_path, pairs, "--output", output)
-    assert "no such file" in fails(
+    assert "no such folder or file" in fails(
         "mine", "rematch-tiny", pairs, "--output", output, "--corpus", tmp_path / "none.jsonl"
     )
     assert not list(tmp_path.glob("mined*"))
@@ -263,25 +254,32 @@ def test_mine_writes_training_data_and_a_report(rematch, pairs, tmp_path):
     assert (tmp_path / "mined.html").exists()
 
 
-def test_bad_search_input(fails, tmp_path, monkeypatch):
-    assert "no query" in fails("search", "rematch-tiny", tmp_path)
-    assert "holds no pictures" in fails("search", "rematch-tiny", tmp_path, "--text", "a")
-    assert "no such file" in fails("search", "rematch-tiny", tmp_path / "nowhere", "--text", "a")
-    Image.new("RGB", (30, 30)).save(tmp_path / "ok.png")
-    assert "input 0: empty" in fails("search", "rematch-tiny", tmp_path, "--text", " ")
-    assert "gone.png: no such picture" in fails("search", "rematch-tiny", tmp_path, "--image", tmp_path / "gone.png")
-    (tmp_path / "fake.png").write_text("not a picture")
-    assert "fake.png: not a picture" in fails("search", "rematch-tiny", tmp_path, "--text", "a")
-    (tmp_path / "fake.png").unlink()
+def test_bad_corpora_and_queries(fails, tmp_path, monkeypatch):
+    corpus, output = tmp_path / "corpus", tmp_path / "idx"
+    corpus.mkdir()
+
+    def index(path=corpus):
+        return fails("index", "rematch-tiny", path, "--output", output, "--workers", "0")
+
+    assert "no query" in fails("search", output)
+    assert "holds no pictures" in index()
+    assert "no such folder or file" in index(tmp_path / "nowhere")
+    (corpus / "fake.png").write_text("not a picture")
+    assert "fake.png: not a picture" in index()
+    Image.new("RGB", (30, 30)).save(corpus / "fake.png")
+    cli.app(["index", "rematch-tiny", str(corpus), "--output", str(output), "--workers", "0"], standalone_mode=False)
+    assert "input 0: empty" in fails("search", output, "--text", " ")
+    assert "gone.png: no such picture" in fails("search", output, "--image", tmp_path / "gone.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert "decompression bomb" in fails("search", "rematch-tiny", tmp_path, "--text", "a")
+    assert "decompression bomb" in fails("search", output, "--image", corpus / "fake.png")
 
 
 def test_bad_checkpoints(fails, make_model, tmp_path):
     from peft import LoraConfig
 
-    Image.new("RGB", (30, 30)).save(tmp_path / "ok.png")
-    search = lambda path: fails("search", path, tmp_path, "--text", "a")  # noqa: E731
+    (tmp_path / "corpus").mkdir()
+    Image.new("RGB", (30, 30)).save(tmp_path / "corpus/ok.png")
+    search = lambda path: fails("index", path, tmp_path / "corpus", "--output", tmp_path / "idx")  # noqa: E731
     (tmp_path / "empty").mkdir()
     assert "no ReMatch checkpoint" in search(tmp_path / "empty")
     assert "no ReMatch checkpoint" in search("no-such/model")

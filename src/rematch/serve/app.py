@@ -17,15 +17,14 @@ from typing import Any, TypeVar
 import numpy as np
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 
 from rematch import __version__
-from rematch.errors import RematchError
 from rematch.search.cascade import parse
 from rematch.search.index import cut
+from rematch.serve.answers import answer_errors, refusal
 from rematch.serve.batching import Batcher
 from rematch.serve.engine import Engine
 from rematch.serve.limits import ClientError, Limits, picture_from
@@ -58,8 +57,6 @@ _HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"content-security-policy", b"default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'"),
 )
-_KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found", 413: "too_large"}
-_KINDS |= {422: "invalid_request_error", 429: "overloaded", 503: "unavailable", 504: "timeout"}
 _REFUSALS = (400, 401, 404, 413, 422, 429, 503, 504)
 _ANSWERS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in _REFUSALS}
 _TASKS = {"query": "query", "search_query": "query", "document": "document", "search_document": "document"}
@@ -105,7 +102,7 @@ def create_app(
     app = FastAPI(title="ReMatch", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(_Guard, limits=bounds, meters=meters)
     app.state.batcher = batcher
-    _answer_errors(app)
+    answer_errors(app)
     secured: dict[str, Any] = {"dependencies": [Depends(authorised)], "responses": _ANSWERS}
 
     async def compute(request: Request, calls: Sequence[tuple[tuple[Any, ...], Any, int]]) -> list[Any]:
@@ -367,7 +364,7 @@ class _Guard:
             await send(message)
 
         if said.isdigit() and int(said) > self.limits.body:
-            answer = _error(413, f"{int(said):,} bytes; this server takes {self.limits.body:,} in a request.")
+            answer = refusal(413, f"{int(said):,} bytes; this server takes {self.limits.body:,} in a request.")
             await answer(scope, receive, marked)
         else:
             await self.app(scope, counted, marked)
@@ -375,30 +372,3 @@ class _Guard:
         path = getattr(route, "path", "other")  # never what a client made up
         self.meters.requests.labels(path, status).inc()
         self.meters.seconds.labels(path).observe(time.perf_counter() - started)
-
-
-def _error(status: int, message: str) -> JSONResponse:
-    kind = _KINDS.get(status, "server_error")
-    headers = {"Retry-After": "1"} if status in (429, 503) else {}
-    headers |= {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status, headers)
-
-
-def _answer_errors(app: FastAPI) -> None:
-    @app.exception_handler(RematchError)
-    async def ours(_: Request, error: RematchError) -> JSONResponse:
-        return _error(error.status if isinstance(error, ClientError) else 400, str(error))
-
-    @app.exception_handler(RequestValidationError)
-    async def unfit(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:]) or "the body"
-        return _error(422, f"{place}: {first['msg']}.")
-
-    @app.exception_handler(HTTPException)
-    async def plain(_: Request, error: HTTPException) -> JSONResponse:
-        return _error(error.status_code, str(error.detail))
-
-    @app.exception_handler(Exception)
-    async def unforeseen(_: Request, error: Exception) -> JSONResponse:
-        return _error(500, "something went wrong on the server; its log tells what.")
