@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from rematch.data import picto_tasks
 from rematch.data.mmeb import download, read_eval
 from rematch.data.mmeb_table import DATA_SETS
 from rematch.data.own import read_own
-from rematch.data.picto_tasks import BLOCK, QUERIES, TASKS, evaluation_tasks
+from rematch.data.picto_tasks import BLOCK, QUERIES, evaluation_tasks
 from rematch.data.schema import RetrievalTask
 from rematch.data.zeroshot import read_zeroshot
 from rematch.errors import DataError
 
 NAMES = ("picto", "mmeb", "zeroshot")
 _MMEB = [d.name for d in DATA_SETS]
-_PICTO = [*TASKS, *(f"{name}-OOD" for name in TASKS)]
 
 
 @dataclass
@@ -48,7 +48,7 @@ def load(
     """
     left_out: dict[str, str] = {}
     if benchmark == "picto":
-        wanted = _chosen(names, _PICTO)
+        wanted = _chosen(names, [name + end for end in ("", "-OOD") for name in picto_tasks.TASKS])
         if data is None:
             tasks = [t for t in _made(limit) if t.name in wanted]
         else:
