@@ -342,17 +342,13 @@ def test_a_second_writer_is_refused_and_readers_are_not(searcher, photos, tmp_pa
     make(searcher, photos, tmp_path / "i")
 
 
-def test_another_models_index_is_refused(searcher, photos, tmp_path, make_model):
+def test_another_models_index_is_refused(searcher, saved_model, photos, tmp_path, make_model):
     make(searcher, photos, tmp_path / "i")
     torch.manual_seed(5)
     other = make_model(dtype=torch.float32, num_tokens=3)
     with pytest.raises(ModelError, match="made by another model"):
         Index.open(tmp_path / "i", other)
-    low = searcher.to(torch.bfloat16)
-    try:
-        Index.open(tmp_path / "i", low)  # the same weights in another precision
-    finally:
-        searcher.to(torch.float32)
+    Index.open(tmp_path / "i", ReMatch(str(saved_model)).to(torch.bfloat16))  # the same weights in another precision
     with pytest.raises(DataError, match="no index there"):
         Index.open(tmp_path)
 
