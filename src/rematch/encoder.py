@@ -50,6 +50,7 @@ class Measured:
 
     key: bytes
     tokens: int
+    is_text: bool = False
 
 
 class Encoder:
@@ -131,7 +132,7 @@ class Encoder:
             shared: list[Any] = [None] * get_world_size()
             dist.all_gather_object(shared, {k: vectors[k] for b in mine for k in b})
             vectors |= {k: v for part in shared for k, v in part.items()}
-        self._texts |= {k: vectors[k] for k, i in first.items() if not _look_at(inputs[i])[1]}
+        self._texts |= {m.key: vectors[m.key] for m in measured if m.is_text}
         return np.stack([vectors[m.key] for m in measured])
 
     # ---- before ---------------------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ class Encoder:
             text, digests, areas = one
             parts = [task.encode(), text.encode(), *digests]
             key = xxh3_128(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()
-            known[id(value)] = Measured(key, length + sum(map(self._tokens_of_picture, areas)))
+            known[id(value)] = Measured(key, length + sum(map(self._tokens_of_picture, areas)), not areas)
         return [known[id(value)] for value in inputs]
 
     def _tokens_of_picture(self, area: int) -> int:
@@ -189,9 +190,9 @@ class Encoder:
                 waiting.append((name, batch))
                 yield batch
 
-        whole = self.model.device.type == "cpu"
+        on_cpu = self.model.device.type == "cpu"
         loader = DataLoader(
-            _Work(self, task, whole),
+            _Work(self, task, on_cpu),
             batch_size=None,
             sampler=inputs(),
             num_workers=workers,
@@ -207,7 +208,7 @@ class Encoder:
             if not kept:
                 yield name, np.zeros((0, self.model.get_embedding_dimension()), np.float32), errors
                 continue
-            vectors = (made if whole else self._forward(kept, made, task)).numpy()
+            vectors = (made if on_cpu else self._forward(kept, made, task)).numpy()
             yield name, vectors if multi_vector else vectors[:, 0], errors
 
     def _vectors(self, batch: list[Any], task: str) -> Tensor:
@@ -266,9 +267,9 @@ def plan(inputs: Sequence[Measured], tokens: int) -> list[list[Measured]]:
 class _Work(Dataset[Any]):
     """What a worker does with a batch: (vectors or features of what can be read, errors of the rest)."""
 
-    def __init__(self, encoder: Encoder, task: str, whole: bool) -> None:
+    def __init__(self, encoder: Encoder, task: str, on_cpu: bool) -> None:
         self.encoder, self.task = encoder, task
-        self.work = encoder._vectors if whole else encoder._prepare
+        self.work = encoder._vectors if on_cpu else encoder._prepare
 
     def __getitem__(self, batch: list[Any]) -> tuple[Any, dict[int, RematchError]]:
         try:

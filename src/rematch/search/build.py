@@ -154,13 +154,8 @@ class Builder:
         self.rows: dict[bool, list[dict[str, Any]]] = {True: [], False: []}  # to be written: new ones, others
         self.bytes, self.commits, self.written = 0, 0, time.monotonic()
 
-    def run(self, corpus: Corpus, keep: bool) -> Report:
-        """Bring the index up to date.
-
-        Args:
-            corpus: The documents.
-            keep: Leave those in the index that are not in the corpus.
-        """
+    def run(self, corpus: Corpus) -> None:
+        """Write what is new or has changed."""
         for keys, vectors, errors in self.encoder.stream(
             self._batches(corpus), "document", multi_vector=self.tokens, workers=self.encoder.workers
         ):
@@ -179,10 +174,6 @@ class Builder:
             self._flush(now=False)
             self.judge()
         self._flush()
-        self.judge(at_the_end=True)
-        if not keep:
-            self.delete_the_rest()
-        return self.report
 
     # ---- in ---------------------------------------------------------------------------------------------------------
 
@@ -364,17 +355,20 @@ def build(
     """
     with index.alone():
         builder = Builder(index, encoder, most_failures, progress)
-        return settle(builder, corpus, lambda: builder.run(corpus, keep), ann)
+        return settle(builder, corpus, lambda: builder.run(corpus), keep, ann)
 
 
-def settle(builder: Builder, corpus: Corpus, run: Callable[[], Report], ann: str) -> Report:
-    """Run, write the report whatever happens, compact, and see to the approximate index."""
-    index = builder.index
+def settle(builder: Builder, corpus: Corpus, run: Callable[[], None], keep: bool, ann: str) -> Report:
+    """Run, judge, take out what is gone, write the report whatever happens, and see to the files and the ANN index."""
+    index, report = builder.index, builder.report
     try:
-        report = run()
+        run()
+        builder.judge(at_the_end=True)
+        if not keep:
+            builder.delete_the_rest()
     except BaseException:
         with suppress(DataError):
-            _write_report(index, corpus, builder.report)
+            _write_report(index, corpus, report)
         raise
     kind = index.ann
     if builder.commits and (builder.commits >= _COMPACT_AFTER or report.deleted or kind != "none"):

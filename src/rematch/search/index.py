@@ -94,7 +94,9 @@ class Index:
             table = lancedb.connect(str(uri)).create_table(
                 TABLE, schema=pa.schema(fields, metadata={"rematch": json.dumps(about)})
             )
-        return cls(str(uri), table, model)
+        index = cls(str(uri), table)
+        index._model = model  # whose fingerprint that is
+        return index
 
     @classmethod
     def open(cls, uri: str | Path, model: ReMatch | str | None = None, version: int | None = None) -> "Index":
@@ -214,6 +216,12 @@ class Index:
         found = self.table.take_row_ids(list(row_ids)).select(["image"]).with_row_id().to_arrow()
         by_row = dict(zip(found["_rowid"].to_pylist(), found["image"].to_pylist(), strict=True))
         return [by_row[i] for i in row_ids]
+
+    def with_stored_picture(self, ids: Sequence[str]) -> set[str]:
+        """Those of the documents whose picture lies in the index."""
+        among = ", ".join(map(quoted, ids))
+        found = self.table.search().where(f"id IN ({among}) AND image IS NOT NULL").select(["id"]) if ids else None
+        return set(found.to_arrow()["id"].to_pylist()) if found is not None else set()
 
     def documents(self, ids: Sequence[str]) -> list[Document]:
         """Documents as they were indexed, those of the ids that are there."""

@@ -104,10 +104,10 @@ def build(
     """
     with index.alone():
         builder = Builder(index, Encoder(index.model, workers=0), most_failures, progress)
-        return settle(builder, corpus, lambda: _run(builder, corpus, model, actors, keep), ann)
+        return settle(builder, corpus, lambda: _run(builder, corpus, model, actors), keep, ann)
 
 
-def _run(builder: Builder, corpus: Corpus, model: str, actors: int, keep: bool) -> Report:
+def _run(builder: Builder, corpus: Corpus, model: str, actors: int) -> None:
     import torch
 
     index, report = builder.index, builder.report
@@ -144,10 +144,6 @@ def _run(builder: Builder, corpus: Corpus, model: str, actors: int, keep: bool) 
     finally:
         if started:
             ray.shutdown()
-    builder.judge(at_the_end=True)
-    if not keep:
-        builder.delete_the_rest()
-    return report
 
 
 def _look(builder: Builder, found: Found) -> tuple[str, Document | RematchError | None]:

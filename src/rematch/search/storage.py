@@ -38,8 +38,6 @@ def writing(uri: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if isinstance(error, DataError):
-            raise
         text = str(error)
         reason = next(
             (r for r in ("No space left on device", "Read-only file system", "Permission denied") if r in text), ""

@@ -22,7 +22,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, H
 from starlette.exceptions import HTTPException
 
 from rematch import __version__
-from rematch.search.cascade import parse
 from rematch.search.index import cut
 from rematch.serve.answers import answer_errors, refusal
 from rematch.serve.batching import Batcher
@@ -101,7 +100,6 @@ def create_app(
 
     app = FastAPI(title="ReMatch", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(_Guard, limits=bounds, meters=meters)
-    app.state.batcher = batcher
     answer_errors(app)
     secured: dict[str, Any] = {"dependencies": [Depends(authorised)], "responses": _ANSWERS}
 
@@ -156,7 +154,6 @@ def create_app(
         )
 
     if engine.index is not None:
-        index = engine.index
 
         @app.post("/v1/search", **secured)
         async def search(request: Request, asked: SearchRequest) -> SearchResponse:
@@ -164,12 +161,11 @@ def create_app(
             started = time.perf_counter()
             if not asked.text.strip() and asked.image is None:
                 raise ClientError("no query. Send text, image, or both.")
-            parse(asked.rerank, index.about, engine.model.backbone.width)
             (query,) = await run_in_threadpool(_multimodal, [Multimodal(text=asked.text, image=asked.image)], bounds)
             (tokens,) = await measured(request, [query])
             kind = ("search", asked.top, asked.filter, asked.rerank)
             (hits,) = await compute(request, [(kind, query, tokens)])
-            pictures = await run_in_threadpool(engine.with_pictures, [hit.id for hit in hits])
+            pictures = await run_in_threadpool(engine.with_pictures, hits)
             found = [
                 SearchHit(
                     id=hit.id,

@@ -125,10 +125,11 @@ class Engine:
         picture.save(buffer, "JPEG", quality=88)
         return buffer.getvalue()
 
-    def with_pictures(self, names: list[str]) -> set[str]:
-        """Those of the documents that have a picture."""
+    def with_pictures(self, hits: list[Hit]) -> set[str]:
+        """The ids of those that have a picture; none is read."""
         assert self.index is not None
-        return {found.id for found in self.index.documents(names) if found.image is not None}
+        known = {hit.id for hit in hits if hit.path}
+        return known | self.index.with_stored_picture([hit.id for hit in hits if hit.id not in known])
 
     def examples(self) -> list[str]:
         """A few texts of the index."""
