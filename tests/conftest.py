@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("REMATCH_NATIVE_BF16", "0")  # the same arithmetic on every machine; tests of bfloat16 ask for it
 
 import pytest
 import torch

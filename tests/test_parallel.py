@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,12 +14,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import build_model
+from PIL import Image
 from safetensors.torch import load_file
 from test_gradient_cache import SMALL
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from rematch import ReMatch
 from rematch.losses import ReMatchLoss
 from rematch.train.collator import Collator
 from rematch.train.recipe import load_recipe
@@ -45,11 +49,11 @@ def step(model, wrapped, rows, cached, reuse, options):
     return total.detach(), gradients, own
 
 
-def worker(rank, port, kind, backbone, shares, results):
+def worker(rank, port, kind, frozen, backbone, shares, results):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=2))
-    found = run_modes(rank, kind, backbone, shares)
+    found = run_modes(rank, kind, frozen, backbone, shares)
     if rank == 0:
         torch.save(found, results)
     gc.collect()
@@ -58,11 +62,13 @@ def worker(rank, port, kind, backbone, shares, results):
     dist.destroy_process_group()
 
 
-def run_modes(rank, kind, backbone, shares):
+def run_modes(rank, kind, frozen, backbone, shares):
     reductions = []
     found = {}
     for cached, reuse in MODES:
         wrapped = own = build_model(backbone, num_tokens=2)
+        if frozen:
+            own.backbone.freeze_vision()
         if kind == "ddp":
             wrapped = DistributedDataParallel(own, bucket_cap_mb=1000)
             wrapped.register_comm_hook(None, counted(reductions))
@@ -99,16 +105,20 @@ def free_port():
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("pictures", ["everywhere", "on one process"])
-def test_two_processes_equal_one(backbone_path, triplets, tmp_path, kind, pictures):
-    """The tower trains: a process without pictures must neither hang nor lose its part of the reduction."""
+@pytest.mark.parametrize(
+    ("pictures", "frozen"), [("everywhere", False), ("on one process", False), ("on one process", True)]
+)
+def test_two_processes_equal_one(backbone_path, triplets, tmp_path, kind, pictures, frozen):
+    """A process without pictures must neither hang nor lose its part of the reduction."""
     model = build_model(backbone_path, num_tokens=2)
+    if frozen:
+        model.backbone.freeze_vision()
     rows = triplets[:8]
     if pictures == "on one process":
         texts = [{c: {"text": f"{c} number {i}"} for c in ("query", "positive", "negative")} for i in range(4)]
         rows = triplets[:4] + texts
     results = tmp_path / "results.pt"
-    mp.spawn(worker, (free_port(), kind, backbone_path, (rows[:4], rows[4:]), results), nprocs=2)
+    mp.spawn(worker, (free_port(), kind, frozen, backbone_path, (rows[:4], rows[4:]), results), nprocs=2)
     found = torch.load(results)
     for cached, reuse in MODES:
         options = {"learn_temperature": True, "mask_duplicates": True, "symmetric": True}
@@ -132,12 +142,14 @@ FSDP2 = {
 }
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_train_and_save_what_one_does(backbone_path, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "matching"), [("ddp", "unified"), ("fsdp2", "unified"), ("fsdp2", "feat"), ("fsdp2", "reuse")]
+)
+def test_two_processes_train_and_save_what_one_does(backbone_path, tmp_path, kind, matching):
     """The whole command under torchrun; the model of a sharded run is put together at the end."""
     settings = [f"model.backbone={backbone_path}", "model.num_tokens=2", "train.steps=2", "train.batch_size=4"]
     settings += ["train.bf16=false", "train.workers=0", "train.save_every=1", "loss.gradient_cache=true"]
-    settings += ["train.learning_rate=1e-3", "train.mini_batch_tokens=300"]
+    settings += ["train.learning_rate=1e-3", "train.mini_batch_tokens=300", f"loss.matching={matching}"]
     recipe = ROOT / "recipes" / "picto.yaml"
     one, two = tmp_path / "one", tmp_path / "two"
     train(load_recipe(recipe, [*settings, f"train.output={one}"]), quiet=True)
@@ -157,3 +169,48 @@ def test_two_processes_train_and_save_what_one_does(backbone_path, tmp_path, kin
     apart = max(float((single[n] - shared[n]).abs().max()) for n in single)
     assert moved > 1e-3
     assert apart < moved / 10  # Adam turns rounding into steps where a gradient is nearly zero
+    trained, together = ReMatch(one), ReMatch(two)
+    assert together.backbone.matching == trained.backbone.matching == ("reuse" if matching == "reuse" else "packed")
+    pair = (["a dog"], [Image.new("RGB", (96, 96), "red")])
+    assert together.match(*pair) == pytest.approx(trained.match(*pair), abs=0.02)
+    pairs_apart = (trained.fusion.projector.linear_1.weight - together.fusion.projector.linear_1.weight).abs().max()
+    assert pairs_apart < moved / 10
+
+
+# ---- a process group that serves one device only --------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_device_group(monkeypatch):
+    """A group of two that serves the device type ``meta`` alone, as NCCL serves ``cuda`` alone: gloo would reduce a
+    tensor on the CPU without a word. Collectives return at once, and numbers read off the device are 3.
+    """
+    dist.init_process_group("meta:fake", rank=0, world_size=2, store=FakeStore())
+    to_list = torch.Tensor.tolist
+    monkeypatch.setattr(
+        torch.Tensor, "tolist", lambda t: [3, 0][: t.numel()] if t.device.type == "meta" else to_list(t)
+    )
+    monkeypatch.setattr(torch, "autocast", lambda device, **_: nullcontext())  # it knows no such device
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_device_group")
+def test_the_group_refuses_other_devices():
+    with pytest.raises(RuntimeError, match="No backend type associated with device type cpu"):
+        dist.all_reduce(torch.zeros(1))
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_collectives_stay_on_the_device_of_the_model(make_model, one_device_group, cached, reuse, frozen):
+    model = make_model().to("meta")
+    model.backbone.model.set_attn_implementation("eager")  # sdpa looks at the mask's values
+    if frozen:
+        model.backbone.freeze_vision()
+    rows = [{c: f"{c} number {i}" for c in ("query", "positive", "negative")} for i in range(4)]
+    loss = ReMatchLoss(model, gradient_cache=cached, learn_temperature=True, mask_duplicates=True, symmetric=True)
+    batch = Collator(model, tokens=SMALL, reuse=reuse)(rows)["batch"]
+    torch.stack(list(loss.to("meta")([batch]).values())).sum().backward()
+    assert loss.log_temperature.grad.device.type == "meta"

@@ -284,10 +284,24 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         """Whether anything that pictures pass on their way to the language model is being trained."""
         return any(p.requires_grad for p in self._vision_parameters())
 
+    def limit_pixels(self, smallest: int | None, largest: int | None) -> None:
+        """Scale pictures to sizes between these, in pixels; saved with the processor. ``None`` leaves a limit as it is.
+
+        Raises:
+            ModelError: If the processor scales pictures to a fixed size, or the limits exclude each other.
+        """
+        limit_pixels(self.processor, smallest, largest)
+
     @property
     def width(self) -> int:
         """D."""
         return int(self.model.get_input_embeddings().weight.shape[1])
+
+    def feature_bytes(self, visual_tokens: int) -> int:
+        """Size of what the vision tower makes of so many visual tokens, with the levels that the model reads besides."""
+        vision = getattr(self.model.config, "vision_config", None)
+        levels = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or [])
+        return visual_tokens * levels * self.width * self.model.dtype.itemsize
 
     # ---- matching -----------------------------------------------------------------------------------------------
 
@@ -368,6 +382,26 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
             yield
         finally:
             handle.remove()
+
+
+def limit_pixels(processor: Any, smallest: int | None, largest: int | None) -> None:
+    """As :meth:`Backbone.limit_pixels`, for the processor of any model."""
+    if smallest is None and largest is None:
+        return
+    images = getattr(processor, "image_processor", None)
+    size = {name: edge for name, edge in dict(getattr(images, "size", None) or {}).items() if edge is not None}
+    if size.keys() != {"shortest_edge", "longest_edge"}:  # these two are numbers of pixels
+        raise ModelError(
+            f"{type(images).__name__} scales pictures to a fixed size ({size}), so limits of their pixels do not "
+            "apply. Leave min_pixels and max_pixels out."
+        )
+    size = {"shortest_edge": smallest or size["shortest_edge"], "longest_edge": largest or size["longest_edge"]}
+    if size["shortest_edge"] > size["longest_edge"]:
+        raise ModelError(
+            f"min_pixels={size['shortest_edge']} is more than max_pixels={size['longest_edge']}. Set both, or others."
+        )
+    assert images is not None
+    images.size = type(images.size)(**size)
 
 
 @contextmanager

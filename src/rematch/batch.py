@@ -1,7 +1,12 @@
 """One training step, laid out: what the collator hands to the loss."""
 
-from dataclasses import dataclass, field
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from rematch.pictures import Pictures
@@ -44,6 +49,7 @@ class Batch:
         budget: Tokens of a forward pass; visual ones, when the vision tower runs alone.
         temperatures: τ of each sample's source, (B,); ``None`` for the loss's.
         ids: What the samples are called, for errors.
+        skipped: Samples that were left out, each with the reason; others stand in their places.
     """
 
     inputs: Tensor
@@ -54,9 +60,39 @@ class Batch:
     budget: int
     temperatures: Tensor | None = None
     ids: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def __reduce__(self) -> tuple[Callable[[bytes], "Batch"], tuple[bytes]]:
+        """From a data worker a batch comes through the pipe as one string of bytes.
+
+        torch would hand over each of its hundreds of tensors as a file descriptor of shared memory, more than many
+        machines allow a process, and more memory than many containers have in /dev/shm.
+        """
+        stream = io.BytesIO()
+        _Pickler(stream, protocol=5).dump({item.name: getattr(self, item.name) for item in fields(self)})
+        return _unpickle, (stream.getvalue(),)
 
     @property
     def tokens(self) -> int:
         """Tokens of all its forward passes, padding included."""
         steps = [part for step in [*self.embedding, *self.matching] for part in (step, *step.parts)]
         return sum(step.tensors["input_ids"].numel() for step in steps)
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles tensors as the arrays that they hold."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if value.dtype == torch.bfloat16:  # NumPy has no such type
+                return _bfloat16, (value.view(torch.int16).numpy(),)
+            return torch.from_numpy, (value.numpy(),)
+        return NotImplemented
+
+
+def _bfloat16(bits: Any) -> Tensor:
+    return torch.from_numpy(bits).view(torch.bfloat16)
+
+
+def _unpickle(content: bytes) -> Batch:
+    return Batch(**pickle.loads(content))

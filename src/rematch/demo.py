@@ -36,9 +36,9 @@ def recipes(steps: int, directory: Path) -> dict[str, Recipe]:
 
     def run(name: str, loss: Loss) -> Recipe:
         settings = Train(
-            output=str(directory / name), steps=steps, batch_size=BATCH, learning_rate=5e-4, bf16=True, log_every=2
+            output=str(directory / name), steps=steps, batch_size=BATCH, learning_rate=5e-4, log_every=2
         )
-        model = Model(num_tokens=16 if name == "rematch" else 0, attention="eager")
+        model = Model(num_tokens=16 if name == "rematch" else 0)
         return Recipe(model=model, loss=loss, train=settings)
 
     return {"contrastive": run("contrastive", Loss(w_orth=0, w_qdm=0)), "rematch": run("rematch", Loss())}

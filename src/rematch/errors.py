@@ -9,6 +9,10 @@ class ImageError(RematchError):
     """A picture is missing, truncated, or too large to open."""
 
 
+class TooLongError(RematchError):
+    """An input has more tokens than the model takes."""
+
+
 class DataError(RematchError):
     """A data file or one of its rows cannot be used."""
 

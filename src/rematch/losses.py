@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from rematch.batch import Batch, Step
 from rematch.matching import VIEWS
 from rematch.model import ReMatch
-from rematch.parallel import aligned, first_row, gather, mean_over_processes, piling_up, touch
+from rematch.parallel import aligned, first_row, gather, largest, mean_over_processes, piling_up, touch
 from rematch.pictures import Pictures, Seen
 from rematch.tokens import fuse
 
@@ -124,10 +124,13 @@ class ReMatchLoss(nn.Module):
         views: The view pairs that are asked, as in the collator; each for d+ and d-.
         gradient_cache: Bound the memory by the mini-batch instead of the batch, for one more forward pass.
         learn_temperature: Train τ, from ``temperature`` on.
-        mask_duplicates: A document identical to a query's positive is no negative of it.
+        mask_duplicates: A document identical to a query's positive is no negative of it; nor, with ``symmetric``, is an
+            identical query, or one with the same positive, a negative of a positive.
         symmetric: Add InfoNCE from each positive to all queries, and halve the sum.
         hardness: β of :func:`info_nce`.
         matryoshka: Widths at which InfoNCE is taken besides the whole one, all averaged.
+        features_gb: GiB of a frozen vision tower's features that are kept during a step; if they take more, the tower
+            runs again in every forward pass.
         largest: Scores in memory at once, as for :func:`info_nce`.
     """
 
@@ -145,6 +148,7 @@ class ReMatchLoss(nn.Module):
         symmetric: bool = False,
         hardness: float = 0.0,
         matryoshka: Sequence[int] = (),
+        features_gb: float = 4.0,
         largest: int = 1 << 24,
     ) -> None:
         super().__init__()
@@ -161,16 +165,18 @@ class ReMatchLoss(nn.Module):
         self.symmetric = symmetric
         self.hardness = hardness
         self.matryoshka = tuple(matryoshka)
+        self.features_gb = features_gb
         self.largest = largest
         self._right: list[Tensor] = []
         self._cosines: list[Tensor] = []
 
     def forward(self, features: Sequence[Any], labels: Tensor | None = None) -> dict[str, Tensor]:
         batch = features[0]
+        embedding_steps, matching_steps = self.schedule(batch)
         seen = self.see(batch)
         if self.gradient_cache and torch.is_grad_enabled():
-            return self._forward_cached(batch, seen)
-        embedded = [(self.embed(step, batch, seen), weight) for step, weight in aligned(batch.embedding)]
+            return self._forward_cached(batch, seen, embedding_steps, matching_steps)
+        embedded = [(self.embed(step, batch, seen), weight) for step, weight in embedding_steps]
         idle = sum((one.sum() * 0.0 for (one, _), weight in embedded if not weight), start=touch(self.model))
         multi = torch.cat([one for (one, _), weight in embedded if weight])
         parts = self.contrast(multi, batch)
@@ -178,7 +184,7 @@ class ReMatchLoss(nn.Module):
         shares = [share * weight for (_, share), weight in embedded if share is not None]
         if self.w_qdm:
             vectors = fuse(multi)
-            shares += [self.match(step, batch, seen, vectors) * weight for step, weight in aligned(batch.matching)]
+            shares += [self.match(step, batch, seen, vectors) * weight for step, weight in matching_steps]
         if shares:
             parts["matching"] = torch.stack(shares).sum()
         return parts
@@ -195,10 +201,12 @@ class ReMatchLoss(nn.Module):
         vectors, keys = fuse(multi), batch.keys.to(multi.device)
         queries = vectors[inputs[:, 0]]  # E*, (B, D)
         documents = torch.cat([gather(vectors[column]) for column in inputs.T[1:]])  # of all processes, (M, D)
-        masked = None
+        masked = masked_back = None
         if self.mask_duplicates:
             others = torch.cat([gather(keys[column]) for column in inputs.T[1:]])
             masked = keys[inputs[:, 1]][:, None] == others[None]
+            masked_back = keys[inputs[:, 1]][:, None] == gather(keys[inputs[:, 1]])[None]  # queries of that positive
+            masked_back |= keys[inputs[:, 0]][:, None] == gather(keys[inputs[:, 0]])[None]  # the same query again
         first = first_row(len(queries))
         options: dict[str, Any] = {"first": first, "hardness": self.hardness, "largest": self.largest}
         tau: float | Tensor = self.temperature
@@ -210,7 +218,8 @@ class ReMatchLoss(nn.Module):
         for width in (*self.matryoshka, vectors.shape[1]):
             loss = info_nce(queries[:, :width], documents[:, :width], tau, masked=masked, **options)
             if self.symmetric:
-                back = info_nce(vectors[inputs[:, 1], :width], gather(queries[:, :width]), tau, **options)
+                positives = vectors[inputs[:, 1], :width]
+                back = info_nce(positives, gather(queries[:, :width]), tau, masked=masked_back, **options)
                 loss = (loss + back) / 2
             losses.append(loss)
         parts = {"contrastive": torch.stack(losses).mean()}
@@ -262,18 +271,33 @@ class ReMatchLoss(nn.Module):
         share: Tensor = total * (self.w_qdm / (len(batch.inputs) * wanted.shape[1]))
         return share
 
+    def schedule(self, batch: Batch) -> tuple[list[tuple[Step, float]], list[tuple[Step, float]]]:
+        """The embedding and the matching steps with their weights, as many in every process."""
+        matching = batch.matching if self.w_qdm else []
+        counts = largest([len(batch.embedding), len(matching)], self.backbone.model.device)
+        return aligned(batch.embedding, counts[0]), aligned(matching, counts[1])
+
     def see(self, batch: Batch) -> list[Seen] | None:
-        """What a frozen vision tower makes of the batch's distinct pictures, run once; ``None`` if it trains."""
-        if self.backbone.trains_vision:
+        """What a frozen vision tower makes of the batch's distinct pictures, run once.
+
+        ``None`` if the tower trains, or if its features take more than ``features_gb`` in some process: every step
+        then runs the tower on its own pictures.
+        """
+        backbone = self.backbone
+        if backbone.trains_vision:
             return None
-        pictures = batch.pictures or (self.blank if isinstance(self.model, FSDPModule) else None)
-        if pictures is None:
-            return []
+        pictures = batch.pictures
+        chunks = pictures.chunks(batch.budget) if pictures else []
+        size = backbone.feature_bytes(sum(pictures.tokens)) if pictures else 0
+        count, too_large = largest([len(chunks), int(size > self.features_gb * 2**30)], backbone.model.device)
+        if too_large:
+            return None
         seen: list[Seen] = []
+        idle = self.blank if count > len(chunks) else None  # all processes run the tower as often
         with torch.no_grad():
-            for some, weight in aligned(pictures.chunks(batch.budget)):
-                found = self.model({"pictures": pictures.take(some)})["seen"]
-                seen += found if weight else []
+            for shown, weight in aligned([pictures.take(chunk) for chunk in chunks] if pictures else [], count, idle):
+                features = self.model({"pictures": shown})["seen"]
+                seen += features if weight else []
         return seen
 
     @property
@@ -301,19 +325,25 @@ class ReMatchLoss(nn.Module):
 
     @cached_property
     def blank(self) -> Pictures:
-        """A picture for a process that has none, where the others look at theirs: sharded towers are run together."""
+        """A blank picture for a process without pictures: a sharded tower runs in all processes together."""
         reading = self.backbone.reader.read(Image.new("RGB", (64, 64), "white"))
         return Pictures.collect([reading.vision], [reading.visual_tokens])
 
     # ---- gradient cache -----------------------------------------------------------------------------------------
 
-    def _forward_cached(self, batch: Batch, seen: list[Seen] | None) -> dict[str, Tensor]:
+    def _forward_cached(
+        self,
+        batch: Batch,
+        seen: list[Seen] | None,
+        embedding_steps: list[tuple[Step, float]],
+        matching_steps: list[tuple[Step, float]],
+    ) -> dict[str, Tensor]:
         device = torch.empty(0, device=self.backbone.model.device)
         embedding: list[Replay] = []
         matching: list[Replay] = []
         with torch.no_grad():
             embedded = []
-            for step, weight in aligned(batch.embedding):
+            for step, weight in embedding_steps:
                 embedding.append((step, weight, RandContext(device)))
                 out = self.embed(step, batch, seen)
                 embedded += [out] if weight else []
@@ -324,7 +354,7 @@ class ReMatchLoss(nn.Module):
         shares = [share for _, share in embedded if share is not None]
         with torch.no_grad():
             fused = fuse(multi)
-            for step, weight in aligned(batch.matching) if self.w_qdm else ():
+            for step, weight in matching_steps:
                 matching.append((step, weight, RandContext(device)))
                 shares.append(self.match(step, batch, seen, fused) * weight)
         if shares:

@@ -31,17 +31,34 @@ def first_row(rows: int) -> int:
     return int(get_rank()) * rows
 
 
-def aligned(steps: Sequence[T]) -> list[tuple[T, float]]:
-    """Steps and their weights, as many in every process: sharded weights are gathered by all processes together.
+def largest(counts: Sequence[int], device: torch.device) -> list[int]:
+    """The largest of each count over all processes.
 
-    The last step is repeated at weight 0 where another process has more.
+    Args:
+        counts: As many in every process.
+        device: Of the model; a process group serves its device only (NCCL has no CPU tensors).
     """
-    known = [(step, 1.0) for step in steps]
     if get_world_size() == 1:
-        return known
-    most = torch.tensor(len(steps))
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return known + [(step, 0.0) for step in steps[-1:]] * (int(most) - len(steps))
+        return list(counts)
+    values = torch.tensor(counts, device=device)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    maxima: list[int] = values.tolist()
+    return maxima
+
+
+def aligned(steps: Sequence[T], count: int, idle: T | None = None) -> list[tuple[T, float]]:
+    """Steps and their weights, ``count`` in every process: sharded weights are gathered by all processes together.
+
+    Args:
+        steps: Of this process.
+        count: The largest number of steps of any process (:func:`largest`).
+        idle: What fills up at weight 0; by default the last step again.
+
+    >>> aligned(["a", "b"], 3)
+    [('a', 1.0), ('b', 1.0), ('b', 0.0)]
+    """
+    filler = list(steps[-1:]) if idle is None else [idle]
+    return [(step, 1.0) for step in steps] + [(step, 0.0) for step in filler] * (count - len(steps))
 
 
 def touch(model: nn.Module) -> Tensor | float:

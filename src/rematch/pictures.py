@@ -5,7 +5,7 @@ back into the backbone as ``mm_encoder_outputs``, in place of ``pixel_values``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,11 +21,14 @@ class Pictures:
         values: ``pixel_values`` and the like of all sets, concatenated along the first dimension.
         sizes: How many rows of each value belong to each set.
         tokens: Visual tokens of each set.
+        levels: For values stored as 8-bit levels (:meth:`compact`), the number that each level of each channel stands
+            for, (channels, 256).
     """
 
     values: dict[str, Tensor]
     sizes: dict[str, list[int]]
     tokens: list[int]
+    levels: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def collect(cls, visions: Sequence[dict[str, Tensor]], tokens: Sequence[int]) -> "Pictures":
@@ -45,6 +48,7 @@ class Pictures:
             {name: torch.cat([part[i] for i in which]) for name, part in parts.items()},
             {name: [sizes[i] for i in which] for name, sizes in self.sizes.items()},
             [self.tokens[i] for i in which],
+            self.levels,
         )
 
     def chunks(self, tokens: int) -> list[range]:
@@ -61,10 +65,72 @@ class Pictures:
             filled += own
         return [*found, range(start, len(self.tokens))]
 
+    def compact(self, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> "Pictures":
+        """The same pictures in less memory.
+
+        Processors map the 256 levels of each colour channel to normalised numbers. Where all numbers of a value are
+        such, the levels are stored, one byte each, with a table of the very numbers. Other values are stored in
+        ``dtype`` if that is smaller.
+
+        Args:
+            mean: Of each channel, as the processor normalises.
+            std: Likewise.
+            dtype: In which the vision tower reads them.
+        """
+        values, levels = {}, {}
+        for name, value in self.values.items():
+            values[name] = value
+            if not value.is_floating_point():
+                continue
+            encoded = _as_levels(value, mean, std) if name == "pixel_values" else None
+            if encoded is not None:
+                values[name], levels[name] = encoded
+            elif dtype.itemsize < value.dtype.itemsize:
+                values[name] = value.to(dtype)
+        return Pictures(values, self.sizes, self.tokens, levels)
+
     def to(self, device: Any, dtype: torch.dtype) -> "Pictures":
-        """On a device, numbers that are no whole ones as ``dtype``."""
-        moved = {n: v.to(device, dtype if v.is_floating_point() else v.dtype) for n, v in self.values.items()}
+        """On a device, floating-point values and levels as ``dtype``."""
+        moved = {}
+        for name, value in self.values.items():
+            if name in self.levels:
+                moved[name] = _from_levels(value.to(device), self.levels[name].to(device, dtype))
+            else:
+                moved[name] = value.to(device, dtype if value.is_floating_point() else value.dtype)
         return Pictures(moved, self.sizes, self.tokens)
+
+
+def _by_channel(value: Tensor, channels: int) -> Tensor | None:
+    """A view with the channels second: (N, C, …) patches that were flattened, or pictures (…, C, H, W)."""
+    if value.ndim == 2 and value.shape[1] % channels == 0:
+        return value.view(len(value), channels, -1)
+    if value.ndim > 3 and value.shape[-3] == channels:
+        return value.reshape(-1, channels, value.shape[-2] * value.shape[-1])
+    return None
+
+
+def _as_levels(value: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor] | None:
+    """(levels, table) from which :func:`_from_levels` restores ``value`` to the bit; ``None`` if there is no such."""
+    parts = _by_channel(value, len(mean))
+    if parts is None or len(std) != len(mean):
+        return None
+    shift, scale = (torch.tensor(numbers, dtype=value.dtype)[:, None] for numbers in (mean, std))
+    numbers = (parts * scale + shift) * 255
+    if numbers.min() < -0.5 or numbers.max() > 255.5:
+        return None
+    codes = numbers.round().clamp(0, 255).to(torch.uint8)
+    table = torch.zeros(len(mean), 256, dtype=value.dtype)
+    for channel, row in enumerate(table):
+        row[codes[:, channel].long()] = parts[:, channel]
+    codes = codes.view(value.shape)
+    return (codes, table) if torch.equal(_from_levels(codes, table), value) else None
+
+
+def _from_levels(codes: Tensor, table: Tensor) -> Tensor:
+    parts = _by_channel(codes, len(table))
+    assert parts is not None
+    restored = torch.stack([row[parts[:, channel].long()] for channel, row in enumerate(table)], 1)
+    return restored.view(codes.shape)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from rematch.data.inputs import as_parts
-from rematch.errors import ModelError, RematchError
+from rematch.errors import ModelError, RematchError, TooLongError
 from rematch.matching import Packed, Segment, lay_out, lay_out_behind, lay_out_prefix, lay_out_reuse, pack
 from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_QUESTION, MATCH_TASK, document_token, query_token
 
@@ -294,9 +294,9 @@ class Reader:
         return positions[:, 0]
 
 
-def too_long(row: int, limit: int) -> RematchError:
+def too_long(row: int, limit: int) -> TooLongError:
     """The error for an input that does not fit into the model."""
-    return RematchError(
+    return TooLongError(
         f"input {row}: longer than the {limit} tokens that the model takes, pictures included. Shorten the text, use "
         "fewer or smaller pictures, or raise max_seq_length."
     )

@@ -11,15 +11,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from rematch.batch import Batch, Step
+from rematch.errors import DataError, RematchError
 from rematch.matching import VIEWS, Packed, token_numbers
 from rematch.model import ReMatch
 from rematch.pictures import Pictures
-from rematch.reading import Reading
+from rematch.reading import Reading, too_long
 
 TASKS = {"query": "query", "positive": "document", "negative": "document"}
 FULL = 0.9  # of a mini-batch's tokens at least are no padding
@@ -46,49 +48,115 @@ class Collator:
         views: View pairs to ask about; none leaves matching out.
         tokens: Token budget of a mini-batch, padding included; one longer input is a mini-batch of its own.
         reuse: Answer the questions from the keys and values of the embedding pass (docs/reuse.md).
+        skip: Errors of a sample that are no reason to stop: the row's ``substitute(attempt)`` takes its place.
     """
 
-    def __init__(self, model: ReMatch, views: Sequence[str] = VIEWS, tokens: int = 16_384, reuse: bool = False) -> None:
+    def __init__(
+        self,
+        model: ReMatch,
+        views: Sequence[str] = VIEWS,
+        tokens: int = 16_384,
+        reuse: bool = False,
+        skip: tuple[type[RematchError], ...] = (),
+    ) -> None:
         self.model = model
         self.reader = model.backbone.reader
         self.views = [view.split("-") for view in views]
         self.questions = [(query, slot, document) for query, document in self.views for slot in (0, 1)]
         self.tokens = tokens
         self.reuse = reuse and bool(views)
+        self.skip = skip
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Batch]:
         columns = [name for name in TASKS if name in rows[0]]
-        ids = [str(row.get("id", number)) for number, row in enumerate(rows)]
-        own = None
-        if "temperature" in rows[0]:
-            own = torch.tensor([row["temperature"] for row in rows], dtype=torch.float64)
         readings: dict[int, Reading] = {}
         distinct: dict[int, Input] = {}
-        samples = []
+        samples, kept, skipped = [], [], []
         for number, row in enumerate(rows):
-            keys = []
-            for column in columns:
-                content, task = identity(row[column]), TASKS[column]
-                if content not in readings:
-                    readings[content] = self.reader.read(row[column], number)
-                keys.append(_number(content, task))
-                distinct[keys[-1]] = Input(readings[content], task)
-            samples.append(keys)
+            row, inputs = self.read_sample(row, number, columns, readings, skipped)
+            samples.append([key for key, _ in inputs])
+            distinct.update(inputs)
+            kept.append(row)
+        ids = [str(row.get("id", number)) for number, row in enumerate(kept)]
+        temperatures = None
+        if "temperature" in rows[0]:
+            temperatures = torch.tensor([row["temperature"] for row in kept], dtype=torch.float64)
         shown = [reading for reading in readings.values() if reading.vision]
         sets = {id(reading): i for i, reading in enumerate(shown)}
         for one in distinct.values():
             one.sets = [sets[id(one.reading)]] if one.reading.vision else []
             one.length = len(one.reading.ids) + self.model.fusion.num_tokens
-        pictures = Pictures.collect([r.vision for r in shown], [r.visual_tokens for r in shown]) if shown else None
+        pictures = None
+        if shown:
+            pictures = Pictures.collect([r.vision for r in shown], [r.visual_tokens for r in shown])
+            pictures = self.compact(pictures)
         triplets = [self.triplet(samples, i) for i in range(len(samples))] if self.views else []
         if self.reuse:
             keys, steps, inputs = self.reuse_steps(samples, triplets, distinct)
-            return {"batch": Batch(inputs, torch.tensor(keys), steps, [], pictures, self.tokens, own, ids)}
+            batch = Batch(inputs, torch.tensor(keys), steps, [], pictures, self.tokens, temperatures, ids, skipped)
+            return {"batch": batch}
         keys = sorted(distinct, key=lambda key: distinct[key].length)
         inputs = _places(keys, samples)
         steps = self.embedding_steps([distinct[key] for key in keys])
         matching = self.matching_steps(keys, triplets, distinct) if triplets else []
-        return {"batch": Batch(inputs, torch.tensor(keys), steps, matching, pictures, self.tokens, own, ids)}
+        batch = Batch(inputs, torch.tensor(keys), steps, matching, pictures, self.tokens, temperatures, ids, skipped)
+        return {"batch": batch}
+
+    def read_sample(
+        self,
+        row: dict[str, Any],
+        number: int,
+        columns: list[str],
+        readings: dict[int, Reading],
+        skipped: list[str],
+    ) -> tuple[dict[str, Any], list[tuple[int, "Input"]]]:
+        """Read a sample's inputs, or those of a substitute if they are of a kind to skip.
+
+        Args:
+            row: The sample.
+            number: Of the sample in the batch, for errors.
+            columns: Its inputs.
+            readings: What the batch has read so far, by content; what is read here is added.
+            skipped: Samples that were left out, each with the reason; those left out here are added.
+
+        Returns:
+            The sample that is used, and for each column the key of its input and the input.
+        """
+        original, attempt = row, 0
+        while True:
+            try:
+                return row, self._inputs(row, number, columns, readings)
+            except self.skip as error:
+                skipped.append(f"{row.get('id', number)}: {error}")
+                following = original["substitute"](attempt) if "substitute" in original else None
+                attempt += 1
+                if following is None:
+                    raise DataError(
+                        f"{original.get('id', number)}: no sample of its source is fit for training; the last reason: "
+                        f"{error} Mend the data, or raise the limit that it breaks."
+                    ) from None
+                row = following
+
+    def _inputs(
+        self, row: dict[str, Any], number: int, columns: list[str], readings: dict[int, Reading]
+    ) -> list[tuple[int, "Input"]]:
+        inputs = []
+        for column in columns:
+            content, task = identity(row[column]), TASKS[column]
+            if content not in readings:
+                reading = self.reader.read(row[column], number)
+                limit = self.reader.tokenizer.model_max_length
+                if len(reading.ids) + self.model.fusion.num_tokens > limit:
+                    raise too_long(number, limit)
+                readings[content] = reading
+            inputs.append((_number(content, task), Input(readings[content], task)))
+        return inputs
+
+    def compact(self, pictures: Pictures) -> Pictures:
+        """Pictures in as little memory as the processor's numbers allow without loss."""
+        processor = self.reader.processor.image_processor
+        mean, std = (np.atleast_1d(getattr(processor, name, None) or 0.5) for name in ("image_mean", "image_std"))
+        return pictures.compact(mean.tolist(), std.tolist(), self.model.backbone.model.dtype)
 
     def triplet(self, samples: list[list[int]], i: int) -> tuple[int, list[int], list[bool]]:
         """A sample's query, its documents in their slots, and whether each is relevant."""

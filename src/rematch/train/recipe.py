@@ -34,10 +34,16 @@ class Model(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] | None = Field(
         None, description="of the weights: by default the checkpoint's under an adapter, float32 without"
     )
-    attention: str | None = Field(None, description="sdpa, eager, flex_attention; by default the backbone's choice")
+    attention: str | None = Field(
+        "auto",
+        description="sdpa, eager, flex_attention; null: the backbone's choice; auto: that too, but eager where a CPU "
+        "trains in bfloat16",
+    )
     four_bit: bool = Field(False, description="QLoRA: the frozen weights in 4 bits (needs bitsandbytes and a GPU)")
     compile: bool = Field(False, description="torch.compile for the language model's layers")
     liger: bool = Field(False, description="Liger's fused kernels (needs liger-kernel and a GPU)")
+    min_pixels: int | None = Field(None, gt=0, description="smaller pictures are enlarged; null: the backbone's limit")
+    max_pixels: int | None = Field(None, gt=0, description="larger pictures are scaled down; null: the backbone's limit")
     train_vision: bool = Field(False, description="full fine-tuning: train the vision tower too")
 
 
@@ -59,6 +65,10 @@ class Data(_Section):
     homogeneous: bool = Field(False, description="every batch from one source (each config of a directory is one)")
     hard_negatives: bool = Field(True, description="use the explicit hard negatives")
     validation: int = Field(0, ge=0, description="samples of each source kept out and scored at every checkpoint")
+    unreadable: Literal["error", "skip"] = Field(
+        "error", description="a picture that cannot be read stops the run, or another sample takes the sample's place"
+    )
+    too_long: Literal["error", "skip"] = Field("error", description="likewise an input longer than the model takes")
     document_instructions: bool = Field(True, description="put the target-side instruction before documents")
 
 
@@ -90,12 +100,17 @@ class Train(_Section):
     learning_rate: float = Field(1e-4, gt=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
     weight_decay: float = Field(0.0, ge=0)
-    bf16: bool = Field(False, description="bfloat16 autocast")
+    bf16: bool | Literal["auto"] = Field(
+        "auto", description="bfloat16 autocast; auto: where the CPU or GPU computes it natively"
+    )
     seed: int = 0
     log_every: int = Field(20, gt=0)
     gradient_checkpointing: bool = Field(False, description="keep no activations inside layers, compute them again")
     save_every: int = Field(
         0, ge=0, description="steps between checkpoints; a run that was cut off goes on from the last"
+    )
+    features_gb: float = Field(
+        4.0, ge=0, description="memory for a frozen tower's features; beyond it they are computed in every pass"
     )
     report_to: list[str] = Field([], description="trackers; by default TensorBoard if it is installed")
     workers: int = Field(1, ge=0, description="processes that read and tokenize ahead")
@@ -126,6 +141,8 @@ class Recipe(_Section):
         own = isinstance(self.data.source, list) and any(source.temperature for source in self.data.source)
         if own and self.loss.learn_temperature:
             raise ValueError("a source has a temperature of its own; with loss.learn_temperature there is only one")
+        if (self.model.min_pixels or 0) > (self.model.max_pixels or float("inf")):
+            raise ValueError(f"model.min_pixels={self.model.min_pixels} is more than model.max_pixels")
         if self.model.four_bit and self.model.lora is None:
             raise ValueError("model.four_bit leaves nothing to train without model.lora")
         return self

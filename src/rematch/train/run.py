@@ -15,11 +15,12 @@ from peft import LoraConfig
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import BitsAndBytesConfig, PrinterCallback, TrainerCallback
 
-from rematch.errors import RecipeError, RematchError, TrainingError
+from rematch.errors import ImageError, RecipeError, RematchError, TooLongError, TrainingError
 from rematch.files import write_text
 from rematch.losses import ReMatchLoss
 from rematch.model import ReMatch
 from rematch.train.collator import Collator
+from rematch.train.precision import choose
 from rematch.train.recipe import Recipe, View
 from rematch.train.sources import build_dataset, build_validation
 from rematch.train.trainer import StopOnSignal, Trainer, newest_checkpoint
@@ -35,8 +36,9 @@ def build_model(recipe: Recipe) -> ReMatch:
     vision = settings.lora.vision if settings.lora else False
     dtype = settings.dtype or ("auto" if lora else "float32")  # bfloat16 would lose small updates of whole weights
     options: dict[str, Any] = {"dtype": dtype}
-    if settings.attention:
-        options["attn_implementation"] = settings.attention
+    _, attention = _precision(recipe)
+    if attention:
+        options["attn_implementation"] = attention
     for setting, package in (("four_bit", "bitsandbytes"), ("liger", "liger-kernel")):
         installed = find_spec(package.replace("-", "_")) is not None
         if getattr(settings, setting) and not (torch.cuda.is_available() and installed):
@@ -49,6 +51,8 @@ def build_model(recipe: Recipe) -> ReMatch:
         settings.backbone, settings.num_tokens, lora=lora, lora_vision=vision, model_kwargs=options
     )
     model.backbone.document_instructions = recipe.data.document_instructions
+    model.backbone.matching = "reuse" if recipe.loss.matching == "reuse" else "packed"
+    model.backbone.limit_pixels(settings.min_pixels, settings.max_pixels)
     if lora is None and not settings.train_vision:
         model.backbone.freeze_vision()
     if settings.liger:
@@ -63,17 +67,30 @@ def build_model(recipe: Recipe) -> ReMatch:
     return model
 
 
+def device_type() -> str:
+    """Type of the device that a run uses."""
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
+
+
+def _precision(recipe: Recipe) -> tuple[bool, str | None]:
+    return choose(recipe.train.bf16, recipe.model.attention, device_type())
+
+
 def build_loss(recipe: Recipe, model: ReMatch) -> ReMatchLoss:
     """The loss of a recipe."""
     options = recipe.loss.model_dump(exclude={"matching", "views"})
-    return ReMatchLoss(model, views=_views(recipe), **options)
+    return ReMatchLoss(model, views=_views(recipe), features_gb=recipe.train.features_gb, **options)
 
 
 def build_collator(recipe: Recipe, model: ReMatch) -> Collator:
-    """What makes batches for :func:`build_loss`; it marks the model as one that answers the recipe's way."""
+    """What makes batches for :func:`build_loss`."""
+    skip: list[type[RematchError]] = []
+    if recipe.data.unreadable == "skip":
+        skip.append(ImageError)
+    if recipe.data.too_long == "skip":
+        skip.append(TooLongError)
     reuse = recipe.loss.matching == "reuse"
-    model.backbone.matching = "reuse" if reuse else "packed"
-    return Collator(model, _views(recipe), recipe.train.mini_batch_tokens, reuse)
+    return Collator(model, _views(recipe), recipe.train.mini_batch_tokens, reuse, tuple(skip))
 
 
 def _views(recipe: Recipe) -> list[View]:
@@ -111,7 +128,14 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
     checkpoint = _resumable(recipe, partial)
     dataset = build_dataset(recipe)
     validation = build_validation(recipe)
+    use_bf16, _ = _precision(recipe)
     model = build_model(recipe)
+    arithmetic = {
+        "precision": "bfloat16 autocast" if use_bf16 else "float32",
+        "attention": model.backbone.model.config.get_text_config()._attn_implementation,
+    }
+    if first and not quiet:
+        sys.stderr.write("training on {}: {precision}, {attention} attention\n".format(device_type(), **arithmetic))
     loss = build_loss(recipe, model)
     collator = build_collator(recipe, model)
     if first:
@@ -130,7 +154,7 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
         lr_scheduler_type="cosine",
         warmup_steps=round(settings.warmup * settings.steps),
         weight_decay=settings.weight_decay,
-        bf16=settings.bf16,
+        bf16=use_bf16,
         use_cpu=not torch.accelerator.is_available(),
         seed=settings.seed,
         logging_steps=settings.log_every,
@@ -185,7 +209,7 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
     model.eval()
     if first:
         model.save_pretrained(str(partial))
-        write_text(partial / "log.json", json.dumps(trainer.state.log_history, indent=1) + "\n")
+        write_text(partial / "log.json", json.dumps([{"step": 0} | arithmetic, *trainer.state.log_history], indent=1) + "\n")
         _write_card(partial, model, recipe, trainer.state.log_history)
         for old in partial.glob("checkpoint-*"):
             shutil.rmtree(old)

@@ -117,7 +117,27 @@ class _Rows:
         instruct = {c: self.document_instructions or c == "query" for c in self.columns}
         columns: dict[str, list[Any]] = {c: [getattr(t, c).as_input(instruct[c]) for t in found] for c in self.columns}
         named = {"id": [f"{self.sources[s].name}:{i}" for s, i in places]}
-        return columns | named | {"temperature": [self.sources[s].temperature for s, _ in places]}
+        temperatures = [self.sources[s].temperature for s, _ in places]
+        substitutes = [partial(self.substitute, s, i) for s, i in places]
+        return columns | named | {"temperature": temperatures, "substitute": substitutes}
+
+    def substitute(self, source: int, index: int, attempt: int) -> dict[str, Any] | None:
+        """Another sample of the same source, in place of one that is left out; the same in every run.
+
+        Args:
+            source: Of the sample that is left out.
+            index: Likewise.
+            attempt: How many substitutes were unfit before.
+
+        Returns:
+            A row; ``None`` if there are no more samples.
+        """
+        size = self.sources[source].size
+        if attempt >= size - 1:
+            return None
+        step = int(np.random.default_rng((self.seed, source, index)).permutation(size - 1)[attempt]) + 1
+        row = self({"source": [source], "index": [(index + step) % size]})
+        return {name: values[0] for name, values in row.items()}
 
     def _whole(self, source: int, index: int) -> Triplet:
         """A sample; if others have a hard negative and it has none, another sample's document of its source is it."""

@@ -21,6 +21,7 @@ from rematch.files import write_json
 
 logger = logging.get_logger("rematch")
 COMPLETE = "complete.json"
+SKIPPED_SHOWN = 20
 STUCK_AFTER = 400  # steps
 PEAK_TFLOPS = {  # dense bfloat16, from the makers' data sheets
     "H200": 989,
@@ -36,14 +37,14 @@ PEAK_TFLOPS = {  # dense bfloat16, from the makers' data sheets
 class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-transformers ships no types
     """Feeds :class:`~rematch.batch.Batch` to the loss.
 
-    Logged besides each loss and the gradient's norm: Yes/No accuracy per view pair with d+ and d-, the mean |cosine|
+    Logged besides each loss and the gradient's norm: samples skipped so far, Yes/No accuracy per view pair with d+ and d-, the mean |cosine|
     between the token vectors of an input, samples and tokens a second, peak memory, and on known GPUs the share of
     their peak arithmetic (MFU). A loss that is not a number stops the run with the step and the samples.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._tokens = self._samples = 0
+        self._tokens = self._samples = self._skipped = 0
         self._since = time.monotonic()
         self._warned = False
 
@@ -52,6 +53,7 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         batch: Batch = inputs["batch"]
+        self._report_skipped(batch.skipped)
         with self.accelerator.autocast():  # around all forward passes of the step: weights are converted once
             result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
@@ -65,6 +67,18 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
             self._samples += len(batch.inputs)
             self._tokens += batch.tokens
         return result
+
+    def _report_skipped(self, skipped: list[str]) -> None:
+        """Name samples that were left out: all of them in ``skipped.txt``, the first on the terminal too."""
+        if not skipped:
+            return
+        with (Path(self.args.output_dir) / "skipped.txt").open("a") as file:
+            file.writelines(line + "\n" for line in skipped)
+        for line in skipped[: max(0, SKIPPED_SHOWN - self._skipped)]:
+            logger.warning(f"skipped, another sample takes its place: {line}")
+        self._skipped += len(skipped)
+        if self._skipped >= SKIPPED_SHOWN > self._skipped - len(skipped):
+            logger.warning("further skipped samples are named in skipped.txt only")
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -81,6 +95,8 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
         seconds = time.monotonic() - self._since
         world = self.args.world_size
         found: dict[str, float] = self.loss.pop_metrics()
+        if self._skipped:
+            found["skipped"] = self._skipped
         found["samples_per_second"] = round(self._samples * world / seconds, 2)
         found["tokens_per_second"] = round(self._tokens * world / seconds, 1)
         if torch.cuda.is_available():
@@ -114,6 +130,7 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
             drop_last=dataset_kind == "train",
             num_workers=self.args.dataloader_num_workers,
             persistent_workers=self.args.dataloader_num_workers > 0,
+            prefetch_factor=1 if self.args.dataloader_num_workers else None,
         )
 
     def validate_column_names(self, dataset: Any, dataset_name: str | None = None) -> None:
