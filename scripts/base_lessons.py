@@ -188,11 +188,12 @@ class Lessons(Dataset[dict[str, Tensor]]):
     def match(self, items: list[tuple[Item, list[Item], list[bool]]]) -> dict[str, Tensor]:
         prompt = self.segment("<|user|>" + prompts.MATCH_TASK, None)
         slot = self.segment(prompts.MATCH_QUESTION, None, "<|end|><|assistant|>")
+        gap = self.segment(prompts.MATCH_QUERY, None).end + 1
         rows = []
         for query, documents, _ in items:
             q = {"raw": self.segment(prompts.MATCH_QUERY, query)}
             d = [{"raw": self.segment(prompts.MATCH_DOCUMENT, document)} for document in documents]
-            rows.append(lay_out(prompt, q, d, slot, [("raw", i, "raw") for i in range(len(d))]))
+            rows.append(lay_out(prompt, q, d, slot, [("raw", i, "raw") for i in range(len(d))], gap))
         packed = pack(rows, self.tokenizer.pad_token_id)
         return {
             "ids": packed.input_ids,

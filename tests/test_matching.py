@@ -20,8 +20,11 @@ def embed(model, inputs, task):
     return fuse(model(model.preprocess(inputs, task=task))["multi_vector"])
 
 
-def one_question(model, query, document, query_z, document_z, views):
-    """P(answer) logits of one question in a forward of its own, written out plainly: no segments, no packing."""
+def one_question(model, query, document, query_z, document_z, views, shifted=False):
+    """P(answer) logits of one question in a forward of its own, written out plainly: no segments, no packing.
+
+    ``shifted`` puts it where it stands beside the raw query; but for rounding in float32 rotary tables it is the same.
+    """
     backbone = model.backbone
     tokens = lambda text: backbone.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
     raw_query = tokens(MATCH_QUERY) + backbone.reader.read(query).content.ids.tolist()
@@ -32,15 +35,21 @@ def one_question(model, query, document, query_z, document_z, views):
     q = raw_query if query_view == "raw" else tokens(MATCH_QUERY) + placeholder
     d = raw_document if document_view == "raw" else tokens(MATCH_DOCUMENT) + placeholder
     slot = tokens(MATCH_QUESTION + backbone.reader.suffix)
-    ids = torch.tensor([prompt + q + d + slot])
-    gap = len(raw_query) - len(q)  # Z_q sits where the raw query would end
-    position = list(range(len(prompt))) + [len(prompt) + gap + i for i in range(len(q) + len(d) + len(slot))]
-    n, end_q, end_d = len(prompt), len(prompt) + len(q), len(prompt) + len(q) + len(d)
+    # a document sees a prompt right before where Z_q stands or would stand, a raw query one of its own
+    feat_query = tokens(MATCH_QUERY) + placeholder
+    ids = torch.tensor([prompt + prompt + q + d + slot])
+    n = len(prompt)
+    end_q, end_d = 2 * n + len(q), 2 * n + len(q) + len(d)
+    before_document = len(q) - len(feat_query)
+    position = [*range(before_document, before_document + n), *range(n), *range(n, n + len(q) + len(d) + len(slot))]
+    if shifted:
+        position = [place + len(raw_query) - len(q) for place in position]
+    parts = [0] * n + [1] * n + [2] * len(q) + [3] * len(d) + [4] * len(slot)
+    sees = {0: {0}, 1: {1}, 2: {1, 2}, 3: {0, 3}, 4: {1, 2, 3, 4}}
     mask = torch.full((1, 1, ids.shape[1], ids.shape[1]), torch.finfo(torch.float64).min, dtype=torch.float64)
     for row in range(ids.shape[1]):
         for column in range(row + 1):
-            document_to_query = end_q <= row < end_d and n <= column < end_q
-            if not document_to_query:
+            if parts[column] in sees[parts[row]]:
                 mask[0, 0, row, column] = 0.0
     embeds = backbone.model.get_input_embeddings()(ids)[0]
     rows = list(embeds)
@@ -94,7 +103,13 @@ def packed_and_separate(model, rows):
             torch.stack(
                 [
                     one_question(
-                        model, r["query"], (r["positive"], r["negative"])[i], z_query[b], z_documents[b, i], f"{q}-{d}"
+                        model,
+                        r["query"],
+                        (r["positive"], r["negative"])[i],
+                        z_query[b],
+                        z_documents[b, i],
+                        f"{q}-{d}",
+                        shifted=True,
                     )
                     for q, i, d in questions
                 ]
@@ -185,7 +200,7 @@ def test_match_equals_the_plain_question(model, triplets):
             torch.as_tensor(model.encode_document(row["positive"])),
         ]
         z = [model.fusion.projector(v[None].double())[0] for v in vectors]
-        for views in ("raw-raw", "raw-feat"):
+        for views in VIEWS:
             logits = one_question(model, row["query"], row["positive"], z[0], z[1], views)
             expected = torch.sigmoid(logits[yes] - logits[no]).item()
             assert model.match([row["query"]], [row["positive"]], views)[0] == pytest.approx(expected, abs=1e-6)
@@ -205,6 +220,38 @@ def test_match_takes_vectors_packs_neighbours_and_runs_a_query_of_many_documents
         single = [model.match([queries[i]], [documents[i]], views)[0] for i in range(32)]
         assert together == pytest.approx(single, abs=1e-6)
         assert model.match(*given, views) == pytest.approx(together, abs=1e-6)
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("views", VIEWS)
+def test_match_answers_what_training_answers(model, triplets, views, many):
+    """The questions of a training batch, all views in one sequence, scored one view pair at a time."""
+    rows = [triplets[i] for i in MIXED]
+    loss = ReMatchLoss(model)
+    batch = Collator(model)(rows)["batch"]
+    yes, no = model.backbone.answer_ids
+    with torch.no_grad():
+        multi = torch.cat([loss.embed(step, batch, None)[0] for step in batch.embedding])
+        vectors = torch.nn.functional.normalize(fuse(multi), dim=-1)
+        trained = []
+        for step in batch.matching:
+            features = loss._features(step, batch, None)
+            logits = model(features | {"vectors": vectors[features["read"]]})["answer_logits"]
+            places = features["read"].view(-1, 3)
+            trained += [(*map(int, place), answers) for place, answers in zip(places, logits, strict=True)]
+    inputs = {
+        int(place): row[c]
+        for row, places in zip(rows, batch.inputs, strict=True)
+        for c, place in zip(row, places, strict=False)
+    }
+    slot = 2 * VIEWS.index(views)
+    for query, first, second, logits in trained:
+        sides = [vectors if view == "feat" else inputs for view in views.split("-")]
+        documents = [sides[1][first], sides[1][second]] * (10 if many else 1)
+        scores = model.match([sides[0][query]] * len(documents), documents, views)
+        expected = torch.sigmoid(logits[slot : slot + 2, yes] - logits[slot : slot + 2, no])
+        assert scores[:2] == pytest.approx(expected.numpy(), abs=1e-6)
+        assert scores[-2:] == pytest.approx(expected.numpy(), abs=1e-6)
 
 
 def test_padding_sees_itself(model, triplets):

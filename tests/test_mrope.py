@@ -64,8 +64,8 @@ def test_segment_positions_join_to_those_of_the_whole_sequence(backbone):
     prompt, slot = text_segment(backbone, 10, 11), text_segment(backbone, 12, 13)
     query, _, grid_q = picture_segment(backbone, [20], 2, 3, [21, 22])
     document, _, grid_d = picture_segment(backbone, [30, 31], 3, 2, [32])
-    segments = lay_out(prompt, {"raw": query}, [{"raw": document}], slot, [("raw", 0, "raw")])
-    packed = pack([segments], 0)
+    segments = lay_out(prompt, {"raw": query}, [{"raw": document}], slot, [("raw", 0, "raw")], 1)
+    packed = pack([segments[1:]], 0)  # without the documents' prompt, an ordinary sequence
     ids = packed.input_ids
     whole, _ = backbone.base.get_rope_index(ids, (ids == IMAGE).int(), image_grid_thw=torch.stack([grid_q, grid_d]))
     assert torch.equal(packed.position_ids, whole)
@@ -79,7 +79,7 @@ def test_packed_documents_equal_one_at_a_time(backbone):
 
     def logits(chosen):
         views = [{"raw": segment} for segment, _, _ in chosen]
-        segments = lay_out(prompt, {"raw": query}, views, slot, [("raw", i, "raw") for i in range(len(chosen))])
+        segments = lay_out(prompt, {"raw": query}, views, slot, [("raw", i, "raw") for i in range(len(chosen))], 1)
         pictures = [query_picture, *[(pixels, grid) for _, pixels, grid in chosen]]
         visions = [{"pixel_values": pixels, "image_grid_thw": grid[None]} for pixels, grid in pictures]
         tokens = [int(grid.prod()) // 4 for _, grid in pictures]

@@ -29,6 +29,11 @@ from rematch.train.recipe import load_recipe
 from rematch.train.run import train
 
 ROOT = Path(__file__).parents[1]
+CASES = [
+    (kind, pictures, frozen)
+    for kind in ("ddp", "fsdp2")
+    for pictures, frozen in (("everywhere", False), ("on one process", False), ("on one process", True))
+]
 MODES = [(cached, reuse) for cached in (False, True) for reuse in (False, True)]
 
 
@@ -49,44 +54,47 @@ def step(model, wrapped, rows, cached, reuse, options):
     return total.detach(), gradients, own
 
 
-def worker(rank, port, kind, frozen, backbone, shares, results):
+def worker(rank, port, backbone, shares, results):
+    """Everything that two processes are compared in, in one pair of them: starting one takes longer than its steps."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=2))
-    found = run_modes(rank, kind, frozen, backbone, shares)
-    if rank == 0:
-        torch.save(found, results)
+    measured = {}
+    for kind, pictures, frozen in CASES:
+        measured[kind, pictures, frozen] = run_modes(kind, frozen, backbone, shares[pictures][rank])
+        if rank == 0:
+            torch.save(measured, results)
     gc.collect()
     # DDP is gone by now: were it the last to hold the group, freeing it would wait, with the interpreter's lock, for
     # gloo's thread, which waits for that lock
     dist.destroy_process_group()
 
 
-def run_modes(rank, kind, frozen, backbone, shares):
+def run_modes(kind, frozen, backbone, rows):
     reductions = []
-    found = {}
+    measured = {}
     for cached, reuse in MODES:
-        wrapped = own = build_model(backbone, num_tokens=2)
+        wrapped = model = build_model(backbone, num_tokens=2)
         if frozen:
-            own.backbone.freeze_vision()
+            model.backbone.freeze_vision()
         if kind == "ddp":
-            wrapped = DistributedDataParallel(own, bucket_cap_mb=1000)
+            wrapped = DistributedDataParallel(model, bucket_cap_mb=1000)
             wrapped.register_comm_hook(None, counted(reductions))
         else:
             mesh = init_device_mesh("cpu", (2,))
-            base = own.backbone.base
+            base = model.backbone.base
             for layer in [*base.language_model.layers, *base.vision_tower.encoder.layers]:
                 fully_shard(layer, mesh=mesh)
-            fully_shard(own, mesh=mesh)
-            assert isinstance(own, FSDPModule)
+            fully_shard(model, mesh=mesh)
+            assert isinstance(model, FSDPModule)
         options = {"learn_temperature": True, "mask_duplicates": True, "symmetric": True}
-        total, gradients, temperature = step(own, wrapped, shares[rank], cached, reuse, options)
+        total, gradients, temperature = step(model, wrapped, rows, cached, reuse, options)
         dist.all_reduce(total)
-        found[cached, reuse] = (total.item() / 2, gradients, temperature)
+        measured[cached, reuse] = (total.item() / 2, gradients, temperature)
         if kind == "ddp":
             assert len(reductions) == 1, "one reduction a step"
             reductions.clear()
-    return found
+    return measured
 
 
 def counted(reductions):
@@ -104,26 +112,31 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-@pytest.mark.parametrize(
-    ("pictures", "frozen"), [("everywhere", False), ("on one process", False), ("on one process", True)]
-)
-def test_two_processes_equal_one(backbone_path, triplets, tmp_path, kind, pictures, frozen):
+@pytest.fixture(scope="module")
+def rows(triplets):
+    texts = [{c: {"text": f"{c} number {i}"} for c in ("query", "positive", "negative")} for i in range(4)]
+    return {"everywhere": triplets[:8], "on one process": triplets[:4] + texts}
+
+
+@pytest.fixture(scope="module")
+def two_processes(backbone_path, rows, tmp_path_factory):
+    """What two processes computed, by case."""
+    results = tmp_path_factory.mktemp("parallel") / "results.pt"
+    shares = {name: (samples[:4], samples[4:]) for name, samples in rows.items()}
+    mp.spawn(worker, (free_port(), backbone_path, shares, results), nprocs=2)
+    return torch.load(results)
+
+
+@pytest.mark.parametrize(("kind", "pictures", "frozen"), CASES)
+def test_two_processes_equal_one(backbone_path, rows, two_processes, kind, pictures, frozen):
     """A process without pictures must neither hang nor lose its part of the reduction."""
     model = build_model(backbone_path, num_tokens=2)
     if frozen:
         model.backbone.freeze_vision()
-    rows = triplets[:8]
-    if pictures == "on one process":
-        texts = [{c: {"text": f"{c} number {i}"} for c in ("query", "positive", "negative")} for i in range(4)]
-        rows = triplets[:4] + texts
-    results = tmp_path / "results.pt"
-    mp.spawn(worker, (free_port(), kind, frozen, backbone_path, (rows[:4], rows[4:]), results), nprocs=2)
-    found = torch.load(results)
     for cached, reuse in MODES:
         options = {"learn_temperature": True, "mask_duplicates": True, "symmetric": True}
-        total, gradients, temperature = step(model, model, rows, cached, reuse, options)
-        theirs = found[cached, reuse]
+        total, gradients, temperature = step(model, model, rows[pictures], cached, reuse, options)
+        theirs = two_processes[kind, pictures, frozen][cached, reuse]
         assert theirs[0] == pytest.approx(total.item(), rel=1e-7)
         assert theirs[2].item() == pytest.approx(temperature.item(), rel=1e-6)
         largest = max(g.norm() for g in gradients.values())
@@ -190,7 +203,7 @@ def one_device_group(monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "tolist", lambda t: [3, 0][: t.numel()] if t.device.type == "meta" else to_list(t)
     )
-    monkeypatch.setattr(torch, "autocast", lambda device, **_: nullcontext())  # it knows no such device
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no such device
     yield
     dist.destroy_process_group()
 

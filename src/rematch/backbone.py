@@ -298,10 +298,10 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         return int(self.model.get_input_embeddings().weight.shape[1])
 
     def feature_bytes(self, visual_tokens: int) -> int:
-        """Size of what the vision tower makes of so many visual tokens, with the levels that the model reads besides."""
+        """Size of the vision tower's features of so many visual tokens, with the levels that the model reads besides."""
         vision = getattr(self.model.config, "vision_config", None)
         levels = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or [])
-        return visual_tokens * levels * self.width * self.model.dtype.itemsize
+        return int(visual_tokens * levels * self.width * self.model.dtype.itemsize)
 
     # ---- matching -----------------------------------------------------------------------------------------------
 
@@ -318,11 +318,38 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         Returns:
             (B, A, V); rows of absent slots (-1) hold no meaning.
         """
+        logits: Tensor = self.model.get_output_embeddings()(self._answer_states(features, embeddings, cache))
+        return logits
+
+    def answer_margins(
+        self, features: dict[str, Any], embeddings: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """Logit of Yes minus logit of No at every answer slot, at least in float32.
+
+        Rounded to bfloat16, most margins of a candidate list would be equal.
+
+        Args:
+            features: As for :meth:`answer_logits`, and so are the others.
+            embeddings: Likewise.
+            cache: Likewise.
+
+        Returns:
+            (B, A).
+        """
+        states = self._answer_states(features, embeddings, cache)
+        states = states.to(torch.promote_types(states.dtype, torch.float32))
+        head = self.model.get_output_embeddings()
+        yes, no = head.weight[self.answer_ids].to(states.dtype)
+        margins: Tensor = states @ (yes - no)
+        if getattr(head, "bias", None) is not None:
+            yes, no = head.bias[self.answer_ids].to(states.dtype)
+            margins = margins + (yes - no)
+        return margins
+
+    def _answer_states(self, features: dict[str, Any], embeddings: Tensor | None, cache: Cache | None) -> Tensor:
         slots = features["slots"]
         rows = torch.arange(len(slots), device=slots.device)[:, None]
-        states = self.run_packed(features, embeddings, cache)[rows, slots]
-        logits: Tensor = self.model.get_output_embeddings()(states)
-        return logits
+        return self.run_packed(features, embeddings, cache)[rows, slots]
 
     def run_packed(
         self, features: dict[str, Any], embeddings: Tensor | None = None, cache: Cache | None = None

@@ -35,9 +35,7 @@ def recipes(steps: int, directory: Path) -> dict[str, Recipe]:
     """The two arms: the same base, samples and steps; contrastive-only pools the last token and asks no questions."""
 
     def run(name: str, loss: Loss) -> Recipe:
-        settings = Train(
-            output=str(directory / name), steps=steps, batch_size=BATCH, learning_rate=5e-4, log_every=2
-        )
+        settings = Train(output=str(directory / name), steps=steps, batch_size=BATCH, learning_rate=5e-4, log_every=2)
         model = Model(num_tokens=16 if name == "rematch" else 0)
         return Recipe(model=model, loss=loss, train=settings)
 

@@ -38,6 +38,7 @@ from xxhash import xxh3_128
 from rematch.data.images import EXTENSIONS, Checked, Encoded, Zipped, load_image
 from rematch.data.inputs import as_parts
 from rematch.errors import ImageError, RematchError
+from rematch.memory import default_batch_tokens, is_out_of_memory
 from rematch.model import ReMatch
 from rematch.vectors import VectorStore, say
 
@@ -77,7 +78,7 @@ class Encoder:
     ) -> None:
         self.model = model.eval()
         self.store = store
-        self.batch_tokens = batch_tokens or (2048 if model.device.type == "cpu" else 16384)
+        self.batch_tokens = batch_tokens or default_batch_tokens(model.device)
         self.workers = min(8, os.cpu_count() or 1) if workers is None else workers
         self.progress, self.warn = progress, warn
         self.encoded = self.found = 0
@@ -237,8 +238,8 @@ class Encoder:
             if "multi_vector" in out:
                 fused = torch.cat([fused, normalize(out["multi_vector"].float(), dim=-1)], 1)
             return fused.cpu()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
         if len(batch) == 1:
             raise RematchError(

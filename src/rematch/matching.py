@@ -3,19 +3,20 @@
 A question is *prompt, query view, document view, answer slot*. Views are shared by questions, so all are laid out once,
 as **segments** of one sequence, and a 4-D mask decides who sees whom:
 
-1. the prompt (the chat template up to the content) sees itself;
-2. a view (raw tokens, or one token that is replaced by ``Z* = MLP(E*)``) sees the prompt and itself;
-3. an answer slot (the question and the template's start of the assistant's turn) sees the prompt, its own query view,
-   its own document view and itself, and nothing else.
+1. a prompt (the chat template up to the content) sees itself;
+2. a view (raw tokens, or one token that is replaced by ``Z* = MLP(E*)``) sees its prompt and itself;
+3. an answer slot (the question and the template's start of the assistant's turn) sees the prompt of its query view, its
+   own query view, its own document view and itself, and nothing else.
 
 So the eight questions ``{q, Z_q} × {d+, Z_d+, d-, Z_d-}`` share one forward, and each equals, to rounding, a forward of
 its own. Choices that the paper leaves open, and why:
 
 - A document does not see the query. Then one document segment serves both query views.
-- Positions: every document starts where the query ends, every slot where its own document ends, and ``Z_q`` takes the
-  last positions of the raw query. Each question then has the positions of an ordinary, gapless sequence, in training
-  and when a single pair is scored. The slot of d+ tells nothing because both documents have the *same* positions:
-  exchanging them changes no score, which sequential positions give only on average.
+- Positions: a document starts where its query ends, a slot where its own document ends. A raw query and ``Z_q`` end at
+  the same position, and each has a prompt right before it; documents see that of ``Z_q``. So nothing but a common shift
+  depends on what else is in the sequence, and rotary positions do not show a shift: a question has the same score with
+  vectors alone as beside the raw views of training. The slot of d+ tells nothing because both documents have the *same*
+  positions: exchanging them changes no score, which sequential positions give only on average.
 
 Shapes: B sequences, T tokens, A answer slots, D width.
 """
@@ -162,6 +163,7 @@ def lay_out(
     documents: Sequence[dict[str, Segment]],
     slot: Segment,
     questions: Sequence[tuple[str, int, str]],
+    gap: int,
 ) -> list[Segment]:
     """The segments of one sequence, with positions and visibility as the module docstring says.
 
@@ -171,34 +173,46 @@ def lay_out(
         documents: Each document's views.
         slot: The question and the start of the assistant's turn.
         questions: (query view, index of the document, document view) of each answer slot, in order.
+        gap: Positions of a query's ``"feat"`` view, whether or not it is there.
     """
-    segments = [prompt]
-    query_end = prompt.end + max(_extent(view) for view in queries.values())
+    query_end = prompt.end + max([gap, *map(_extent, queries.values())])
+    segments = [replace(prompt, start=query_end - gap - prompt.end)]
     place: dict[tuple[str, int, str], int] = {}
+    prompts = {"feat": 0}
 
-    def add(key: tuple[str, int, str], view: Segment, start: int) -> None:
-        place[key] = len(segments)
-        segments.append(replace(view, sees=(0,), start=start))
+    def add(segment: Segment, start: int, *sees: int) -> int:
+        segments.append(replace(segment, sees=sees, start=start))
+        return len(segments) - 1
 
     for name, view in queries.items():
-        add(("query", 0, name), view, query_end - _extent(view))
+        start = query_end - _extent(view)
+        if name == "raw":
+            prompts["raw"] = add(prompt, start - prompt.end)
+        place["query", 0, name] = add(view, start, prompts[name])
     for i, views in enumerate(documents):
         for name, view in views.items():
-            add(("document", i, name), view, query_end)
+            place["document", i, name] = add(view, query_end, 0)
     for query_view, i, document_view in questions:
         query, document = place["query", 0, query_view], place["document", i, document_view]
-        start = segments[document].end
-        segments.append(replace(slot, sees=(0, query, document), start=start, is_slot=True))
+        add(replace(slot, is_slot=True), segments[document].end, prompts[query_view], query, document)
     return segments
 
 
-def lay_out_prefix(prompt: Segment, query: Segment, head: Segment) -> list[Segment]:
-    """What all questions about one query have in common: the prompt, its one view, and what opens a document.
+def lay_out_prefix(prompt: Segment, query: Segment, head: Segment, gap: int, is_raw: bool) -> list[Segment]:
+    """What all questions about one query have in common: prompt, query view, the documents' prompt, and their head.
 
-    ``head`` stands before a document's view as in :func:`lay_out`, where it belongs to it; it sees nothing of it.
+    Args:
+        prompt: As for :func:`lay_out`.
+        query: The query's one view.
+        head: The tokens before a document's content; :func:`lay_out` has them in each document's view.
+        gap: As for :func:`lay_out`.
+        is_raw: Whether the view is raw; ``Z_q`` shares the documents' prompt.
     """
     query = replace(query, sees=(0,), start=prompt.end)
-    return [prompt, query, replace(head, sees=(0,), start=query.end)]
+    segments = [prompt, query]
+    if is_raw:
+        segments.append(replace(prompt, start=query.end - gap - prompt.end))
+    return [*segments, replace(head, sees=(len(segments) - 1 if is_raw else 0,), start=query.end)]
 
 
 def lay_out_behind(prefix: Sequence[Segment], documents: Sequence[Segment], slot: Segment) -> list[Segment]:
@@ -210,9 +224,11 @@ def lay_out_behind(prefix: Sequence[Segment], documents: Sequence[Segment], slot
         slot: As for :func:`lay_out`.
     """
     segments = list(prefix)
-    segments += [replace(document, sees=(0, 2), start=prefix[2].end) for document in documents]
+    head = len(prefix) - 1
+    views = (*prefix[head].sees, head)
+    segments += [replace(document, sees=views, start=prefix[head].end) for document in documents]
     for i in range(len(prefix), len(segments)):
-        segments.append(replace(slot, sees=(0, 1, 2, i), start=segments[i].end, is_slot=True))
+        segments.append(replace(slot, sees=(0, 1, head, i), start=segments[i].end, is_slot=True))
     return segments
 
 

@@ -192,7 +192,7 @@ class Reader:
         for (query, documents), asked in zip(rows, questions, strict=True):
             queries = views({q for q, _, _ in asked}, query, 0)
             others = [views({d for _, i, d in asked if i == j}, value, 1) for j, value in enumerate(documents)]
-            sequences.append(lay_out(prompt, queries, others, slot, asked))
+            sequences.append(lay_out(prompt, queries, others, slot, asked, feats[0].end))
         return pack(sequences, int(self.tokenizer.pad_token_id or 0)), shown
 
     def pack_prefix(self, query: Reading | None) -> tuple[Packed, list[Segment]]:
@@ -205,8 +205,9 @@ class Reader:
             The packed sequence, and its segments with the numbers of their tokens as ``source``.
         """
         prompt, head, document = self._prompt_and_heads()
-        view = self.text_segment(MATCH_QUERY, placeholder=True) if query is None else self.headed(head, query.content)
-        segments = lay_out_prefix(prompt, view, document)
+        feat = self.text_segment(MATCH_QUERY, placeholder=True)
+        view = feat if query is None else self.headed(head, query.content)
+        segments = lay_out_prefix(prompt, view, document, feat.end, query is not None)
         packed = pack([segments], int(self.tokenizer.pad_token_id or 0))
         numbers = torch.split(torch.arange(packed.input_ids.shape[1]), [len(s.ids) for s in segments])
         return packed, [replace(s, source=n) for s, n in zip(segments, numbers, strict=True)]

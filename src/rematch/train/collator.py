@@ -71,12 +71,14 @@ class Collator:
         columns = [name for name in TASKS if name in rows[0]]
         readings: dict[int, Reading] = {}
         distinct: dict[int, Input] = {}
-        samples, kept, skipped = [], [], []
+        samples: list[list[int]] = []
+        kept: list[dict[str, Any]] = []
+        skipped: list[str] = []
         for number, row in enumerate(rows):
-            row, inputs = self.read_sample(row, number, columns, readings, skipped)
-            samples.append([key for key, _ in inputs])
-            distinct.update(inputs)
-            kept.append(row)
+            used, sample = self.read_sample(row, number, columns, readings, skipped)
+            samples.append([key for key, _ in sample])
+            distinct.update(sample)
+            kept.append(used)
         ids = [str(row.get("id", number)) for number, row in enumerate(kept)]
         temperatures = None
         if "temperature" in rows[0]:

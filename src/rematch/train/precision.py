@@ -23,14 +23,15 @@ def native_bfloat16(device: str) -> bool:
     if os.environ.get(OVERRIDE):
         return os.environ[OVERRIDE] == "1"
     if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device == "xpu":
         return bool(torch.xpu.is_bf16_supported())
     if device != "cpu":
         return False
     if platform.machine().lower() in ("aarch64", "arm64"):
         # elsewhere the operator also reports emulation
-        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return wide and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 

@@ -209,7 +209,9 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
     model.eval()
     if first:
         model.save_pretrained(str(partial))
-        write_text(partial / "log.json", json.dumps([{"step": 0} | arithmetic, *trainer.state.log_history], indent=1) + "\n")
+        write_text(
+            partial / "log.json", json.dumps([{"step": 0} | arithmetic, *trainer.state.log_history], indent=1) + "\n"
+        )
         _write_card(partial, model, recipe, trainer.state.log_history)
         for old in partial.glob("checkpoint-*"):
             shutil.rmtree(old)

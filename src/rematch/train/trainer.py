@@ -37,9 +37,9 @@ PEAK_TFLOPS = {  # dense bfloat16, from the makers' data sheets
 class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-transformers ships no types
     """Feeds :class:`~rematch.batch.Batch` to the loss.
 
-    Logged besides each loss and the gradient's norm: samples skipped so far, Yes/No accuracy per view pair with d+ and d-, the mean |cosine|
-    between the token vectors of an input, samples and tokens a second, peak memory, and on known GPUs the share of
-    their peak arithmetic (MFU). A loss that is not a number stops the run with the step and the samples.
+    Logged besides each loss and the gradient's norm: Yes/No accuracy per view pair with d+ and d-, the mean |cosine|
+    between the token vectors of an input, samples and tokens a second, samples skipped so far, peak memory, and on known
+    GPUs the share of their peak arithmetic (MFU). A loss that is not a number stops the run with the step and the samples.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
