@@ -2,10 +2,13 @@
 
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from torch.nn.attention.flex_attention import flex_attention
 
+from rematch.errors import RematchError
 from rematch.losses import ReMatchLoss
 from rematch.matching import VIEWS, block_mask, unified_mask
 from rematch.pictures import Pictures
@@ -252,6 +255,74 @@ def test_match_answers_what_training_answers(model, triplets, views, many):
         expected = torch.sigmoid(logits[slot : slot + 2, yes] - logits[slot : slot + 2, no])
         assert scores[:2] == pytest.approx(expected.numpy(), abs=1e-6)
         assert scores[-2:] == pytest.approx(expected.numpy(), abs=1e-6)
+
+
+def test_margins_tell_documents_apart_in_bfloat16(make_model, triplets):
+    """Their logits, rounded to bfloat16 first, tie."""
+    model = make_model(dtype=torch.bfloat16)
+    documents = [t[side] for t in triplets for side in ("positive", "negative")]
+    margins = model.match_margins([triplets[0]["query"]] * len(documents), documents)
+    assert len(set(margins.tolist())) == len(documents)
+    assert np.array_equal(model.match([triplets[0]["query"]], documents[:1]), 1 / (1 + np.exp(-margins[:1])))
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=2)])
+def test_margins_are_those_of_the_logits(make_model, triplets, lora):
+    model = make_model(lora=lora)
+    yes, no = model.backbone.answer_ids
+    packed, _ = model.backbone.reader.pack_matching(
+        [(model.backbone.reader.read("a dog"), [model.backbone.reader.read("a cat")])], [[("raw", 0, "raw")]]
+    )
+    logits = model.backbone.answer_logits(vars(packed))
+    margins = model.backbone.answer_margins(vars(packed))
+    torch.testing.assert_close(margins, logits[..., yes] - logits[..., no], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("matching", ["packed", "reuse"])
+def test_match_keeps_its_budget_and_halves_on_out_of_memory(model, triplets, monkeypatch, matching):
+    model.backbone.matching = matching
+    every = [t[side] for side in ("positive", "negative") for t in triplets]
+    queries = [triplets[0]["query"]] * 20 + [t["query"] for t in triplets for _ in range(2)]
+    documents = [*every[:20], *every]
+    expected = model.match_margins(queries, documents)
+    sizes = []
+    run = model.backbone.answer_margins
+
+    def limited(features, *args):
+        sizes.append(len(features["slots"]) * features["slots"].shape[1])
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return run(features, *args)
+
+    monkeypatch.setattr(model.backbone, "answer_margins", limited)
+    assert model.match_margins(queries, documents) == pytest.approx(expected, abs=1e-6)
+    assert max(sizes) > 2
+    monkeypatch.setattr(model.backbone, "answer_margins", out_of_memory)
+    with pytest.raises(RematchError, match="out of memory with a single query and document"):
+        model.match_margins(queries[:3], documents[:3])
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("out of memory")
+
+
+def test_a_forward_pass_of_match_holds_its_budget(model, triplets, monkeypatch):
+    sizes = []
+    run = model.backbone.run_packed
+
+    def recorded(features, *args):
+        sizes.append(features["input_ids"].numel())
+        return run(features, *args)
+
+    monkeypatch.setattr(model.backbone, "run_packed", recorded)
+    queries = [t["query"] for t in triplets for _ in range(2)]
+    documents = [t[side] for t in triplets for side in ("positive", "negative")]
+    expected = model.match_margins(queries, documents, batch_tokens=100_000)
+    assert len(sizes) == 1
+    sizes.clear()
+    assert model.match_margins(queries, documents, batch_tokens=500) == pytest.approx(expected, abs=1e-6)
+    assert len(sizes) > 5
+    assert max(sizes) <= 500
 
 
 def test_padding_sees_itself(model, triplets):

@@ -298,7 +298,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         return int(self.model.get_input_embeddings().weight.shape[1])
 
     def feature_bytes(self, visual_tokens: int) -> int:
-        """Size of the vision tower's features of so many visual tokens, with the levels that the model reads besides."""
+        """Size of the vision tower's features of so many visual tokens, with all levels that the model reads."""
         vision = getattr(self.model.config, "vision_config", None)
         levels = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or [])
         return int(visual_tokens * levels * self.width * self.model.dtype.itemsize)

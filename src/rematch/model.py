@@ -31,7 +31,6 @@ from rematch.tokens import MultiTokenFusion, add_tokens_to_template, fuse
 
 Views = Literal["raw-raw", "raw-feat", "feat-raw", "feat-feat"]
 _DOCUMENTS_PER_PACK, _PER_ROW = 8, 4  # in a sequence with the query; behind a query that was run before
-_FEAT_TOKENS = 16  # about what a vector and its question take
 _CARD = """---
 library_name: sentence-transformers
 tags: [sentence-transformers, multimodal, retrieval, reranking, rematch]
@@ -310,19 +309,19 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
     ) -> Iterator["_Row"]:
         """Sequences of a query and a few of its documents, read one after the other."""
         reader, (query_view, document_view) = self.backbone.reader, views.split("-")
+        for_query, for_document = reader.matching_overhead()
         for group in groups:
             query = queries[group[0]]
             query_reading = reader.read(query, group[0]) if query_view == "raw" else None
             row = None
             for i in group:
                 reading = reader.read(documents[i], i) if document_view == "raw" else None
-                tokens = len(reading.ids) if reading else _FEAT_TOKENS
+                tokens = for_document + (len(reading.ids) if reading else 1)
                 if row is None or row.tokens + tokens > budget or len(row.pairs) == _DOCUMENTS_PER_PACK:
                     if row is not None:
                         yield row
-                    row = _Row(
-                        query, query_reading, [], [], [], len(query_reading.ids) if query_reading else _FEAT_TOKENS
-                    )
+                    first = for_query + (len(query_reading.ids) if query_reading else 1)
+                    row = _Row(query, query_reading, [], [], [], first)
                 row.add(i, documents[i], reading, tokens)
             if row is not None:
                 yield row
@@ -336,12 +335,14 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         z = self.fusion.projector(self._vectors([query], "query")) if query_reading is None else None
         computed = KeyValues()
         self.backbone.run_packed(self._packed(packed, [query_reading] if query_reading else []), z, computed)
+        _, for_document = reader.matching_overhead()
+        shared = for_document + packed.input_ids.shape[1] // _PER_ROW
         margins: list[NDArray[np.float32]] = []
         chunk: list[tuple[Any, Reading | None]] = []
         filled = 0
         for i, document in enumerate(documents):
             reading = reader.read(document, i) if document_view == "raw" else None
-            tokens = (len(reading.ids) if reading else _FEAT_TOKENS) + packed.input_ids.shape[1] // _PER_ROW
+            tokens = shared + (len(reading.ids) if reading else 1)
             if chunk and filled + tokens > budget:
                 margins.append(self._match_behind(prefix, computed, chunk))
                 chunk, filled = [], 0

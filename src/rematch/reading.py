@@ -259,6 +259,12 @@ class Reader:
         prompt = self.text_segment(self.prefix + MATCH_TASK, opening=True)
         return [prompt, *(self.text_segment(head) for head in (MATCH_QUERY, MATCH_DOCUMENT))]
 
+    def matching_overhead(self) -> tuple[int, int]:
+        """Tokens of a packed sequence beside contents: for its query, and for each document with its question."""
+        prompt, *heads = (len(segment.ids) for segment in self._prompt_and_heads())
+        slot = self.text_segment(MATCH_QUESTION + self.suffix)
+        return 2 * prompt + heads[0], heads[1] + len(slot.ids)
+
     def learnable_ids(self, task: str) -> list[int]:
         """Token ids of the learnable tokens for ``task``, ``"query"`` or ``"document"``."""
         if task not in self._learnable:

@@ -38,8 +38,9 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
     """Feeds :class:`~rematch.batch.Batch` to the loss.
 
     Logged besides each loss and the gradient's norm: Yes/No accuracy per view pair with d+ and d-, the mean |cosine|
-    between the token vectors of an input, samples and tokens a second, samples skipped so far, peak memory, and on known
-    GPUs the share of their peak arithmetic (MFU). A loss that is not a number stops the run with the step and the samples.
+    between the token vectors of an input, samples and tokens a second, samples skipped so far, peak memory, and on
+    known GPUs the share of their peak arithmetic (MFU). A loss that is not a number stops the run with the step and the
+    samples.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

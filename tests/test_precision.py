@@ -1,0 +1,72 @@
+"""bfloat16 where the hardware computes it, and nowhere else."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rematch.train.precision import choose, native_bfloat16
+from rematch.train.recipe import load_recipe
+from rematch.train.run import train
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def test_a_cpu_without_avx_512_has_no_native_bfloat16():
+    """Asked in a process of its own: torch reads the capability when it is loaded."""
+    program = "from rematch.train.precision import native_bfloat16; print(native_bfloat16('cpu'))"
+    environment = {name: value for name, value in os.environ.items() if name != "REMATCH_NATIVE_BF16"}
+    environment |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.stdout == "False\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("capability", "avx512_bf16", "amx", "native"),
+    [
+        ("AVX2", True, True, False),
+        ("AVX512", False, False, False),
+        ("AVX512", True, False, True),
+        ("AVX512", False, True, True),
+    ],
+)
+def test_native_bfloat16_of_x86(monkeypatch, capability, avx512_bf16, amx, native):
+    monkeypatch.delenv("REMATCH_NATIVE_BF16")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert native_bfloat16("cpu") is native
+
+
+def test_what_auto_means(monkeypatch):
+    monkeypatch.setenv("REMATCH_NATIVE_BF16", "1")
+    assert choose("auto", "auto", "cpu") == (True, "eager")
+    assert choose("auto", "auto", "cuda") == (True, None)
+    assert choose(False, "auto", "cpu") == (False, None)
+    assert choose("auto", "sdpa", "cpu") == (True, "sdpa")
+    monkeypatch.setenv("REMATCH_NATIVE_BF16", "0")
+    assert choose("auto", "auto", "cpu") == (False, None)
+    assert choose(True, "auto", "cpu") == (True, "eager")
+
+
+@pytest.mark.parametrize("name", ["picto.yaml", *(path.name for path in sorted(RECIPES.glob("ladder-*.yaml")))])
+def test_recipes_for_cpus_leave_it_to_the_hardware(name):
+    recipe = load_recipe(RECIPES / name)
+    assert recipe.train.bf16 == "auto"
+    assert recipe.model.attention == "auto"
+
+
+@pytest.mark.parametrize(("native", "chosen"), [("1", ("bfloat16 autocast", "eager")), ("0", ("float32", "sdpa"))])
+def test_the_log_says_what_was_chosen(backbone_path, tmp_path, monkeypatch, capsys, native, chosen):
+    monkeypatch.setenv("REMATCH_NATIVE_BF16", native)
+    settings = [f"model.backbone={backbone_path}", "model.num_tokens=2", "train.steps=2", "train.batch_size=4"]
+    settings += ["train.workers=0", f"train.output={tmp_path / 'model'}", "train.report_to=[none]"]
+    train(load_recipe(RECIPES / "picto.yaml", settings))
+    first, *_ = json.loads((tmp_path / "model/log.json").read_text())
+    assert (first["precision"], first["attention"]) == chosen
+    assert f"training on cpu: {chosen[0]}, {chosen[1]} attention" in capsys.readouterr().err
