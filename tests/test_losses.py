@@ -71,6 +71,25 @@ def test_the_whole_loss_equals_a_plain_one(model, triplets):
     assert parts["matching"].item() == pytest.approx(0.1 * torch.stack(answers).mean().item(), rel=1e-9)
 
 
+def test_duplicates_are_masked_in_both_directions(model):
+    """Backwards a query is no negative of a positive if it is the same query, or has the same positive."""
+    texts = [("a dog", "b one"), ("a cat", "b one"), ("a dog", "b two"), ("a fox", "b three")]
+    rows = [{"query": q, "positive": p} for q, p in texts]
+    batch = Collator(model, views=[])(rows)["batch"]
+    part = ReMatchLoss(model, w_orth=0, w_qdm=0, symmetric=True, mask_duplicates=True)([batch])["contrastive"]
+    queries, positives = (
+        torch.as_tensor(model.encode([r[c] for r in rows], prompt=None, task=task)).double()
+        for c, task in (("query", "query"), ("positive", "document"))
+    )
+    scores = queries @ positives.T / 0.02
+    terms = []
+    for i, (query, positive) in enumerate(texts):
+        forward = [j for j, (_, p) in enumerate(texts) if j == i or p != positive]
+        backward = [j for j, (q, p) in enumerate(texts) if j == i or (q != query and p != positive)]
+        terms.append(scores[i, forward].logsumexp(0) - scores[i, i] + scores[backward, i].logsumexp(0) - scores[i, i])
+    assert part.item() == pytest.approx(torch.stack(terms).mean().item() / 2, rel=1e-4)
+
+
 def test_each_part_can_be_switched_off(model, triplets):
     batch = [Collator(model)(triplets[:3])["batch"]]
     assert set(ReMatchLoss(model)(batch)) == {"contrastive", "orthogonality", "matching"}

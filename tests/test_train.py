@@ -1,6 +1,7 @@
 """A run that is cut off goes on exactly; what stops a run says so; every source gets its share."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +10,10 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from rematch import ReMatch
-from rematch.errors import RecipeError, TrainingError
+from rematch.errors import DataError, ImageError, RecipeError, TooLongError, TrainingError
 from rematch.train.plan import plan
 from rematch.train.recipe import Recipe
 from rematch.train.run import build_collator, build_loss, build_model, train
@@ -202,3 +204,73 @@ def test_a_source_can_have_its_own_temperature(tmp_path, backbone_path):
     assert loss([batch])["contrastive"].item() != pytest.approx(own, rel=1e-3)
     with pytest.raises(ValueError, match="temperature of its own"):
         recipe(backbone_path, tmp_path / "m", data={"source": sources}, loss={"learn_temperature": True})
+
+
+# ---- samples that cannot be used ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken_data(tmp_path):
+    """Twelve samples: the third has a broken picture, the fourth a missing one, the sixth is too long."""
+    rows = [{"query": f"query {i}", "positive": f"document {i}"} for i in range(12)]
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    rows[2]["positive"], rows[3]["positive"] = "broken.png", "missing.png"
+    rows[5]["query"] = "a dog above a pizza " * 100
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def short_backbone(backbone_path, tmp_path):
+    """The tiny backbone, whose tokenizer takes no more than 128 tokens."""
+    path = tmp_path / "short"
+    shutil.copytree(backbone_path, path)
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 128}))
+    return path
+
+
+def broken_recipe(backbone, output, data, **settings):
+    changes = {"steps": 3, "save_every": 0, "batch_size": 4}
+    return recipe(backbone, output, data={"source": str(data)} | settings, train=changes)
+
+
+def test_by_default_a_sample_that_cannot_be_used_stops_the_run(short_backbone, tmp_path, broken_data):
+    with pytest.raises(DataError, match=r"data.jsonl:4: positive names the picture .*missing.png, which is not there"):
+        train(broken_recipe(short_backbone, tmp_path / "m", broken_data), quiet=True)
+    with pytest.raises(TooLongError, match="longer than the 128 tokens"):
+        train(broken_recipe(short_backbone, tmp_path / "m", broken_data, unreadable="skip"), quiet=True)
+    (tmp_path / "missing.png").write_bytes(b"no picture either")
+    with pytest.raises(ImageError, match="not a picture that Pillow can read"):
+        train(broken_recipe(short_backbone, tmp_path / "m", broken_data, too_long="skip"), quiet=True)
+    assert not (tmp_path / "m").exists()
+
+
+def test_samples_are_skipped_counted_and_named(short_backbone, tmp_path, broken_data, caplog):
+    """Three steps of four: every sample once, and others in the places of three."""
+    logging.get_logger("rematch").addHandler(caplog.handler)
+    skip = {"unreadable": "skip", "too_long": "skip"}
+    train(broken_recipe(short_backbone, tmp_path / "m", broken_data, **skip), quiet=True)
+    named = sorted((tmp_path / "m/skipped.txt").read_text().splitlines())
+    first_try = {line.split(": ")[0].rpartition(":")[2] for line in named}
+    assert first_try == {"2", "3", "5"}
+    assert any("broken.png: not a picture" in line for line in named)
+    assert any("missing.png: no such picture" in line for line in named)
+    assert any("longer than the 128 tokens" in line for line in named)
+    log = [row for row in json.loads((tmp_path / "m/log.json").read_text()) if "loss" in row]
+    assert log[-1]["skipped"] == len(named) >= 3
+    assert "skipped, another sample takes its place" in caplog.text
+
+
+def test_a_substitute_is_the_same_in_every_run_and_there_may_be_none(short_backbone, tmp_path, broken_data):
+    settings = broken_recipe(short_backbone, tmp_path / "m", broken_data, unreadable="skip", too_long="skip")
+    model = build_model(settings)
+    samples = [build_dataset(settings)[i] for i in range(12)]
+    ids = [build_collator(settings, model)(samples)["batch"].ids for _ in range(2)]
+    assert ids[0] == ids[1]
+    assert len(ids[0]) == 12
+    broken_data.write_text("".join(json.dumps({"query": f"a {i}", "positive": "no.png"}) + "\n" for i in range(6)))
+    rows = [build_dataset(settings)[i] for i in range(4)]
+    with pytest.raises(DataError, match="no sample of its source is fit for training"):
+        build_collator(settings, model)(rows)

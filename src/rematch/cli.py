@@ -37,7 +37,9 @@ def _options(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Directory of the report.")] = Path("rematch-demo"),
-    steps: Annotated[int, typer.Option(min=2, help="Training steps per arm.")] = 100,
+    steps: Annotated[
+        int | None, typer.Option(min=2, help="Training steps per arm; by default as many as five minutes allow.")
+    ] = None,
 ) -> None:
     """Fine-tune the tiny base twice, evaluate, search, and write an HTML report; under five minutes on two cores."""
     from rematch.demo import run_demo

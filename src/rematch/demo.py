@@ -1,12 +1,16 @@
 """``rematch demo``: the whole life of a model in five minutes, and a report of it."""
 
+import json
 import random
 import tempfile
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
@@ -22,24 +26,77 @@ from rematch.files import write_json
 from rematch.model import ReMatch
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
 from rematch.report import example_maps, write_report
+from rematch.train.precision import choose
 from rematch.train.recipe import Loss, Model, Recipe, Train
-from rematch.train.run import train
+from rematch.train.run import build_collator, build_loss, build_model, train
+from rematch.train.sources import build_dataset
 
 BATCH = 24
 IMAGE = DOCUMENT_INSTRUCTIONS["image"]
-_STEP_COST = {"contrastive": 1.0, "rematch": 3.0}  # relative seconds, for the time left
-_TASK_COST = 1.2
+MINUTES = 5.0
+FEWEST_STEPS, MOST_STEPS = 30, 100  # with 30, both arms are far above chance (docs/log.md)
+_PROBED = 4  # steps that are timed, the first not counted
+_RESERVE = 0.9  # of the time left that is planned for: machines do not keep their pace
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast this machine is.
+
+    Attributes:
+        steps: Seconds of a training step of each arm.
+        evaluation: Seconds to evaluate one model.
+        left: Seconds left for training and evaluating both arms.
+    """
+
+    steps: dict[str, float]
+    evaluation: float
+    left: float
+
+    @property
+    def fitting(self) -> int:
+        """The steps per arm that fit into the time left, at least ``FEWEST_STEPS`` and at most ``MOST_STEPS``.
+
+        >>> Pace({"contrastive": 1.0, "rematch": 3.0}, evaluation=20.0, left=240.0).fitting
+        44
+        >>> Pace({"contrastive": 5.0, "rematch": 9.0}, evaluation=20.0, left=240.0).fitting
+        30
+        """
+        training = self.left * _RESERVE - len(self.steps) * self.evaluation
+        return max(FEWEST_STEPS, min(MOST_STEPS, int(training / sum(self.steps.values()))))
 
 
 def recipes(steps: int, directory: Path) -> dict[str, Recipe]:
     """The two arms: the same base, samples and steps; contrastive-only pools the last token and asks no questions."""
 
     def run(name: str, loss: Loss) -> Recipe:
-        settings = Train(output=str(directory / name), steps=steps, batch_size=BATCH, learning_rate=5e-4, log_every=2)
-        model = Model(num_tokens=16 if name == "rematch" else 0)
-        return Recipe(model=model, loss=loss, train=settings)
+        settings = Train(
+            output=str(directory / name),
+            steps=steps,
+            batch_size=BATCH,
+            learning_rate=5e-4,
+            log_every=2,
+            report_to=["none"],
+        )
+        return Recipe(model=Model(num_tokens=16 if name == "rematch" else 0), loss=loss, train=settings)
 
     return {"contrastive": run("contrastive", Loss(w_orth=0, w_qdm=0)), "rematch": run("rematch", Loss())}
+
+
+def seconds_per_step(recipe: Recipe) -> float:
+    """Time a few training steps of a recipe: the median of reading a batch, forward and backward pass."""
+    model = build_model(recipe).train()
+    loss, collator, rows = build_loss(recipe, model), build_collator(recipe, model), build_dataset(recipe)
+    use_bf16, _ = choose(recipe.train.bf16, recipe.model.attention, model.device.type)
+    seconds = []
+    for step in range(_PROBED):
+        began = time.perf_counter()
+        batch = collator([rows[step * BATCH + i] for i in range(BATCH)])["batch"]
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=use_bf16):
+            total = torch.stack(list(loss([batch]).values())).sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds[1:]))
 
 
 class _Advance(TrainerCallback):  # type: ignore[misc]
@@ -50,8 +107,12 @@ class _Advance(TrainerCallback):  # type: ignore[misc]
         self.progress.advance(self.bar, self.cost)
 
 
-def run_demo(output: Path, steps: int) -> Path:
-    """Train both arms, evaluate them and ``rematch-tiny``, search, write ``report.json`` and ``report.html``.
+def run_demo(output: Path, steps: int | None = None) -> Path:
+    """Evaluate and search with ``rematch-tiny``, train and evaluate both arms, write ``report.json`` and ``report.html``.
+
+    Args:
+        output: Directory of the reports.
+        steps: Training steps per arm; by default as many as let the whole demo end within five minutes.
 
     Returns:
         Path of the HTML report.
@@ -69,37 +130,46 @@ def run_demo(output: Path, steps: int) -> Path:
         TimeRemainingColumn(elapsed_when_finished=False),
     )
     results: dict[str, list[TaskResult]] = {}
-    logs: dict[str, list[dict[str, float]]] = {}
+    logs: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as work, Progress(*columns, speed_estimate_period=60) as progress:
-        arms = recipes(steps, Path(work))
-        total = steps * sum(_STEP_COST.values()) + 3 * len(tasks) * _TASK_COST
-        bar = progress.add_task("starting", total=total)
-
-        def evaluated(name: str) -> None:
-            progress.advance(bar, _TASK_COST)
-
+        bar = progress.add_task("evaluating rematch-tiny", total=MINUTES * 60)
+        tiny = ReMatch("rematch-tiny")
+        started = time.time()
+        tiny_results = evaluate(Encoder(tiny), tasks)[0]
+        evaluation = time.time() - started
+        progress.update(bar, description="searching", completed=time.time() - began)
+        searches, maps = example_searches(tiny), example_maps(tiny, random.Random(3))
+        progress.update(bar, description="timing training steps", completed=time.time() - began)
+        probed = {name: seconds_per_step(recipe) for name, recipe in recipes(_PROBED, Path(work)).items()}
+        pace = Pace(probed, evaluation, MINUTES * 60 - (time.time() - began))
+        chosen = steps or pace.fitting
+        arms = recipes(chosen, Path(work))
+        why = explain(pace, chosen, asked_for=steps is not None)
+        progress.console.print(why, highlight=False)
+        total = (time.time() - began) + chosen * sum(probed.values()) + len(arms) * evaluation
+        progress.update(bar, total=total, completed=time.time() - began)
         for name, recipe in arms.items():
-            progress.update(bar, description=f"training {name}, {steps} steps")
-            callback = _Advance(progress, bar, _STEP_COST[name])
-            model = train(recipe, (callback,), quiet=True)
+            progress.update(bar, description=f"training {name}, {chosen} steps")
+            model = train(recipe, (_Advance(progress, bar, probed[name]),), quiet=True)
             logs[name] = read_log(Path(recipe.train.output))
             progress.update(bar, description=f"evaluating {name}")
-            results[name] = evaluate(Encoder(model), tasks, progress=evaluated)[0]
-        progress.update(bar, description="evaluating rematch-tiny")
-        tiny = ReMatch("rematch-tiny")
-        results["rematch-tiny"] = evaluate(Encoder(tiny), tasks, progress=evaluated)[0]
-        progress.update(bar, description="indexing, searching, reporting")
-        searches = example_searches(tiny)
+            advance = partial(_advance, progress, bar, evaluation / len(tasks))
+            results[name] = evaluate(Encoder(model), tasks, progress=advance)[0]
         progress.update(bar, completed=total, description="done")
+    results["rematch-tiny"] = tiny_results
     floors = baselines(tasks)
     content = {
         "benchmark": "picto",
         "seconds": round(time.time() - began, 1),
         "queries_per_task": BLOCK,
-        "steps_per_arm": steps,
+        "steps_per_arm": chosen,
+        "why": why,
+        "seconds_per_step": {name: round(value, 2) for name, value in probed.items()},
+        "evaluation_seconds": round(evaluation, 1),
+        "precision": logs["rematch"][0]["precision"],
         "chance": floors["chance"],
         "commonest": floors["commonest"],
-        "arms": {name: summary(found) for name, found in results.items()},
+        "arms": {name: summary(task_results) for name, task_results in results.items()},
         "matching_accuracy": {
             key.removeprefix("match_accuracy/"): value
             for key, value in logs["rematch"][-1].items()
@@ -107,16 +177,36 @@ def run_demo(output: Path, steps: int) -> Path:
         },
     }
     write_json(output / "report.json", content)
-    maps = example_maps(tiny, random.Random(3))
-    return write_report(output / "report.html", content, logs, searches, results["rematch-tiny"], maps)
+    steps_logged = {name: rows[1:] for name, rows in logs.items()}
+    return write_report(output / "report.html", content, steps_logged, searches, results["rematch-tiny"], maps)
 
 
-def read_log(directory: Path) -> list[dict[str, float]]:
-    """The logged steps of a finished training run."""
-    import json
+def explain(pace: Pace, steps: int, asked_for: bool) -> str:
+    """One sentence on how many steps are trained and why."""
+    measured = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in pace.steps.items())
+    sentence = f"{steps} training steps per arm (a step takes: {measured}; an evaluation: {pace.evaluation:.0f} s)"
+    if asked_for:
+        return f"{sentence}, as asked for."
+    needed = steps * sum(pace.steps.values()) + len(pace.steps) * pace.evaluation
+    if needed > pace.left:
+        late = (needed - pace.left) / 60
+        return (
+            f"{sentence}: the fewest with which both arms are above chance. The demo will take about {late:.0f} "
+            f"minutes longer than {MINUTES:.0f} on this machine."
+        )
+    if steps == MOST_STEPS:
+        return f"{sentence}: the most that the demo trains."
+    return f"{sentence}: as many as let the demo end within {MINUTES:.0f} minutes on this machine."
 
+
+def _advance(progress: Progress, bar: Any, seconds: float, _: str) -> None:
+    progress.advance(bar, seconds)
+
+
+def read_log(directory: Path) -> list[dict[str, Any]]:
+    """What a finished training run logged: its arithmetic, then its steps."""
     history = json.loads((directory / "log.json").read_text())
-    return [row for row in history if "loss" in row]
+    return [row for row in history if "loss" in row or "precision" in row]
 
 
 def example_searches(model: ReMatch) -> list[tuple[dict[str, Any], list[tuple[Item, float]]]]:

@@ -28,12 +28,13 @@ HUB = "TIGER-Lab/MMEB-eval"
 _PICTURE_FOLDERS = ("", "images", "eval_images", "eval-images")
 
 
-def read_train(directory: Path | str, split: str = "original") -> list[list[Triplet]]:
+def read_train(directory: Path | str, split: str = "original", allow_missing: bool = False) -> list[list[Triplet]]:
     """The training samples of a directory in MMEB-train form, config by config in the order of their names.
 
     Args:
         directory: The folder that holds one folder per config, or one config's own folder.
         split: ``"original"`` or ``"diverse_instruction"``.
+        allow_missing: Let pictures be missing; whoever opens one then gets an ImageError.
 
     Raises:
         DataError: If there is no config in it, or a picture is missing.
@@ -41,7 +42,7 @@ def read_train(directory: Path | str, split: str = "original") -> list[list[Trip
     """
     directory = Path(directory)
     one = any(_real(directory.glob(f"{split}-*.parquet")))
-    pictures = _Pictures(directory.parent if one else directory)
+    pictures = _Pictures(directory.parent if one else directory, allow_missing)
     configs: dict[str, list[Triplet]] = {}
     for file in _parquet_files(directory.parent if one else directory, f"{split}-*.parquet"):
         if one and file.parent != directory:
@@ -234,8 +235,8 @@ def _identity(form: mmeb_table.DataSet, text: str, path: str) -> str:
 class _Pictures:
     """Finds pictures under a directory, unpacked or in archives, and collects those that are not there."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.archives = root, Archives(root)
+    def __init__(self, root: Path, allow_missing: bool = False) -> None:
+        self.root, self.archives, self.allow_missing = root, Archives(root), allow_missing
         self.missing: list[str] = []
         self.known: dict[str, Path | Zipped | None] = {}
 
@@ -250,7 +251,7 @@ class _Pictures:
         for folder in _PICTURE_FOLDERS:
             if (self.root / folder / path).is_file():
                 return self.root / folder / path
-        return self.archives.find(path)
+        return self.archives.find(path) or (self.root / path if self.allow_missing else None)
 
     def complain(self) -> None:
         """Raise a DataError if pictures were missing, and forget them."""

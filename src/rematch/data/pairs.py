@@ -11,10 +11,14 @@ from rematch.errors import DataError
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
 
 
-def read_triplets(path: Path | str) -> list[Triplet]:
+def read_triplets(path: Path | str, allow_missing: bool = False) -> list[Triplet]:
     """Training samples from a file.
 
     Each column holds a string, the path of a picture (relative to the file), or ``{"text": …, "image": …}``.
+
+    Args:
+        path: The file.
+        allow_missing: Let pictures be missing; whoever opens one then gets an ImageError.
 
     Raises:
         DataError: If the file is missing, a line does not parse, a column is missing or empty, or a picture is not
@@ -29,7 +33,9 @@ def read_triplets(path: Path | str) -> list[Triplet]:
                 f"{path}:{row}: needs the columns 'query' and 'positive' (and may have 'negative'); has {seen}."
             )
         items = {
-            name: item(record[name], path, row, name) for name in ("query", "positive", "negative") if record.get(name)
+            name: item(record[name], path, row, name, allow_missing)
+            for name in ("query", "positive", "negative")
+            if record.get(name)
         }
         if missing := {"query", "positive"} - items.keys():
             raise DataError(f"{path}:{row}: {missing.pop()!r} is empty. Fill it in or delete the row.")
@@ -68,7 +74,7 @@ def rows(path: Path) -> Iterator[tuple[int, Any]]:
                 ) from None
 
 
-def item(value: Any, path: Path, row: int, column: str) -> Item:
+def item(value: Any, path: Path, row: int, column: str, allow_missing: bool = False) -> Item:
     """A cell as an item; picture paths are looked up beside the data file.
 
     A document with a picture gets the instruction that Picto's and MMEB's picture targets have.
@@ -86,7 +92,7 @@ def item(value: Any, path: Path, row: int, column: str) -> Item:
         )
     images = [path.parent / name for name in names]
     for image in images:
-        if not image.is_file():
+        if not allow_missing and not image.is_file():
             raise DataError(f"{path}:{row}: {column} names the picture {image}, which is not there.")
     instruction = DOCUMENT_INSTRUCTIONS["image"] if images and column != "query" else ""
     if instruction and text:

@@ -43,9 +43,7 @@ class Model(_Section):
     compile: bool = Field(False, description="torch.compile for the language model's layers")
     liger: bool = Field(False, description="Liger's fused kernels (needs liger-kernel and a GPU)")
     min_pixels: int | None = Field(None, gt=0, description="smaller pictures are enlarged; null: the backbone's limit")
-    max_pixels: int | None = Field(
-        None, gt=0, description="larger pictures are scaled down; null: the backbone's limit"
-    )
+    max_pixels: int | None = Field(None, gt=0, description="larger ones are scaled down; null: the backbone's limit")
     train_vision: bool = Field(False, description="full fine-tuning: train the vision tower too")
 
 

@@ -81,7 +81,8 @@ def _open(source: Source, most: int, recipe: Recipe, kept_out: bool = False) -> 
         seed, size = (recipe.train.seed + 1_000_003, validation) if kept_out else (recipe.train.seed, most)
         return [_Opened("picto", partial(training_triplet, seed), size, source.weight or most, True, temperature)]
     path = Path(source.path)
-    parts = read_train(path, source.split) if path.is_dir() else [read_triplets(path)]
+    skip = recipe.data.unreadable == "skip"
+    parts = read_train(path, source.split, skip) if path.is_dir() else [read_triplets(path, skip)]
     if validation:
         parts = [part[-validation:] if kept_out else part[:-validation] for part in parts]
     if (recipe.data.samples or source.samples) and not kept_out:
