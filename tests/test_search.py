@@ -515,9 +515,9 @@ def test_search_is_exact_for_text_pictures_and_both(searcher, library, tmp_path)
     queries = ["number 3", path, {"text": "like this", "image": path}]
     for query, hits in zip(queries, library.search(queries, 7), strict=True):
         cosines = vectors @ searcher.encode_query([query], show_progress_bar=False)[0]
-        for found in (hits, library.search(query, 7)):  # with others, and alone
-            assert len(found) == 7
-            assert_best(scores_of(found), {f"d{i}": cosine for i, cosine in enumerate(cosines)}, ROUNDING)
+        for results in (hits, library.search(query, 7)):  # with others, and alone
+            assert len(results) == 7
+            assert_best(scores_of(results), {f"d{i}": cosine for i, cosine in enumerate(cosines)}, ROUNDING)
     hit = library.search("number 3", 40)[0]
     assert hit.metadata.keys() == {"year"}
     assert hit.by == "cosine"
@@ -530,12 +530,12 @@ def test_filters_choose_before_the_search(library):
         library.search("number 3", where="yeer > 1")
 
 
-def assert_best(found: dict[str, float], scores: dict[str, float], tolerance: float) -> None:
+def assert_best(ranked: dict[str, float], scores: dict[str, float], tolerance: float) -> None:
     """These are the best documents in their order; those that rounding may swap may be swapped."""
-    listed = [scores[name] for name in found]
-    assert list(found.values()) == pytest.approx(listed, abs=tolerance)
+    listed = [scores[name] for name in ranked]
+    assert list(ranked.values()) == pytest.approx(listed, abs=tolerance)
     assert all(after <= before + 2 * tolerance for before, after in pairwise(listed))
-    assert max((s for name, s in scores.items() if name not in found), default=-1) <= min(listed) + 2 * tolerance
+    assert max((s for name, s in scores.items() if name not in ranked), default=-1) <= min(listed) + 2 * tolerance
 
 
 @pytest.mark.parametrize("views", ["raw-raw", "feat-feat", "raw-feat"])
