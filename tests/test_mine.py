@@ -1,15 +1,24 @@
 """Mining: what is dropped and why, resuming, and an output that training reads."""
 
 import json
+from zipfile import ZipFile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
+from rematch.data.images import Checked, Encoded, Zipped, load_image
 from rematch.data.pairs import read_triplets
-from rematch.errors import DataError
+from rematch.data.schema import Item
+from rematch.encoder import look_at_picture
+from rematch.errors import DataError, ImageError
 from rematch.train import mine as module
-from rematch.train.mine import Rules, mine
+from rematch.train.mine import Rules, _cell, identity, mine
+from rematch.train.recipe import load_recipe
+from rematch.train.sources import build_dataset
 
 
 @pytest.fixture
@@ -127,10 +136,74 @@ def test_unfinished_work_of_another_run_is_not_mixed_in(judged, data, tmp_path, 
         run(judged, data, output, negatives=3)
 
 
+@pytest.mark.parametrize("part", ["projector", "token rows", "matching", "configuration"])
+def test_work_of_a_model_that_would_judge_otherwise_is_not_mixed_in(judged, data, tmp_path, monkeypatch, part):
+    output = tmp_path / "mined.jsonl"
+    monkeypatch.setattr(module, "_write", lambda *_: None)
+    run(judged, data, output)
+    run(judged, data, output)
+    with torch.no_grad():
+        if part == "projector":
+            next(judged.fusion.projector.parameters()).flatten()[-1] += 1
+        elif part == "token rows":
+            judged.backbone.model.get_input_embeddings().weight[-1, -1] += 1
+        elif part == "matching":
+            judged.backbone.matching = "reuse"
+        else:
+            judged.backbone.model.config.text_config.rms_norm_eps *= 2
+    with pytest.raises(DataError, match="unfinished work of another run"):
+        run(judged, data, output)
+
+
+def test_pictures_inside_a_file_become_files_that_training_reads(judged, data, tmp_path):
+    """One of the three is a positive of the data, by its content, and needs no file of its own."""
+    folder = data.parent
+    Image.new("RGB", (40, 30), "orange").save(tmp_path / "a.jpg")
+    Image.new("RGB", (40, 30), "purple").save(tmp_path / "b.png")
+    contents = [(tmp_path / "a.jpg").read_bytes(), (tmp_path / "b.png").read_bytes(), (folder / "1.png").read_bytes()]
+    pictures = [{"bytes": content, "path": None} for content in contents]
+    pq.write_table(pa.table({"image": pictures, "text": ["", "with text", ""]}), tmp_path / "corpus.parquet")
+    output = tmp_path / "out" / "mined.jsonl"
+    output.parent.mkdir()
+    rules = Rules(negatives=20, candidates=20, views="raw-raw")
+    report = mine(judged, data, output, rules, corpus=tmp_path / "corpus.parquet")
+    assert (report["documents"], report["duplicates_in_the_corpus"]) == (5 + 2, 3)
+    written = sorted((tmp_path / "out" / "mined-pictures").iterdir())
+    assert sorted(path.suffix for path in written) == [".jpeg", ".png"]
+    assert {path.read_bytes() for path in written} == set(contents[:2])
+    negatives = [triplet.negative for triplet in read_triplets(output)]
+    assert {n.text for n in negatives if n.image in written} == {"", "with text"}
+    recipe = load_recipe("recipes/picto.yaml", [f"data.source={output}", "train.batch_size=2", "train.steps=1"])
+    row = build_dataset(recipe)[0]
+    assert load_image(row["negative"]["image"]) if "image" in row["negative"] else row["negative"]["text"]
+    assert not (tmp_path / "out" / "mined.jsonl.partial").exists()
+
+
+def test_a_picture_is_the_same_wherever_it_lies(tmp_path):
+    Image.new("RGB", (40, 30), "orange").save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    with ZipFile(tmp_path / "z.zip", "w") as archive:
+        archive.writestr("a.png", content)
+    path = tmp_path / "a.png"
+    same = [path, Encoded("e", content), Zipped(tmp_path / "z.zip", "a.png"), Checked(path, *look_at_picture(path))]
+    assert len({identity(Item("text", picture)) for picture in same}) == 1
+    assert identity(Item("text", same[0])) != identity(Item("other", same[0]))
+    assert identity(Item("text", [path])) != identity(Item("text", [path, path]))
+    output = tmp_path / "mined.jsonl"
+    cells = [_cell(Item("text", picture), output, tmp_path) for picture in same]
+    assert cells[0] == cells[3] == {"text": "text", "image": ["a.png"]}
+    assert cells[1] == cells[2]
+    assert (tmp_path / cells[1]["image"][0]).read_bytes() == content
+    with pytest.raises(ImageError, match="not a picture"):
+        identity(Item("", Encoded("e", b"text")))
+
+
 def test_feature_views_read_vectors_alone(model, data, tmp_path):
     output = tmp_path / "mined.jsonl"
     report = run(model, data, output, views="feat-feat", yes=1.0, margin=0.0)
     assert report["queries"] == 5
+    model.truncate_dim = 8
+    assert run(model, data, tmp_path / "truncated.jsonl", views="feat-feat", yes=1.0, margin=0.0) == report
     row = json.loads(output.read_text().splitlines()[0]) if report["negatives"] else None
     assert row is None or {"cosine", "p_yes", "positive_p_yes"} < row.keys()
 
@@ -140,3 +213,6 @@ def test_output_that_exists_or_is_no_jsonl_is_refused(model, data, tmp_path):
         run(model, data, data)
     with pytest.raises(DataError, match=r"ending \.jsonl"):
         run(model, data, tmp_path / "mined.csv")
+    (tmp_path / "mined-pictures").write_text("")
+    with pytest.raises(DataError, match="a folder for pictures is needed"):
+        run(model, data, tmp_path / "mined.jsonl")

@@ -31,7 +31,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
 from sentence_transformers.util.distributed import get_rank, get_world_size
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 from torch.utils.data import DataLoader, Dataset
 from xxhash import xxh3_128
 
@@ -94,7 +94,8 @@ class Encoder:
             multi_vector: The K token vectors besides; ReMatch models only.
 
         Returns:
-            (N, D); with ``multi_vector`` (N, 1 + K, D), the embedding and then its token vectors.
+            (N, D), or as many dimensions as the model's ``truncate_dim`` keeps, as ``encode`` gives them; with
+            ``multi_vector`` (N, 1 + K, D), the embedding, zero where it is truncated, and then its token vectors.
 
         Raises:
             RematchError: If an input cannot be read, or one alone does not fit into memory.
@@ -102,7 +103,7 @@ class Encoder:
         if multi_vector and not isinstance(self.model, ReMatch):
             raise RematchError("token vectors (MaxSim) are there in ReMatch models only. Leave them out.")
         if not inputs:
-            return np.zeros((0, self.model.get_embedding_dimension()), np.float32)
+            return self._nothing(multi_vector)
         measured = [whole(one) for one in self.measure(inputs, task, multi_vector=multi_vector)]
         first = {m.key: i for i, m in reversed(list(enumerate(measured)))}
         vectors = {key: self._texts[key] for key in first if key in self._texts}
@@ -207,10 +208,17 @@ class Encoder:
             name, batch = waiting.popleft()
             kept = [value for i, value in enumerate(batch) if i not in errors]
             if not kept:
-                yield name, np.zeros((0, self.model.get_embedding_dimension()), np.float32), errors
+                yield name, self._nothing(multi_vector), errors
                 continue
             vectors = (made if on_cpu else self._forward(kept, made, task)).numpy()
-            yield name, vectors if multi_vector else vectors[:, 0], errors
+            yield name, vectors if multi_vector else vectors[:, 0, : self.model.truncate_dim], errors
+
+    def _nothing(self, multi_vector: bool) -> NDArray[np.float32]:
+        """The vectors of no inputs."""
+        width = self.model.get_embedding_dimension() or 0  # a module need not know its width
+        if not multi_vector:
+            return np.zeros((0, width), np.float32)
+        return np.zeros((0, 1 + max(1, self.model.fusion.num_tokens), self.model.backbone.width), np.float32)
 
     def _vectors(self, batch: list[Any], task: str) -> Tensor:
         return self._forward(batch, self._prepare(batch, task), task)
@@ -234,9 +242,10 @@ class Encoder:
     def _forward(self, batch: list[Any], features: dict[str, Any], task: str) -> Tensor:
         try:
             out = self.model(batch_to_device(features, self.model.device), task=task)
-            fused: Tensor = out["sentence_embedding"].float()[:, None]
+            fused: Tensor = out["sentence_embedding"][..., : self.model.truncate_dim].float()[:, None]  # as encode does
             if "multi_vector" in out:
-                fused = torch.cat([fused, normalize(out["multi_vector"].float(), dim=-1)], 1)
+                tokens = normalize(out["multi_vector"].float(), dim=-1)
+                fused = torch.cat([pad(fused, (0, tokens.shape[-1] - fused.shape[-1])), tokens], 1)
             return fused.cpu()
         except RuntimeError as error:
             if not is_out_of_memory(error):

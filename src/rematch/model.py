@@ -232,7 +232,8 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             raise RematchError(f"multi_vector=True does not go with {named}: it returns whole unit vectors.")
         self.fusion.flat_output = True
         try:
-            flat = super().encode(inputs, *args, **kwargs)
+            with self.truncate_embeddings(None):
+                flat = super().encode(inputs, *args, **kwargs)
         finally:
             self.fusion.flat_output = False
         return flat.reshape(*flat.shape[:-1], -1, self.backbone.width)

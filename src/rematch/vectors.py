@@ -1,8 +1,8 @@
 """Vectors on disk: one SQLite file per model, filled batch by batch, found again by the content of what was encoded.
 
-What a vector depends on is its key: the model (weights, chat template, tokenizer, picture settings, prompts, libraries
-and this package's code) names the file; the input's text and pictures name the row. SQLite commits a batch whole or not
-at all, whatever kills the process; each row carries a checksum besides.
+What a vector depends on is its key: the model (weights, configuration, chat template, tokenizer, picture settings,
+prompts, libraries and this package's code) names the file; the input's text and pictures name the row. SQLite commits a
+batch whole or not at all, whatever kills the process; each row carries a checksum besides.
 """
 
 import json
@@ -10,7 +10,7 @@ import os
 import sqlite3
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -20,10 +20,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
+from transformers import PreTrainedConfig, PreTrainedModel
 from xxhash import xxh3_128
 
 from rematch.errors import DataError
 
+FINGERPRINT = "2:"  # how fingerprints of this kind begin; those before it knew no configuration
+_BOOKKEEPING = frozenset(
+    "_name_or_path architectures auto_map dtype torch_dtype transformers_version id2label label2id problem_type "
+    "use_cache return_dict output_attentions output_hidden_states initializer_range initializer_factor".split()
+)  # of a configuration: vectors do not depend on it
 _LIBRARIES = ("torch", "transformers", "sentence-transformers", "pillow")
 
 
@@ -32,6 +38,8 @@ def describe(model: SentenceTransformer) -> dict[str, Any]:
     return _settings(model) | {
         "weights": _weights(model),
         "modules": str(model),
+        "truncate_dim": model.truncate_dim,
+        "attention": {name: config._attn_implementation for name, config in _configs(model)},
         "device": model.device.type,
         "code": _code(),
         "libraries": {name: version(name) for name in _LIBRARIES},
@@ -40,10 +48,10 @@ def describe(model: SentenceTransformer) -> dict[str, Any]:
 
 def fingerprint(model: SentenceTransformer) -> str:
     """Digest of what makes two vectors comparable: weights (rounded to bfloat16, so that it does not matter in which
-    precision they were loaded), chat template, tokenizer, picture settings, prompts.
+    precision they were loaded), configuration, chat template, tokenizer, picture settings, prompts.
     """
     content = _settings(model) | {"weights": _weights(model, torch.bfloat16)}
-    return _digest(json.dumps(content, sort_keys=True, default=str))
+    return FINGERPRINT + _digest(json.dumps(content, sort_keys=True, default=str))
 
 
 def _settings(model: SentenceTransformer) -> dict[str, Any]:
@@ -56,7 +64,36 @@ def _settings(model: SentenceTransformer) -> dict[str, Any]:
         "pictures": str(getattr(processor, "image_processor", None)),
         "max_seq_length": model.max_seq_length,
         "prompts": model.prompts,
+        "configuration": {name: _configuration(config) for name, config in _configs(model)},
     }
+
+
+def _configs(model: SentenceTransformer) -> Iterator[tuple[str, PreTrainedConfig]]:
+    """(name, configuration) of each Transformers model, and of the parts that it is composed of."""
+
+    def parts(name: str, config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
+        yield name, config
+        for key, value in vars(config).items():
+            if isinstance(value, PreTrainedConfig):
+                yield from parts(f"{name}.{key}", value)
+
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and not name.startswith(inside):
+            inside += (name + ".",)
+            yield from parts(name, module.config)
+
+
+def _configuration(config: PreTrainedConfig) -> dict[str, Any]:
+    """What differs from the defaults, so that a setting that a later Transformers adds changes nothing."""
+    values = config.to_dict()
+    try:
+        usual = type(config)().to_dict()
+    except Exception:  # a few have settings without a default; of these all count
+        usual = {}
+    parts = {key for key, value in vars(config).items() if isinstance(value, PreTrainedConfig)}
+    different = {k for k, v in values.items() if k not in usual or usual[k] != v} - parts - _BOOKKEEPING
+    return {"model_type": config.model_type} | {key: values[key] for key in different}
 
 
 def _weights(model: SentenceTransformer, dtype: torch.dtype | None = None) -> str:

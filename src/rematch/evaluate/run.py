@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rematch.data.schema import RetrievalTask
 from rematch.encoder import Encoder
-from rematch.errors import DataError, ImageError
+from rematch.errors import DataError, ImageError, RematchError
 from rematch.evaluate.metrics import Ranks, hit_at, mrr_at, ndcg_at, ranking, ranks_of_right, recall_at
 from rematch.evaluate.rerank import Reranking, rerank
 from rematch.model import ReMatch
@@ -65,6 +65,11 @@ def evaluate_task(
         RematchError: If an input cannot be read.
     """
     model = encoder.model
+    if reranking and model.truncate_dim is not None and any("feat" in view for view in reranking.views):
+        raise RematchError(
+            f"the matching head reads whole vectors only, but the model has truncate_dim={model.truncate_dim}. Use "
+            "--views raw-raw, or load the model without it."
+        )
     if document_instructions is None:
         document_instructions = model.backbone.document_instructions if isinstance(model, ReMatch) else True
     asked = [query.as_input() for query in task.queries]

@@ -151,7 +151,7 @@ def run_search(
     table = Table("")
     table.add_column("document", overflow="fold")
     for name in [*(["text"] if with_text else []), *names]:
-        table.add_column(name)
+        table.add_column(escape(name))
     table.add_column("score", justify="right")
     table.add_column("by")
     for rank, hit in enumerate(hits, 1):

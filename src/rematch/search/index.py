@@ -22,11 +22,11 @@ from rematch.data.images import Encoded
 from rematch.errors import DataError, ModelError
 from rematch.model import ReMatch
 from rematch.search.cascade import Stage, parse, reorder
+from rematch.search.columns import OWN, in_condition, new_columns
 from rematch.search.corpus import Document, Metadata
 from rematch.search.storage import TABLE, exists, is_local, quoted, writing
-from rematch.vectors import fingerprint
+from rematch.vectors import FINGERPRINT, fingerprint
 
-OWN = ("id", "vector", "tokens", "text", "path", "image", "content_hash", "stamp")
 ANN = {"float": "IVF_FLAT", "int8": "IVF_SQ", "binary": "IVF_RQ", "pq": "IVF_PQ", "hnsw": "IVF_HNSW_SQ"}
 EXACT_UP_TO = 100_000  # rows: below it a scan is as fast as a person notices
 
@@ -66,7 +66,7 @@ class Index:
         Raises:
             DataError: If it cannot be written there, or ``dimensions`` are more than the model has.
         """
-        width = model.backbone.width
+        width = model.get_embedding_dimension()
         if dimensions > width:
             raise DataError(f"--dimensions {dimensions}: the model's vectors have {width}. Give at most that.")
         about = {
@@ -82,7 +82,7 @@ class Index:
             pa.field("vector", pa.list_(pa.float32(), dimensions or width)),
         ]
         if tokens:
-            fields.append(pa.field("tokens", pa.list_(pa.list_(pa.float16(), width))))
+            fields.append(pa.field("tokens", pa.list_(pa.list_(pa.float16(), model.backbone.width))))
         fields += [
             pa.field("text", pa.string()),
             pa.field("path", pa.string()),
@@ -136,10 +136,22 @@ class Index:
         return self._model
 
     def _check(self, model: ReMatch) -> None:
-        if fingerprint(model) != self.about["fingerprint"]:
+        made_by = self.about["fingerprint"]
+        if not made_by.startswith(FINGERPRINT):
+            raise ModelError(
+                f"{self.uri}: was made by an earlier version of rematch, which did not record the model's "
+                "configuration, so it is unknown whether its vectors can be compared with this model's. Index the "
+                "corpus again, with another --output or after removing this index."
+            )
+        if fingerprint(model) != made_by:
             raise ModelError(
                 f"{self.uri}: was made by another model ({self.about['model']}), whose vectors cannot be compared with "
                 "this one's. Search it with that model, or index the corpus anew."
+            )
+        if (width := model.get_embedding_dimension()) < self.about["dimensions"]:
+            raise ModelError(
+                f"{self.uri}: keeps {self.about['dimensions']} dimensions, but the model has truncate_dim={width}. "
+                "Load the model without it, or with a larger one."
             )
 
     def __len__(self) -> int:
@@ -203,10 +215,10 @@ class Index:
         asked = asked.bypass_vector_index() if exact else asked.nprobes(probes).refine_factor(10)
         try:
             return asked.to_arrow()
-        except (ValueError, RuntimeError, OSError) as error:
+        except Exception as error:  # a condition can make LanceDB's parser panic, which is an Exception alone
             if not where:
                 raise
-            names = ", ".join(["id", "text", "path", *self.metadata_columns])
+            names = ", ".join(["id", "text", "path", *map(in_condition, self.metadata_columns)])
             raise DataError(
                 f"--filter {where}: {str(error).splitlines()[0][:200]}. Write a condition in SQL on {names}."
             ) from None
@@ -266,22 +278,9 @@ class Index:
         """A column for each new name in a document's metadata.
 
         Raises:
-            DataError: If a name is the index's own, or a value is of another kind than its column's.
+            DataError: As :func:`~rematch.search.columns.new_columns`; nothing has been written then.
         """
-        schema, new = self.table.schema, []
-        for name, value in metadata.items():
-            kind = pa.bool_() if isinstance(value, bool) else pa.float64() if isinstance(value, float) else pa.string()
-            if name in OWN or name.startswith("_"):
-                raise DataError(f"metadata {name!r} is a name of the index's own. Rename it.")
-            if value is None:
-                continue
-            if name not in schema.names:
-                new.append(pa.field(name, kind))
-            elif schema.field(name).type != kind:
-                raise DataError(
-                    f"metadata {name} = {value!r} is no {schema.field(name).type}, as with other documents."
-                )
-        if new:
+        if new := new_columns(self.table.schema, metadata):
             with writing(self.uri):
                 self.table.add_columns(pa.schema(new))
 
@@ -317,7 +316,8 @@ class Index:
 
         Args:
             kind: ``float`` (cells of whole vectors), ``int8``, ``binary``, ``pq`` (compressed, the best rescored with
-                whole vectors), ``hnsw`` (graphs over int8), ``none``; ``auto``: ``int8`` above 100,000 documents.
+                whole vectors), ``hnsw`` (graphs over int8), which replace one of another kind; ``none`` drops it;
+                ``auto``: ``int8`` above 100,000 documents.
 
         Returns:
             The kind that was built, or ``none``.
@@ -328,6 +328,10 @@ class Index:
         if kind not in ("auto", "none", *ANN):
             raise DataError(f"--ann {kind} is unknown; choose auto, none, {', '.join(ANN)}.")
         rows = len(self)
+        if kind == "none":
+            with writing(self.uri):
+                for name in self._ann_indices():
+                    self.table.drop_index(name)
         if kind == "none" or (kind == "auto" and rows <= EXACT_UP_TO):
             return "none"
         kind = "int8" if kind == "auto" else kind
@@ -341,10 +345,13 @@ class Index:
     def ann(self) -> str:
         """Kind of the approximate index, or ``none``."""
         kinds = {value.replace("_", "").lower(): name for name, value in ANN.items()}
-        for one in self.table.list_indices():
-            if "vector" in one.columns:
-                return kinds.get(str(one.index_type).replace("_", "").lower(), str(one.index_type))
+        for index_type in self._ann_indices().values():
+            return kinds.get(index_type.replace("_", "").lower(), index_type)
         return "none"
+
+    def _ann_indices(self) -> dict[str, str]:
+        """Name and LanceDB's type of each index on the vectors."""
+        return {index.name: str(index.index_type) for index in self.table.list_indices() if "vector" in index.columns}
 
     def versions(self) -> list[dict[str, Any]]:
         """Its states that can still be opened: ``version`` and ``timestamp``."""

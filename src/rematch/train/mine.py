@@ -3,9 +3,12 @@
 The documents nearest to a query are its hardest negatives, and often they are right answers that nobody labelled. The
 same weights that ranked them can judge them: a candidate that the model says Yes to, or nearly as much as to the
 labelled positive, is left out.
+
+Pictures that are not files, such as those inside a parquet file, are written to ``NAME-pictures/`` beside the output
+``NAME.jsonl``, each once, named by a digest of its content.
 """
 
-import hashlib
+import io
 import json
 import os
 import shutil
@@ -20,16 +23,19 @@ import jinja2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from sentence_transformers.util import dot_score, semantic_search
+from xxhash import xxh3_128
 
-from rematch.data.images import data_url, load_image
+from rematch.data.images import Checked, Picture, data_url, load_image
 from rematch.data.pairs import read_triplets
 from rematch.data.schema import Item
+from rematch.encoder import look_at_picture
 from rematch.errors import DataError
 from rematch.files import write_json
-from rematch.lora import fingerprint
 from rematch.model import ReMatch, Views
 from rematch.search.corpus import documents_of
+from rematch.vectors import fingerprint
 
 QUERIES_AT_ONCE, INPUTS_AT_ONCE, SAMPLES = 64, 2048, 8
 REASONS = {
@@ -87,11 +93,14 @@ def mine(
 
     Raises:
         DataError: If a file cannot be read, the output exists, or another run's unfinished work lies in its place.
+        ImageError: If a picture cannot be read.
     """
     if output.exists():
         raise DataError(f"{output}: exists already. Choose another --output or remove it.")
     if output.suffix != ".jsonl":
         raise DataError(f"{output}: the output is JSON lines; give it the ending .jsonl.")
+    if (pictures := _pictures_of(output)).exists() and not pictures.is_dir():
+        raise DataError(f"{pictures}: a file, where a folder for pictures is needed. Choose another --output.")
     triplets = read_triplets(data)
     queries: dict[str, Item] = {}
     positives: dict[str, dict[str, None]] = defaultdict(dict)
@@ -113,8 +122,9 @@ def mine(
     instruct = model.backbone.document_instructions
     asked = [item.as_input() for item in queries.values()]
     told = [item.as_input(instruct) for item in documents.values()]
-    query_vectors = _encode(model.encode_query, asked, work / "queries", progress)
-    vectors = _encode(model.encode_document, told, work / "documents", progress)
+    with model.truncate_embeddings(None):  # the matching head reads whole vectors
+        query_vectors = _encode(model.encode_query, asked, work / "queries", progress)
+        vectors = _encode(model.encode_document, told, work / "documents", progress)
     keys, places = list(queries), {key: i for i, key in enumerate(documents)}
     own = [[places[key] for key in positives[query]] for query in keys]
     names = list(documents)
@@ -140,17 +150,25 @@ def mine(
 
 
 def identity(item: Item) -> str:
-    """Equal for items with the same text and the same pictures, byte for byte."""
-    digest = hashlib.blake2b(item.text.encode(), digest_size=16)
-    for picture in _pictures(item):
-        digest.update(b"\0" + (picture.read_bytes() if isinstance(picture, Path) else picture.tobytes()))
-    return digest.hexdigest()
+    """Equal for items with the same text and the same pictures, byte for byte, wherever these lie.
+
+    Raises:
+        ImageError: If a picture cannot be read.
+    """
+    digests = [look_at_picture(picture)[0] for picture in _pictures(item)]
+    parts = [item.text.encode(), *digests]
+    return xxh3_128(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).hexdigest()
 
 
 def _claim(work: Path, model: ReMatch, rules: Rules, keys: list[str]) -> None:
     """Take the directory of unfinished work, if it is this very run's."""
-    contents = hashlib.blake2b("".join(keys).encode(), digest_size=16).hexdigest()
-    settings = {"rules": asdict(rules), "contents": contents, "weights": fingerprint(model.backbone.model)}
+    settings = {
+        "rules": asdict(rules),
+        "contents": xxh3_128("".join(keys).encode()).hexdigest(),
+        "model": fingerprint(model),
+        "matching": model.backbone.matching,
+        "document_instructions": model.backbone.document_instructions,
+    }
     file = work / "settings.json"
     if file.exists() and json.loads(file.read_text()) != settings:
         raise DataError(
@@ -257,7 +275,7 @@ def _write(
             line = {"query": query, "positive": positive, "negative": documents[document]}
             figures = {"cosine": round(cosine, 4), "p_yes": round(p_yes, 4)}
             figures["positive_p_yes"] = round(row["positive_p_yes"], 4)
-            cells = {name: _cell(item, output.parent) for name, item in line.items()} | figures
+            cells = {name: _cell(item, output, work) for name, item in line.items()} | figures
             lines.append(json.dumps(cells, ensure_ascii=False))
         shown = set()
         for document, cosine, p_yes, reason in row["candidates"]:
@@ -287,18 +305,42 @@ def _write(
     return report
 
 
-def _pictures(item: Item) -> list[Any]:
+def _pictures(item: Item) -> Sequence[Picture]:
     if item.image is None:
         return []
     return item.image if isinstance(item.image, list) else [item.image]
 
 
-def _cell(item: Item, directory: Path) -> str | dict[str, Any]:
+def _cell(item: Item, output: Path, work: Path) -> str | dict[str, Any]:
     """An item as training data has it, pictures relative to the file."""
-    names = [os.path.relpath(picture, directory) for picture in _pictures(item)]
+    names = [os.path.relpath(_as_file(picture, output, work), output.parent) for picture in _pictures(item)]
     if not names:
         return item.text
     return {"text": item.text, "image": names} if item.text else {"image": names}
+
+
+def _as_file(picture: Picture, output: Path, work: Path) -> Path:
+    """Where a picture lies; one that is no file becomes one in the output's folder of pictures."""
+    if isinstance(picture, Path | Checked):
+        return picture if isinstance(picture, Path) else picture.path
+    digest, _ = look_at_picture(picture)
+    if isinstance(picture, Image.Image):
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        content = stream.getvalue()
+    else:
+        content = picture.read_bytes()
+    path = _pictures_of(output) / f"{digest.hex()}.{str(Image.open(io.BytesIO(content)).format).lower()}"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        scratch = work / path.name
+        scratch.write_bytes(content)
+        os.replace(scratch, path)
+    return path
+
+
+def _pictures_of(output: Path) -> Path:
+    return output.with_name(output.stem + "-pictures")
 
 
 def _page(report: dict[str, Any], samples: dict[str, list[Any]]) -> str:
