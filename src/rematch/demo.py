@@ -108,7 +108,7 @@ class _Advance(TrainerCallback):  # type: ignore[misc]
 
 
 def run_demo(output: Path, steps: int | None = None) -> Path:
-    """Evaluate and search with ``rematch-tiny``, train and evaluate both arms, write ``report.json`` and ``report.html``.
+    """Evaluate and search with ``rematch-tiny``, train and evaluate both arms, and write both reports.
 
     Args:
         output: Directory of the reports.

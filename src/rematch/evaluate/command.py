@@ -15,7 +15,7 @@ from rich.table import Table
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util.distributed import get_rank, get_world_size
 
-from rematch.backbone import resolve
+from rematch.backbone import limit_pixels, resolve
 from rematch.encoder import Encoder
 from rematch.errors import ModelError, RematchError
 from rematch.evaluate.benchmarks import Benchmark, load
@@ -143,8 +143,7 @@ def load_model(options: Options) -> SentenceTransformer:
         ModelError: If it is neither, or does not take the wanted picture sizes.
     """
     name = options.model
-    pixels = {k: v for k in ("min_pixels", "max_pixels") if (v := getattr(options, k)) is not None}
-    kwargs: dict[str, Any] = {"processor_kwargs": pixels} if pixels else {}
+    kwargs: dict[str, Any] = {}
     if get_world_size() > 1 and torch.cuda.is_available():
         kwargs["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if _is_rematch(name):
@@ -157,11 +156,7 @@ def load_model(options: Options) -> SentenceTransformer:
                 f"{name}: cannot be loaded ({str(error).strip().splitlines()[0]}). Give a directory that holds a "
                 "SentenceTransformer, a hub name, or rematch-tiny."
             ) from error
-    if pixels:
-        pictures = getattr(getattr(model[0], "processor", None), "image_processor", None)
-        size = dict(getattr(pictures, "size", None) or {})
-        if "longest_edge" not in size or "shortest_edge" not in size or "height" in size:
-            raise ModelError(f"{name}: scales pictures to a fixed size, so --min-pixels and --max-pixels do not apply.")
+    limit_pixels(getattr(model[0], "processor", None), options.min_pixels, options.max_pixels)
     return model
 
 

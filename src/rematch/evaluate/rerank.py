@@ -27,10 +27,10 @@ class Reranking:
 def rerank(
     model: ReMatch, queries: Side, documents: Side, pools: Sequence[Pool], top: int, views: str
 ) -> Sequence[Ranks]:
-    """Ranks of the right documents after the first ``top`` candidates were put in the order of P(yes).
+    """Ranks of the right documents after the first ``top`` candidates were put in the order of their margins.
 
     A query's candidates share sequences under the unified mask, in which the query is computed once. Processes share
-    the queries. Equal P(yes) never counts for a right document.
+    the queries. Equal margins never count for a right document.
     """
     query_view, document_view = views.split("-")
     asked = queries[query_view == "feat"]
@@ -41,13 +41,13 @@ def rerank(
         block = mine[start : start + 16]
         pairs = [(i, j) for i in block for j in pools[i][0][pools[i][2][:top]]]
         by_query = {i: asked[i] for i in block}  # one object for all pairs of a query: they share a sequence
-        judged = model.match([by_query[i] for i, _ in pairs], [given[j] for _, j in pairs], views)  # type: ignore[arg-type]
+        judged = model.match_margins([by_query[i] for i, _ in pairs], [given[j] for _, j in pairs], views)  # type: ignore[arg-type]
         at = 0
         for i in block:
             own, right, order = pools[i]
             first = order[:top]
-            scores = np.empty(len(own), np.float32)
-            scores[order] = -np.arange(1, len(own) + 1)  # those behind keep their places
+            scores = np.empty(len(own), np.float64)
+            scores[order] = judged.min(initial=0.0) - np.arange(1, len(own) + 1)  # those behind keep their places
             scores[first] = judged[at : at + len(first)]
             found[i] = ranks_of_right(scores, right)
             at += len(first)

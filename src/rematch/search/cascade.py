@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rematch.data.images import Encoded
 from rematch.errors import RematchError
 from rematch.matching import VIEWS
+from rematch.scoring import probability
 from rematch.search.corpus import Document, Metadata
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def reorder(
         rows: The nearest documents, nearest first.
         stages: In their order.
     """
-    scores = 1 - np.asarray(rows["_distance"], np.float32)
+    scores = 1 - np.asarray(rows["_distance"], np.float64)
     by = ["cosine"] * len(rows)
     order = np.arange(len(rows))
     for stage in stages:
@@ -115,7 +116,7 @@ def reorder(
             judged = _match(index, query, vector, rows.take(pa.array(first)), stage.views)
         ranking = np.argsort(-judged, kind="stable")
         order = np.concatenate([first[ranking], order[stage.count :]])
-        scores[first] = judged
+        scores[first] = judged if stage.views == "maxsim" else probability(judged)
         for i in first:
             by[i] = stage.views
     metadata = rows.select(index.metadata_columns).to_pylist() if index.metadata_columns else [{}] * len(rows)
@@ -164,7 +165,7 @@ def _match(index: "Index", query: Any, vector: NDArray[np.float32], rows: pa.Tab
         given = list(flat.reshape(len(rows), -1))
     else:
         given = _inputs(index, rows)
-    return index.model.match([asked] * len(given), given, views)  # type: ignore[arg-type]  # checked by parse
+    return index.model.match_margins([asked] * len(given), given, views)  # type: ignore[arg-type]  # checked by parse
 
 
 def _inputs(index: "Index", rows: pa.Table) -> list[Any]:

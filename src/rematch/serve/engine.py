@@ -17,6 +17,7 @@ from rematch.data.images import data_url, load_image
 from rematch.encoder import Encoder, whole
 from rematch.errors import ImageError, RematchError
 from rematch.model import ReMatch
+from rematch.scoring import probability
 from rematch.search.cascade import Hit
 from rematch.search.index import Index
 from rematch.search.storage import exists
@@ -80,8 +81,8 @@ class Engine:
             return list(self._vectors(self.model.encode_document, values))
         if what == "match":
             pairs = [(query, document) for query, documents in values for document in documents]
-            flat = self.model.match([q for q, _ in pairs], [d for _, d in pairs])
-            return np.split(flat, np.cumsum([len(documents) for _, documents in values])[:-1])
+            flat = self.model.match_margins([q for q, _ in pairs], [d for _, d in pairs])
+            return np.split(probability(flat), np.cumsum([len(documents) for _, documents in values])[:-1])
         if what == "attention":
             return [attention_maps(self.model, value, *options) for value in values]
         assert self.index is not None
