@@ -81,7 +81,7 @@ def probability(margins: NDArray[np.float32]) -> NDArray[np.float64]:
     >>> bool(probability(np.array([0.0, 20.0], np.float32))[1] < 1)
     True
     """
-    return torch.from_numpy(margins).double().sigmoid().numpy()  # type: ignore[no-any-return]
+    return torch.from_numpy(margins).double().sigmoid().numpy()
 
 
 class Judge:
