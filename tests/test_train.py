@@ -130,6 +130,13 @@ def test_another_recipe_does_not_go_on_from_a_checkpoint(backbone_path, tmp_path
     assert left.exists()
 
 
+def test_deepspeed_is_refused(backbone_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as accelerate launch sets it
+    with pytest.raises(RecipeError, match=r"several.*fsdp2\.yaml"):
+        train(recipe(backbone_path, tmp_path / "model"), quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_loss_that_is_no_number_names_step_and_samples(backbone_path, tmp_path):
     settings = recipe(backbone_path, tmp_path / "model", train={"learning_rate": 1e30, "save_every": 0, "steps": 6})
     with pytest.raises(TrainingError, match=r"step [2-6]: the loss is .*picto:\d+"):

@@ -95,7 +95,7 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
         quiet: No progress bar.
 
     Raises:
-        RecipeError: If the output directory exists already.
+        RecipeError: If the output directory exists already, or DeepSpeed launched the run.
         DataError: If the data cannot be read, or holds less than one batch.
         TrainingError: If the loss is no number, or SIGTERM stopped the run (a checkpoint is written then).
     """
@@ -106,6 +106,12 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
         raise RecipeError(f"{output}: exists already. Choose another train.output=… or remove it.")
     if settings.batch_size % world:
         raise RecipeError(f"train.batch_size={settings.batch_size} cannot be shared evenly by {world} processes.")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise RecipeError(
+            "DeepSpeed is not supported: ZeRO reduces each gradient in one backward pass per step, but the gradient cache "
+            "runs several, and weights that ZeRO has flattened cannot be saved. Launch with "
+            "recipes/launch/fsdp2.yaml instead: FSDP2 also shards weights, gradients and optimizer states."
+        )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     partial = output.with_name(output.name + ".partial")
     checkpoint = _resumable(recipe, partial)
