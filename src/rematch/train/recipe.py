@@ -35,7 +35,7 @@ class Model(_Section):
         None, description="of the weights: by default the checkpoint's under an adapter, float32 without"
     )
     attention: str | None = Field(None, description="sdpa, eager, flex_attention; by default the backbone's choice")
-    four_bit: bool = Field(False, description="QLoRA: the frozen weights in 4 bits (needs bitsandbytes and a GPU)")
+    four_bit: bool = Field(False, description="QLoRA: the frozen weights in 4 bits (needs bitsandbytes)")
     compile: bool = Field(False, description="torch.compile for the language model's layers")
     liger: bool = Field(False, description="Liger's fused kernels (needs liger-kernel and a GPU)")
     train_vision: bool = Field(False, description="full fine-tuning: train the vision tower too")
