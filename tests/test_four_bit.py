@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig
 
 from rematch import ReMatch
 from rematch.errors import ModelError, RecipeError, TrainingError
-from rematch.lora import base_fingerprint, fingerprint
+from rematch.lora import files_fingerprint, fingerprint
 from rematch.losses import ReMatchLoss
 from rematch.train.collator import Collator
 from rematch.train.run import build_model, train
@@ -175,17 +175,17 @@ def test_a_base_is_known_however_it_is_loaded(backbone_path, sibling, tmp_path):
     model = ReMatch.from_backbone(str(backbone_path), 0, model_kwargs={"dtype": torch.bfloat16}).backbone.model
     model.save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
-    assert {base_fingerprint(str(tmp_path / "sharded"))} == prints
-    assert base_fingerprint(str(sibling)) not in prints
-    assert base_fingerprint(str(tmp_path)) is None
+    assert {files_fingerprint(str(tmp_path / "sharded"))} == prints
+    assert files_fingerprint(str(sibling)) not in prints
+    assert files_fingerprint(str(tmp_path)) is None
 
 
 def test_a_base_from_the_hub_is_read_from_its_cache(backbone_path, tmp_path):
     commit = "0" * 40
     snapshot = tmp_path / "models--someone--base" / "snapshots" / commit
     shutil.copytree(backbone_path, snapshot)
-    known = base_fingerprint("someone/base", cache_dir=str(tmp_path), revision=commit)
-    assert known == base_fingerprint(str(backbone_path))
+    known = files_fingerprint("someone/base", cache_dir=str(tmp_path), revision=commit)
+    assert known == files_fingerprint(str(backbone_path))
 
 
 def redirected(adapter, base, **settings):

@@ -144,13 +144,13 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
                     f"{path}: {len(lost)} weights are missing ({', '.join(lost[:3])}, …); they would be random. "
                     "The checkpoint is incomplete: download or save it again."
                 )
-            self.fingerprint = self._fingerprint(path, model, kwargs)
-            keep_scales(model)
+            self.fingerprint = lora.base_fingerprint(model, path, kwargs.get("cache_dir"))
+            lora.keep_scales(model)
             return model
         base = self._base_of_adapter(path)
         kwargs.pop("revision", None)
         model = AutoModelForMultimodalLM.from_pretrained(base, config=config, **kwargs)
-        self.fingerprint = self._fingerprint(base, model, kwargs)
+        self.fingerprint = lora.base_fingerprint(model, base, kwargs.get("cache_dir"))
         former = lora.fingerprint(model)  # what version 0.1.0 stored
         if self.saved_fingerprint and self.saved_fingerprint not in (self.fingerprint, former):
             raise ModelError(
@@ -158,7 +158,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
                 f"{self.saved_fingerprint}, found {self.fingerprint}). Point base_model_name_or_path in its "
                 "adapter_config.json to the base it was trained on."
             )
-        keep_scales(model)
+        lora.keep_scales(model)
         tokenizer_size = json.loads((Path(path) / "rematch.json").read_text())["vocabulary"]
         resize_vocabulary(model, tokenizer_size)
         with _quiet():  # it reports the LM head's tied copy of the token rows as missing
@@ -169,12 +169,6 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
                 "base_model_name_or_path in adapter_config.json to the base it was trained on."
             )
         return model
-
-    @staticmethod
-    def _fingerprint(base: str, model: PreTrainedModel, options: dict[str, Any]) -> str:
-        """Of the base's files; of its weights in memory if the files are not safetensors."""
-        hub = {"cache_dir": options.get("cache_dir"), "revision": getattr(model.config, "_commit_hash", None)}
-        return lora.base_fingerprint(base, **hub) or lora.fingerprint(model)
 
     @property
     def has_adapter(self) -> bool:
@@ -393,15 +387,6 @@ def _quiet() -> Iterator[None]:
 
 _GENERATION_PROMPT = {"chat_template": {"add_generation_prompt": True}}
 _HUB_KEYS = frozenset({"token", "cache_dir", "local_files_only", "trust_remote_code"})
-
-
-def keep_scales(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from packing 4-bit weights anew in the first evaluation on a CPU with AVX-512 BF16: that rounds
-    their scales for good, and dequantizing cannot read it.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def resize_vocabulary(model: PreTrainedModel, size: int) -> None:

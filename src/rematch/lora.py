@@ -101,7 +101,22 @@ def merge(model: PreTrainedModel) -> None:
     model.tie_weights()
 
 
-def base_fingerprint(name_or_path: str, **hub: Any) -> str | None:
+def keep_scales(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew in the first evaluation on a CPU with AVX-512 BF16: that rounds
+    their scales for good, and dequantizing cannot read it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def base_fingerprint(model: PreTrainedModel, name_or_path: str, cache_dir: str | None = None) -> str:
+    """That of the files a base was just loaded from; of its weights in memory if the files are not safetensors."""
+    revision = getattr(model.config, "_commit_hash", None)
+    return files_fingerprint(name_or_path, cache_dir=cache_dir, revision=revision) or fingerprint(model)
+
+
+def files_fingerprint(name_or_path: str, **hub: Any) -> str | None:
     """Sixteen hex digits that tell one base from another, from the safetensors files it was loaded from.
 
     They do not depend on the dtype or quantization it is loaded in: name, shape and up to 64 values of each stored
