@@ -1,6 +1,7 @@
 """Two processes against one with the same global batch: DDP and FSDP2, plain and cached, unified and reuse."""
 
 import gc
+import json
 import os
 import socket
 import subprocess
@@ -227,3 +228,29 @@ def test_collectives_stay_on_the_device_of_the_model(make_model, one_device_grou
     batch = Collator(model, tokens=SMALL, reuse=reuse)(rows)["batch"]
     torch.stack(list(loss.to("meta")([batch]).values())).sum().backward()
     assert loss.log_temperature.grad.device.type == "meta"
+
+
+def test_all_processes_stop_after_the_same_step_when_one_gets_sigterm(backbone_path, tmp_path):
+    """Only the second process gets the signal; alone it would write a checkpoint and wait for the first one forever."""
+    (tmp_path / "recipe.json").write_text(
+        json.dumps(
+            {
+                "model": {"backbone": str(backbone_path), "num_tokens": 2, "lora": {"r": 2, "dropout": 0.2}},
+                "train": {"steps": 5, "batch_size": 4, "save_every": 100, "log_every": 1, "workers": 0},
+            }
+        )
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    done = subprocess.run(
+        [*launch, Path(__file__).with_name("sigterm_to_one.py"), tmp_path / "recipe.json", tmp_path],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        assert "stopped after step 3 of 5" in (tmp_path / f"error-{rank}.txt").read_text()
+        assert (tmp_path / f"checkpoint-{rank}.txt").read_text() == "checkpoint-3"
+    whole, stopped = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)

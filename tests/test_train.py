@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from rematch import ReMatch
@@ -130,6 +133,120 @@ def test_another_recipe_does_not_go_on_from_a_checkpoint(backbone_path, tmp_path
     with pytest.raises(RecipeError, match=r"train\.learning_rate"):
         train(recipe(backbone_path, output, train={"learning_rate": 0.1}), quiet=True)
     assert left.exists()
+
+
+class Interrupt(TrainerCallback):
+    """Ends a run in a step, before that is saved."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise TrainingError("interrupted")
+
+
+@pytest.fixture(scope="module")
+def unfinished(backbone_path, tmp_path_factory):
+    """What an interrupted run leaves: its recipe and one checkpoint."""
+    output = tmp_path_factory.mktemp("unfinished") / "model"
+    with pytest.raises(TrainingError, match="interrupted"):
+        train(recipe(backbone_path, output), callbacks=(Interrupt(3),), quiet=True)
+    return output.with_name("model.partial")
+
+
+def resume(backbone_path, unfinished, tmp_path, damage):
+    """Go on with a damaged copy of an unfinished run; it is still there afterwards."""
+    partial, settings = tmp_path / "model.partial", recipe(backbone_path, tmp_path / "model")
+    shutil.copytree(unfinished, partial)
+    (partial / "recipe.json").write_text(settings.model_dump_json())
+    damage(partial)
+    before = sorted(partial.rglob("*"))
+    try:
+        train(settings, quiet=True)
+    finally:
+        assert sorted(partial.rglob("*")) == before
+
+
+@pytest.mark.parametrize("content", [None, '{"model": {', "[1]", '{"train": 3}', "null"])
+def test_a_checkpoint_without_its_recipe_is_named(backbone_path, unfinished, tmp_path, content):
+    def damage(partial):
+        (partial / "recipe.json").unlink()
+        if content is not None:
+            (partial / "recipe.json").write_text(content)
+
+    with pytest.raises(
+        RecipeError, match=r"model\.partial: holds checkpoint-2 .* recipe\.json .* remove the directory"
+    ):
+        resume(backbone_path, unfinished, tmp_path, damage)
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["missing", "cut"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "trainer_state.json",
+        "adapter_model.safetensors",
+        "1_MultiTokenFusion/model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "loss.pt",
+    ],
+)
+def test_a_damaged_checkpoint_is_named(backbone_path, unfinished, tmp_path, name, cut):
+    def damage(partial):
+        file = partial / "checkpoint-2" / name
+        content = file.read_bytes()
+        file.unlink()
+        if cut:
+            file.write_bytes(content[: len(content) // 2])
+
+    with pytest.raises(TrainingError, match=rf"checkpoint-2/{name}: .* remove the checkpoint"):
+        resume(backbone_path, unfinished, tmp_path, damage)
+
+
+def test_a_checkpoint_that_does_not_list_its_files_is_refused(backbone_path, unfinished, tmp_path):
+    with pytest.raises(TrainingError, match=r"complete\.json: does not list the files"):
+        resume(
+            backbone_path,
+            unfinished,
+            tmp_path,
+            lambda p: (p / "checkpoint-2" / "complete.json").write_text('{"step": 2}'),
+        )
+
+
+def test_a_best_checkpoint_that_cannot_be_loaded_is_an_error(backbone_path, tmp_path):
+    """The library would log it and keep the last weights."""
+
+    class Damage(TrainerCallback):
+        def on_save(self, args, state, control, **_):
+            (Path(state.best_model_checkpoint) / "adapter_model.safetensors").write_bytes(b"cut")
+
+    settings = recipe(backbone_path, tmp_path / "model", data={"validation": 4}, train={"steps": 2})
+    with pytest.raises(TrainingError, match=r"checkpoint-2/adapter_model\.safetensors: has 3 bytes"):
+        train(settings, callbacks=(Damage(),), quiet=True)
+    assert not (tmp_path / "model").exists()
+
+
+def test_sigterm_is_given_back_after_a_failure(unfinished):
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_training_runs_in_a_thread(backbone_path, tmp_path):
+    """Python sets signal handlers in the main thread only; a notebook may train in another one."""
+    settings = recipe(backbone_path, tmp_path / "model", train={"steps": 2})
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(train, settings, quiet=True).result()
+    assert (tmp_path / "model" / "log.json").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_deepspeed_is_refused(backbone_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as accelerate launch sets it
+    with pytest.raises(RecipeError, match=r"several.*fsdp2\.yaml"):
+        train(recipe(backbone_path, tmp_path / "model"), quiet=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_loss_that_is_no_number_names_step_and_samples(backbone_path, tmp_path):

@@ -16,17 +16,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMultimodalLM, Cache, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
+from rematch import lora
 from rematch.cache import KeyValues
 from rematch.errors import ModelError, RematchError
-from rematch.lora import fingerprint
 from rematch.matching import additive, block_mask, unified_mask
 from rematch.prompts import NO, YES
 from rematch.reading import Reader, too_long
@@ -146,32 +144,39 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
                     f"{path}: {len(lost)} weights are missing ({', '.join(lost[:3])}, …); they would be random. "
                     "The checkpoint is incomplete: download or save it again."
                 )
-            self.fingerprint = fingerprint(model)
+            self.fingerprint = lora.base_fingerprint(model, path, kwargs.get("cache_dir"))
+            lora.keep_scales(model)
             return model
         base = self._base_of_adapter(path)
         kwargs.pop("revision", None)
         model = AutoModelForMultimodalLM.from_pretrained(base, config=config, **kwargs)
-        self.fingerprint = fingerprint(model)
-        if self.saved_fingerprint and self.saved_fingerprint != self.fingerprint:
+        self.fingerprint = lora.base_fingerprint(model, base, kwargs.get("cache_dir"))
+        former = lora.fingerprint(model)  # what version 0.1.0 stored
+        if self.saved_fingerprint and self.saved_fingerprint not in (self.fingerprint, former):
             raise ModelError(
                 f"{path}: this adapter was trained on another base than {base} (fingerprint "
                 f"{self.saved_fingerprint}, found {self.fingerprint}). Point base_model_name_or_path in its "
                 "adapter_config.json to the base it was trained on."
             )
+        lora.keep_scales(model)
         tokenizer_size = json.loads((Path(path) / "rematch.json").read_text())["vocabulary"]
         resize_vocabulary(model, tokenizer_size)
         with _quiet():  # it reports the LM head's tied copy of the token rows as missing
-            model.load_adapter(path)
-        saved = {k.removeprefix("base_model.model.") for k in load_file(Path(path) / "adapter_model.safetensors")}
-        if lost := sorted(set(get_peft_model_state_dict(model)) ^ saved):
+            lost = lora.load(model, Path(path))
+        if lost:
             raise ModelError(
                 f"{path}: its adapter does not fit the base {base} ({', '.join(lost[:3])}, …). Point "
                 "base_model_name_or_path in adapter_config.json to the base it was trained on."
             )
         return model
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there is a LoRA adapter on the model that is not merged."""
+        return bool(getattr(self.model, "_hf_peft_config_loaded", False))
+
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        self.adapter = bool(getattr(self.model, "_hf_peft_config_loaded", False))
+        self.adapter = self.has_adapter
         super().save(output_path, *args, **kwargs)
         if self.adapter:
             settings_file = Path(output_path) / "adapter_config.json"

@@ -39,7 +39,7 @@ class Model(_Section):
         description="sdpa, eager, flex_attention; null: the backbone's choice; auto: that too, but eager where a CPU "
         "trains in bfloat16",
     )
-    four_bit: bool = Field(False, description="QLoRA: the frozen weights in 4 bits (needs bitsandbytes and a GPU)")
+    four_bit: bool = Field(False, description="QLoRA: the frozen weights in 4 bits (needs bitsandbytes)")
     compile: bool = Field(False, description="torch.compile for the language model's layers")
     liger: bool = Field(False, description="Liger's fused kernels (needs liger-kernel and a GPU)")
     min_pixels: int | None = Field(None, gt=0, description="smaller pictures are enlarged; null: the backbone's limit")

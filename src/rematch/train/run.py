@@ -13,17 +13,20 @@ import torch
 import yaml
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformerTrainingArguments
+from sentence_transformers.util import get_device_name
 from transformers import BitsAndBytesConfig, PrinterCallback, TrainerCallback
+from transformers.utils import is_bitsandbytes_available
+from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
 from rematch.errors import ImageError, RecipeError, RematchError, TooLongError, TrainingError
 from rematch.files import write_text
 from rematch.losses import ReMatchLoss
 from rematch.model import ReMatch
 from rematch.train.collator import Collator
-from rematch.train.precision import choose
+from rematch.train.precision import choose, native_bfloat16
 from rematch.train.recipe import Recipe, View
 from rematch.train.sources import build_dataset, build_validation
-from rematch.train.trainer import StopOnSignal, Trainer, newest_checkpoint
+from rematch.train.trainer import StopOnSignal, Trainer, check_checkpoint, newest_checkpoint
 
 
 def build_model(recipe: Recipe) -> ReMatch:
@@ -39,14 +42,18 @@ def build_model(recipe: Recipe) -> ReMatch:
     _, attention = _precision(recipe)
     if attention:
         options["attn_implementation"] = attention
-    for setting, package in (("four_bit", "bitsandbytes"), ("liger", "liger-kernel")):
-        installed = find_spec(package.replace("-", "_")) is not None
-        if getattr(settings, setting) and not (torch.cuda.is_available() and installed):
-            raise RecipeError(f"model.{setting} needs a CUDA device and {package} (pip install {package}).")
+    if settings.liger and not (torch.cuda.is_available() and find_spec("liger_kernel")):
+        raise RecipeError("model.liger needs a CUDA device and liger-kernel (pip install liger-kernel).")
     if settings.four_bit:
+        if not is_bitsandbytes_available():
+            raise RecipeError(
+                f"model.four_bit needs bitsandbytes {BITSANDBYTES_MIN_VERSION} or newer (pip install bitsandbytes)."
+            )
+        compute = torch.bfloat16 if native_bfloat16(device_type()) else torch.float32
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
         )
+        options["device_map"] = {"": get_device_name()}  # by default all processes would load onto the first GPU
     model = ReMatch.from_backbone(
         settings.backbone, settings.num_tokens, lora=lora, lora_vision=vision, model_kwargs=options
     )
@@ -112,9 +119,11 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
         quiet: No progress bar.
 
     Raises:
-        RecipeError: If the output directory exists already.
+        RecipeError: If the output directory exists already, DeepSpeed launched the run, or an unfinished run does not
+            say which recipe it belongs to.
         DataError: If the data cannot be read, or holds less than one batch.
-        TrainingError: If the loss is no number, or SIGTERM stopped the run (a checkpoint is written then).
+        TrainingError: If the loss is no number, SIGTERM stopped the run (a checkpoint is written then), or files of the
+            checkpoint to resume from are missing or cut.
     """
     settings = recipe.train
     output = Path(settings.output)
@@ -123,6 +132,17 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
         raise RecipeError(f"{output}: exists already. Choose another train.output=… or remove it.")
     if settings.batch_size % world:
         raise RecipeError(f"train.batch_size={settings.batch_size} cannot be shared evenly by {world} processes.")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise RecipeError(
+            "DeepSpeed is not supported: ZeRO reduces each gradient in one backward pass per step, but the gradient "
+            "cache runs several, and weights that ZeRO has flattened cannot be saved. Launch with "
+            "recipes/launch/fsdp2.yaml instead: FSDP2 also shards weights, gradients and optimizer states."
+        )
+    if recipe.model.four_bit and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise RecipeError(
+            "model.four_bit does not work with FSDP, which cannot put 4-bit weights together again to save them. Use "
+            "torchrun (each GPU then holds the whole base in 4 bits), or set model.four_bit=false."
+        )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     partial = output.with_name(output.name + ".partial")
     checkpoint = _resumable(recipe, partial)
@@ -194,7 +214,9 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
         if first and newest_checkpoint(partial) is None:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    os.environ.pop("TENSORBOARD_LOGGING_DIR")
+    finally:
+        stop.restore()
+        os.environ.pop("TENSORBOARD_LOGGING_DIR")
     if stop.stopped and trainer.state.global_step < settings.steps:
         raise TrainingError(
             f"stopped after step {trainer.state.global_step} of {settings.steps}; a checkpoint is written. Start the "
@@ -226,13 +248,23 @@ def _resumable(recipe: Recipe, partial: Path) -> Path | None:
     checkpoint = newest_checkpoint(partial)
     if checkpoint is None:
         return None
-    before, now = json.loads((partial / "recipe.json").read_text()), json.loads(recipe.model_dump_json())
+    try:
+        before = {part: dict(values) for part, values in json.loads((partial / "recipe.json").read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        state = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read as a recipe"
+        raise RecipeError(
+            f"{partial}: holds {checkpoint.name} of an unfinished run, but its recipe.json {state}, so nothing says "
+            "which recipe the checkpoint belongs to. Restore recipe.json, choose another train.output=…, or remove "
+            "the directory."
+        ) from None
+    now = json.loads(recipe.model_dump_json())
     changed = [f"{part}.{key}" for part in now for key in now[part] if before.get(part, {}).get(key) != now[part][key]]
     if changed:
         raise RecipeError(
             f"{partial}: an unfinished run of another recipe lies there (it differs in {', '.join(changed)}). Finish "
             "it with its own recipe, choose another train.output=…, or remove the directory."
         )
+    check_checkpoint(checkpoint)
     return checkpoint
 
 

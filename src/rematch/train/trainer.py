@@ -1,6 +1,8 @@
 """The trainer: sentence-transformers' own, in the plan's order, with checkpoints to trust and more in the log."""
 
+import json
 import signal
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +10,9 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformerTrainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -18,6 +22,7 @@ from transformers.utils import logging
 from rematch.batch import Batch
 from rematch.errors import TrainingError
 from rematch.files import write_json
+from rematch.lora import restore
 
 logger = logging.get_logger("rematch")
 COMPLETE = "complete.json"
@@ -147,14 +152,29 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
             torch.save(own, directory / "loss.pt")
         self.accelerator.wait_for_everyone()  # for the others' shards, if there are any
         if self.args.should_save:  # written last, in one go: a checkpoint without it was cut off
-            write_json(directory / COMPLETE, {"step": self.state.global_step})
+            sizes = {str(f.relative_to(directory)): f.stat().st_size for f in directory.rglob("*") if f.is_file()}
+            write_json(directory / COMPLETE, {"step": self.state.global_step, "files": sizes})
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """In the first process; the library's own lets all processes write the same files at once."""
+        if self.args.should_save:
+            super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
             transformers.Trainer._load_from_checkpoint(self, checkpoint_path, model)
+        elif self.model.backbone.has_adapter:  # only what was trained: the base is there, perhaps in 4 bits
+            restore(self.model.backbone.model, Path(checkpoint_path))
+            fusion = Path(checkpoint_path) / "1_MultiTokenFusion" / "model.safetensors"
+            self.model.fusion.load_state_dict(load_file(fusion))
         else:
             super()._load_from_checkpoint(checkpoint_path)
         self.loss.load_state_dict(torch.load(Path(checkpoint_path) / "loss.pt"), strict=False)
+
+    def _load_best_model(self) -> None:
+        """The library's own logs an error and goes on with the last weights."""
+        check_checkpoint(Path(self.state.best_model_checkpoint))
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -163,22 +183,60 @@ def newest_checkpoint(directory: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
+def check_checkpoint(checkpoint: Path) -> None:
+    """Check that a checkpoint still has every file that it was written with, at its full size.
+
+    Raises:
+        TrainingError: If it has not; the message names the file.
+    """
+    remedy = "Restore it, or remove the checkpoint: the run then continues from the one before it, or starts again."
+    try:
+        sizes = json.loads((checkpoint / COMPLETE).read_text())["files"]
+    except (ValueError, TypeError, KeyError):
+        raise TrainingError(
+            f"{checkpoint / COMPLETE}: does not list the files of its checkpoint, so they cannot be checked. {remedy}"
+        ) from None
+    for name, size in sizes.items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise TrainingError(f"{file}: is missing, so the run cannot be resumed from this checkpoint. {remedy}")
+        if (now := file.stat().st_size) != size:
+            raise TrainingError(
+                f"{file}: has {now:,} bytes, but was written with {size:,}, so the run cannot be resumed from this "
+                f"checkpoint. {remedy}"
+            )
+
+
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers ships no types for it
-    """On SIGTERM, finish the step, write a checkpoint, and leave; ``stopped`` tells that it happened."""
+    """On SIGTERM, finish the step, write a checkpoint, and leave; ``stopped`` tells that it happened.
+
+    Several processes stop after the same step, even if the signal reaches only one of them or each at another step.
+    Python hands signals to the main thread only: a run in another thread does not listen.
+    """
 
     def __init__(self) -> None:
         self.stopped = False
         self._before: Any = None
+        self._listening = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._before = signal.signal(signal.SIGTERM, self._stop)
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._stop)
+            self._listening = True
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopped = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if args.world_size > 1:
+            stopped = torch.tensor(int(self.stopped), device=args.device)
+            dist.all_reduce(stopped, dist.ReduceOp.MAX)
+            self.stopped = bool(stopped)
         if self.stopped and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+    def restore(self) -> None:
+        """Give SIGTERM back to whoever listened before."""
+        if self._listening:
+            signal.signal(signal.SIGTERM, self._before)
+            self._listening = False
