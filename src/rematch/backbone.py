@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import get_peft_model_state_dict
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sentence_transformers.base.modules import Transformer
@@ -29,7 +30,7 @@ from rematch.errors import ModelError, RematchError
 from rematch.lora import fingerprint
 from rematch.matching import additive, block_mask, unified_mask
 from rematch.prompts import NO, YES
-from rematch.reading import Reader, too_long
+from rematch.reading import Reader, too_long, user_turn
 
 PACKAGED = {"rematch-base": "assets/base", "rematch-tiny": "assets/tiny"}
 
@@ -62,8 +63,8 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         kwargs: As for sentence-transformers' ``Transformer``.
 
     Raises:
-        ModelError: If the backbone has no chat template, no pictures, no single-token Yes and No, or if a checkpoint
-            lacks its adapter or was made for another base.
+        ModelError: If the backbone has no chat template, no pictures, no single-token Yes and No, if training would
+            read other tokens than ``encode``, or if a checkpoint lacks its adapter or was made for another base.
     """
 
     config_keys = [
@@ -111,6 +112,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         self._check_processor(model_name_or_path)
         self._check_attention(model_name_or_path)
         self.reader = Reader(self.processor, self.base)
+        self.check_reading(model_name_or_path)
         self.document_instructions = document_instructions
         self.matching = matching
         self.answer_ids = [self._single_token(word) for word in (YES, NO)]
@@ -201,6 +203,31 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
                 "Use the instruction-tuned variant of the model, or set processor.chat_template and save it."
             )
 
+    def check_reading(self, name: str) -> None:
+        """Training must read what ``encode`` reads; tried with text, a picture, and both.
+
+        Raises:
+            ModelError: If token ids or the shapes of pictures differ; it shows both.
+        """
+        picture = Image.new("RGB", (64, 64), "white")
+        trials = [("query", "word"), *(("document", x) for x in ("word", picture, {"text": "word", "image": picture}))]
+        for task, value in trials:
+            reading = self.reader.read(value)
+            in_training, shapes = (
+                self.reader.embedded(reading, task).ids,
+                {k: v.shape for k, v in reading.vision.items()},
+            )
+            features = super().preprocess([user_turn(*self.reader.parts(value, 0))], task=task)
+            encoded, encoded_shapes = features["input_ids"][0], {k: features[k].shape for k in shapes if k in features}
+            if in_training.tolist() != encoded.tolist() or shapes != encoded_shapes:
+                first, second = (self.reader.describe(ids) for ids in (in_training, encoded))
+                sizes = f" ({shapes} against {encoded_shapes})" if shapes != encoded_shapes else ""
+                raise ModelError(
+                    f"{name}: training would read a {task} as {first!r}, but encode reads {second!r}{sizes}. Its chat "
+                    "template or tokenizer depends on how it is called: write a template that puts the same around "
+                    "every input, or use another backbone."
+                )
+
     def _check_attention(self, name: str) -> None:
         """Matching writes its own 4-D mask, and looks at pictures apart from the text."""
         text, accepted = self.model.config.get_text_config(), signature(self.base.forward).parameters
@@ -232,13 +259,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Chat-template and tokenize inputs; see :func:`~rematch.data.inputs.as_parts` for what an input may be."""
         kwargs["task"] = kwargs.get("task") or "document"
-        turns = []
-        for row, value in enumerate(inputs):
-            pictures, text = self.reader.parts(value, row)
-            content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
-            if prompt or text:
-                content.append({"type": "text", "text": (prompt or "") + text})
-            turns.append([{"role": "user", "content": content}])
+        turns = [user_turn(*self.reader.parts(value, row, prompt or "")) for row, value in enumerate(inputs)]
         features: dict[str, Any] = super().preprocess(turns, **kwargs)
         self._check_tokens(features, kwargs["task"])
         return features

@@ -5,7 +5,8 @@ A :class:`ReMatch` *is* a ``SentenceTransformer`` of two modules, :class:`~remat
 input, and matching.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -130,6 +131,7 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             embedding = backbone.model.get_input_embeddings().weight
             embedding[ids] = (torch.randn(len(ids), embedding.shape[1]) * scale).to(embedding)
         backbone.processor.chat_template = add_tokens_to_template(backbone.processor.chat_template, num_tokens)
+        backbone.check_reading(name_or_path)  # again, with the learnable tokens
         if lora is not None:
             inject(backbone.model, lora, ids, lora_vision)
         fusion = MultiTokenFusion(num_tokens, backbone.width, scale)
@@ -172,7 +174,8 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             RematchError: If an input is empty, or a picture cannot be read; the message names it.
         """
         if not multi_vector:
-            return super().encode(inputs, *args, **kwargs)
+            with self._own_numbers(inputs):
+                return super().encode(inputs, *args, **kwargs)
         usual = {
             "pool": None,
             "truncate_dim": None,
@@ -185,10 +188,21 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             raise RematchError(f"multi_vector=True does not go with {named}: it returns whole unit vectors.")
         self.fusion.flat_output = True
         try:
-            flat = super().encode(inputs, *args, **kwargs)
+            with self._own_numbers(inputs):
+                flat = super().encode(inputs, *args, **kwargs)
         finally:
             self.fusion.flat_output = False
         return flat.reshape(*flat.shape[:-1], -1, self.backbone.width)
+
+    @contextmanager
+    def _own_numbers(self, inputs: Any) -> Iterator[None]:
+        """Errors number inputs as they were given; within ``encode`` they are sorted and cut into batches."""
+        try:
+            yield
+        except RematchError:
+            for row, value in enumerate([inputs] if self.is_singular_input(inputs) else inputs):
+                self.backbone.reader.parts(value, row)
+            raise
 
     def is_singular_input(self, inputs: Any) -> bool:
         return isinstance(inputs, Path) or bool(super().is_singular_input(inputs))

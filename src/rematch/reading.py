@@ -1,13 +1,17 @@
 """Inputs as token ids: every input is read once, and serves embedding and matching alike.
 
-- For embedding, an input stands in the backbone's chat template and ends with the learnable tokens.
-- For matching, only its content (pictures and text) is a segment of a longer sequence (:mod:`rematch.matching`).
+- For embedding, an input stands in the backbone's chat template and ends with the learnable tokens. Training tokenizes
+  the rendered turn as ``encode`` does, so that both read the same tokens; loading a backbone checks it.
+- For matching, only its content (pictures and text) is a segment of a longer sequence (:mod:`rematch.matching`): the
+  tokens of the turn without those that the template writes around it.
 
 Shapes: L tokens, P position dimensions (1, or 3 for M-RoPE backbones).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,7 +23,7 @@ from rematch.errors import ModelError, RematchError
 from rematch.matching import Packed, Segment, lay_out, lay_out_behind, lay_out_prefix, lay_out_reuse, pack
 from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_QUESTION, MATCH_TASK, document_token, query_token
 
-_MARK = "[[CONTENT]]"
+_MARK = "\ue000"  # stands for a user's text; no template has it
 _TEXT_FEATURES = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
 
 
@@ -42,6 +46,24 @@ class Reading:
     visual_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What the chat template writes around a user's content, as text and as token ids."""
+
+    prefix: str
+    suffix: str
+    prefix_ids: list[int]
+    suffix_ids: list[int]
+
+
+def user_turn(pictures: Sequence[Image.Image], text: str) -> list[dict[str, Any]]:
+    """An input as a chat of one turn, pictures first."""
+    content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+    if text:
+        content.append({"type": "text", "text": text})
+    return [{"role": "user", "content": content}]
+
+
 class Reader:
     """Tokenizes with a backbone's processor.
 
@@ -58,36 +80,75 @@ class Reader:
         self.tokenizer = processor.tokenizer
         self.picture_token: int = getattr(model.config, "image_token_id", None) or model.config.image_token_index
         self._rope_index = getattr(model, "get_rope_index", None)
-        self.prefix, self.suffix, self.picture_markup = self._read_template()
-        self._learnable: dict[str, list[int]] = {}
+        self._frames = self._read_template()
+        self.prefix, self.suffix = self._frames[False, True].prefix, self._frames[False, True].suffix
+        self._control: dict[int, re.Pattern[str]] = {}
+        self._learnable: dict[tuple[str, int], list[int]] = {}
 
-    def _read_template(self) -> tuple[str, str, str]:
-        """(what the chat template puts before the content, after it, and for a picture)."""
+    def _render(self, pictures: Sequence[Image.Image], text: str) -> str:
+        turn = user_turn(pictures, text)
+        return str(self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
 
-        def render(content: list[dict[str, str]]) -> str:
-            turn = [{"role": "user", "content": content}]
-            return str(self.processor.apply_chat_template(turn, add_generation_prompt=True))
+    def _read_template(self) -> dict[tuple[bool, bool], Frame]:
+        """What stands around the content, by whether it has pictures and whether it has text.
 
-        text = {"type": "text", "text": _MARK}
+        Templates write other things before a picture than before text ("User:" and "User: "), and after it.
+        """
+        picture = Image.new("RGB", (1, 1))
         try:
-            prefix, suffix = render([text]).split(_MARK)
-            picture = render([{"type": "image"}, text]).split(_MARK)[0].removeprefix(prefix)
+            text, shown, both = self._render([], _MARK), self._render([picture], ""), self._render([picture], _MARK)
+            (prefix, suffix), (start, end) = text.split(_MARK), both.split(_MARK)
         except Exception as error:
             raise ModelError(
                 f"the chat template cannot render a user turn of text and a picture ({error}). Use a backbone whose "
                 "template takes structured content."
             ) from error
-        if not picture.strip():
+        before_picture = _shared_start(prefix, start)
+        if not start.removeprefix(before_picture).strip():
             raise ModelError("the chat template leaves pictures out. Use a backbone whose template takes pictures.")
-        return prefix, suffix, picture
+        if shown.startswith(start):  # what is written behind a picture belongs to it ("<image> ")
+            after_picture = shown.removeprefix(start)
+        else:  # unless it is there for the text's sake
+            after_picture = _shared_start(suffix[::-1], shown[::-1])[::-1]
+        return {
+            (False, True): self._frame(prefix, prefix + "a", suffix),
+            (True, True): self._frame(before_picture, start + "a", end),
+            (True, False): self._frame(before_picture, shown.removesuffix(after_picture), after_picture),
+        }
 
-    def parts(self, value: Any, row: int) -> tuple[list[Image.Image], str]:
-        """:func:`~rematch.data.inputs.as_parts`, without text that would be taken for a picture."""
+    def _frame(self, prefix: str, before_suffix: str, suffix: str) -> Frame:
+        """The suffix is tokenized behind something, where a tokenizer that puts a space before a text puts none."""
+        behind = self._ids(before_suffix + suffix)[len(self._ids(before_suffix)) :]
+        return Frame(prefix, suffix, self._opening_ids(prefix), behind)
+
+    def parts(self, value: Any, row: int, prompt: str = "") -> tuple[list[Image.Image], str]:
+        """:func:`~rematch.data.inputs.as_parts`, without text that the model would read as anything but text.
+
+        Args:
+            value: As for :func:`~rematch.data.inputs.as_parts`.
+            row: Where it stands in the batch, for the error.
+            prompt: Put before the text.
+
+        Raises:
+            RematchError: As there, or if the text holds one of the tokenizer's special tokens or of the processor's
+                placeholders: it would end the turn, or stand for a picture.
+        """
         pictures, text = as_parts(value, row)
-        placeholder = getattr(self.processor, "image_token", None)
-        if placeholder and placeholder in text:
-            raise RematchError(f"input {row}: its text holds {placeholder}, which stands for a picture. Take it out.")
+        text = prompt + text
+        if token := self._control_tokens().search(text):
+            raise RematchError(
+                f"input {row}: its text holds {token[0]}, which the model reads as a control token. Take it out."
+            )
         return pictures, text
+
+    def _control_tokens(self) -> re.Pattern[str]:
+        size = len(self.tokenizer)  # learnable tokens are added after the backbone has been loaded
+        if size not in self._control:
+            added = self.tokenizer.added_tokens_decoder.values()
+            placeholders = (getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video", "audio"))
+            tokens = {token.content for token in added if token.special} | {*filter(None, placeholders)}
+            self._control[size] = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+        return self._control[size]
 
     def read(self, value: Any, row: int = 0) -> Reading:
         """Tokenize one input.
@@ -97,29 +158,26 @@ class Reader:
             row: Where it stands in the batch, for the error.
 
         Raises:
-            RematchError: If it is empty, no query or document, or a picture cannot be read.
+            RematchError: If it is empty, no query or document, a picture cannot be read, or its text holds a control
+                token.
         """
         pictures, text = self.parts(value, row)
-        body = self.picture_markup * len(pictures) + text
-        whole = self._tokenize(self.prefix + body + self.suffix, pictures)
-        before, after = (self._ids(part) for part in (self.prefix, self.suffix))
-        start, stop = len(before), len(whole["input_ids"]) - len(after)
-        ids: Tensor = whole["input_ids"]
-        positions = self._positions(whole)
-        if ids[:start].tolist() == before and ids[stop:].tolist() == after:
+        turn = self._render(pictures, text)
+        whole = self._tokenize(turn, pictures)
+        ids, positions = whole["input_ids"], self._positions(whole)
+        frame = self._frames[bool(pictures), bool(text)]
+        start, stop = len(frame.prefix_ids), len(ids) - len(frame.suffix_ids)
+        if ids[:start].tolist() == frame.prefix_ids and ids[stop:].tolist() == frame.suffix_ids:
             content = Segment(ids[start:stop], positions[:, start:stop] - start)
-        else:  # text and template share a token at the border, as a leading line break may
-            alone = self._tokenize(body, pictures)
+        else:  # content and template share a token at the border, as a leading line break may: tokenized apart
+            alone = self._tokenize(turn.removeprefix(frame.prefix).removesuffix(frame.suffix), pictures, bare=True)
             content = Segment(alone["input_ids"], self._positions(alone))
         vision = {name: value for name, value in whole.items() if name not in _TEXT_FEATURES}
         return Reading(ids, positions, content, vision, int((ids == self.picture_token).sum()))
 
     def text_segment(self, text: str, *, placeholder: bool = False, opening: bool = False) -> Segment:
         """A segment of text alone; with a placeholder for ``Z*`` at its end; or the one that opens the sequence."""
-        known = self._ids(text) if text else []
-        bos = self.tokenizer.bos_token_id
-        if opening and bos in self.tokenizer.encode(text)[:1] and known[:1] != [bos]:
-            known = [bos, *known]  # the chat template leaves it to the tokenizer, and embeddings get it too
+        known = self._opening_ids(text) if opening else self._ids(text) if text else []
         ids = torch.tensor(known + [self.tokenizer.eos_token_id] * placeholder, dtype=torch.long)
         return Segment(ids, self._positions({"input_ids": ids}), is_feature=placeholder)
 
@@ -260,27 +318,48 @@ class Reader:
 
     def learnable_ids(self, task: str) -> list[int]:
         """Token ids of the learnable tokens for ``task``, ``"query"`` or ``"document"``."""
-        if task not in self._learnable:
+        key = task, len(self.tokenizer)
+        if key not in self._learnable:
             name = query_token if task == "query" else document_token
             vocabulary = self.tokenizer.get_added_vocab()
-            self._learnable[task] = [vocabulary[name(i)] for i in range(len(vocabulary)) if name(i) in vocabulary]
-        return self._learnable[task]
+            self._learnable[key] = [vocabulary[name(i)] for i in range(len(vocabulary)) if name(i) in vocabulary]
+        return self._learnable[key]
+
+    def describe(self, ids: Tensor) -> str:
+        """Tokens as text, a run of picture tokens as one."""
+        runs = groupby(ids.tolist(), lambda token: token == self.picture_token)
+        shown = [token for is_picture, run in runs for token in ([self.picture_token] if is_picture else run)]
+        return str(self.tokenizer.decode(shown))
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids
 
-    def _tokenize(self, text: str, pictures: list[Image.Image]) -> dict[str, Tensor]:
-        """The processor's output for one text, its token features without the batch dimension."""
-        found = self.processor(
+    def _opening_ids(self, text: str) -> list[int]:
+        """Of a text that opens a sequence: the template or the tokenizer puts BOS before it, where a model has one."""
+        ids, bos = self._ids(text), self.tokenizer.bos_token_id
+        adds_bos = bos in self.tokenizer.encode(text)[:1] and ids[:1] != [bos]
+        return [bos, *ids] if adds_bos else ids
+
+    def _tokenize(self, text: str, pictures: list[Image.Image], *, bare: bool = False) -> dict[str, Tensor]:
+        """The processor's output for one text, its token features without the batch dimension.
+
+        Args:
+            text: A rendered turn; as ``apply_chat_template`` has it, the tokenizer adds BOS unless it is there.
+            pictures: Whose placeholders it holds.
+            bare: Add no BOS: it is a part of a turn.
+        """
+        bos = self.tokenizer.bos_token
+        has_bos = bos is not None and text.startswith(bos)
+        features = self.processor(
             text=[text],
-            images=pictures or None,
+            images=[pictures] if pictures else None,
             return_mm_token_type_ids=True,
             padding=False,
-            add_special_tokens=False,
             return_tensors="pt",
+            **({"add_special_tokens": False} if bare or has_bos else {}),
         )
-        return {name: value[0] if name in _TEXT_FEATURES else value for name, value in found.items()}
+        return {name: value[0] if name in _TEXT_FEATURES else value for name, value in features.items()}
 
     def _positions(self, tokens: dict[str, Tensor]) -> Tensor:
         """Positions from 0, (P, L)."""
@@ -292,6 +371,15 @@ class Reader:
             return plain.expand(3, -1)
         positions: Tensor = self._rope_index(ids[None], kinds[None], image_grid_thw=tokens["image_grid_thw"])[0]
         return positions[:, 0]
+
+
+def _shared_start(a: str, b: str) -> str:
+    """What two texts begin with in common.
+
+    >>> _shared_start("User: ", "User:<image>")
+    'User:'
+    """
+    return a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))]
 
 
 def too_long(row: int, limit: int) -> RematchError:
