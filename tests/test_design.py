@@ -8,7 +8,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "rematch"
 RANKS = [
     {"errors", "prompts", "files"},
     {"data", "evaluate.metrics", "matching"},
-    {"tokens", "pictures", "reading", "cache", "lora", "parallel"},
+    {"tokens", "pictures", "turns", "reading", "cache", "lora", "parallel"},
     {"backbone", "batch"},
     {"model"},
     {"vectors"},

@@ -62,7 +62,7 @@ def test_what_stands_around_the_content_depends_on_pictures_and_text(make_model)
         "{% for m in messages %}USER: {% for p in m.content %}{% if p.type == 'image' %}<image> {% endif %}{% endfor %}"
         "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }} {% endif %}{% endfor %}ASSISTANT:{% endfor %}"
     )
-    frames = backbone.reader._read_template()
+    frames = backbone.reader.turns.read_template()
     assert {key: (frame.prefix, frame.suffix) for key, frame in frames.items()} == {
         (False, True): ("USER: ", " ASSISTANT:"),
         (True, True): ("USER: ", " ASSISTANT:"),
@@ -78,7 +78,7 @@ def test_a_turn_is_read_in_training_as_in_encoding_and_its_content_is_what_was_g
     reading = reader.read(value)
     encoded = model.preprocess([value], task="query")["input_ids"][0]
     assert reader.embedded(reading, "query").ids.tolist() == encoded.tolist()
-    content, alone = reading.content.ids.tolist(), reader._ids(text)
+    content, alone = reading.content.ids.tolist(), reader.turns.ids(text)
     assert content == [reader.picture_token] * reading.visual_tokens + alone
     assert bool(reading.visual_tokens) == bool(pictures)
     assert reading.content.positions[0].tolist() == list(range(len(reading.content.ids)))

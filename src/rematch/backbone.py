@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import get_peft_model_state_dict
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sentence_transformers.base.modules import Transformer
@@ -30,7 +29,8 @@ from rematch.errors import ModelError, RematchError
 from rematch.lora import fingerprint
 from rematch.matching import additive, block_mask, unified_mask
 from rematch.prompts import NO, YES
-from rematch.reading import Reader, too_long, user_turn
+from rematch.reading import Reader, too_long
+from rematch.turns import user_turn
 
 PACKAGED = {"rematch-base": "assets/base", "rematch-tiny": "assets/tiny"}
 
@@ -204,29 +204,9 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
             )
 
     def check_reading(self, name: str) -> None:
-        """Training must read what ``encode`` reads; tried with text, a picture, and both.
-
-        Raises:
-            ModelError: If token ids or the shapes of pictures differ; it shows both.
-        """
-        picture = Image.new("RGB", (64, 64), "white")
-        trials = [("query", "word"), *(("document", x) for x in ("word", picture, {"text": "word", "image": picture}))]
-        for task, value in trials:
-            reading = self.reader.read(value)
-            in_training, shapes = (
-                self.reader.embedded(reading, task).ids,
-                {k: v.shape for k, v in reading.vision.items()},
-            )
-            features = super().preprocess([user_turn(*self.reader.parts(value, 0))], task=task)
-            encoded, encoded_shapes = features["input_ids"][0], {k: features[k].shape for k in shapes if k in features}
-            if in_training.tolist() != encoded.tolist() or shapes != encoded_shapes:
-                first, second = (self.reader.describe(ids) for ids in (in_training, encoded))
-                sizes = f" ({shapes} against {encoded_shapes})" if shapes != encoded_shapes else ""
-                raise ModelError(
-                    f"{name}: training would read a {task} as {first!r}, but encode reads {second!r}{sizes}. Its chat "
-                    "template or tokenizer depends on how it is called: write a template that puts the same around "
-                    "every input, or use another backbone."
-                )
+        """As :meth:`~rematch.reading.Reader.check`; again when the template or the tokenizer has been changed."""
+        encode = super().preprocess
+        self.reader.check(name, lambda x, task: encode([user_turn(*self.reader.parts(x, 0))], task=task))
 
     def _check_attention(self, name: str) -> None:
         """Matching writes its own 4-D mask, and looks at pictures apart from the text."""

@@ -5,8 +5,7 @@ A :class:`ReMatch` *is* a ``SentenceTransformer`` of two modules, :class:`~remat
 input, and matching.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -174,7 +173,7 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             RematchError: If an input is empty, or a picture cannot be read; the message names it.
         """
         if not multi_vector:
-            with self._own_numbers(inputs):
+            with self.backbone.reader.own_numbers([inputs] if self.is_singular_input(inputs) else inputs):
                 return super().encode(inputs, *args, **kwargs)
         usual = {
             "pool": None,
@@ -188,21 +187,10 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             raise RematchError(f"multi_vector=True does not go with {named}: it returns whole unit vectors.")
         self.fusion.flat_output = True
         try:
-            with self._own_numbers(inputs):
-                flat = super().encode(inputs, *args, **kwargs)
+            flat = self.encode(inputs, *args, **kwargs)
         finally:
             self.fusion.flat_output = False
         return flat.reshape(*flat.shape[:-1], -1, self.backbone.width)
-
-    @contextmanager
-    def _own_numbers(self, inputs: Any) -> Iterator[None]:
-        """Errors number inputs as they were given; within ``encode`` they are sorted and cut into batches."""
-        try:
-            yield
-        except RematchError:
-            for row, value in enumerate([inputs] if self.is_singular_input(inputs) else inputs):
-                self.backbone.reader.parts(value, row)
-            raise
 
     def is_singular_input(self, inputs: Any) -> bool:
         return isinstance(inputs, Path) or bool(super().is_singular_input(inputs))

@@ -8,8 +8,8 @@
 Shapes: L tokens, P position dimensions (1, or 3 for M-RoPE backbones).
 """
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -22,9 +22,7 @@ from rematch.data.inputs import as_parts
 from rematch.errors import ModelError, RematchError
 from rematch.matching import Packed, Segment, lay_out, lay_out_behind, lay_out_prefix, lay_out_reuse, pack
 from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_QUESTION, MATCH_TASK, document_token, query_token
-
-_MARK = "\ue000"  # stands for a user's text; no template has it
-_TEXT_FEATURES = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
+from rematch.turns import TEXT_FEATURES, Turns
 
 
 @dataclass
@@ -46,24 +44,6 @@ class Reading:
     visual_tokens: int = 0
 
 
-@dataclass(frozen=True)
-class Frame:
-    """What the chat template writes around a user's content, as text and as token ids."""
-
-    prefix: str
-    suffix: str
-    prefix_ids: list[int]
-    suffix_ids: list[int]
-
-
-def user_turn(pictures: Sequence[Image.Image], text: str) -> list[dict[str, Any]]:
-    """An input as a chat of one turn, pictures first."""
-    content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
-    if text:
-        content.append({"type": "text", "text": text})
-    return [{"role": "user", "content": content}]
-
-
 class Reader:
     """Tokenizes with a backbone's processor.
 
@@ -80,46 +60,9 @@ class Reader:
         self.tokenizer = processor.tokenizer
         self.picture_token: int = getattr(model.config, "image_token_id", None) or model.config.image_token_index
         self._rope_index = getattr(model, "get_rope_index", None)
-        self._frames = self._read_template()
-        self.prefix, self.suffix = self._frames[False, True].prefix, self._frames[False, True].suffix
-        self._control: dict[int, re.Pattern[str]] = {}
+        self.turns = Turns(processor)
+        self.prefix, self.suffix = self.turns.frames[False, True].prefix, self.turns.frames[False, True].suffix
         self._learnable: dict[tuple[str, int], list[int]] = {}
-
-    def _render(self, pictures: Sequence[Image.Image], text: str) -> str:
-        turn = user_turn(pictures, text)
-        return str(self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-
-    def _read_template(self) -> dict[tuple[bool, bool], Frame]:
-        """What stands around the content, by whether it has pictures and whether it has text.
-
-        Templates write other things before a picture than before text ("User:" and "User: "), and after it.
-        """
-        picture = Image.new("RGB", (1, 1))
-        try:
-            text, shown, both = self._render([], _MARK), self._render([picture], ""), self._render([picture], _MARK)
-            (prefix, suffix), (start, end) = text.split(_MARK), both.split(_MARK)
-        except Exception as error:
-            raise ModelError(
-                f"the chat template cannot render a user turn of text and a picture ({error}). Use a backbone whose "
-                "template takes structured content."
-            ) from error
-        before_picture = _shared_start(prefix, start)
-        if not start.removeprefix(before_picture).strip():
-            raise ModelError("the chat template leaves pictures out. Use a backbone whose template takes pictures.")
-        if shown.startswith(start):  # what is written behind a picture belongs to it ("<image> ")
-            after_picture = shown.removeprefix(start)
-        else:  # unless it is there for the text's sake
-            after_picture = _shared_start(suffix[::-1], shown[::-1])[::-1]
-        return {
-            (False, True): self._frame(prefix, prefix + "a", suffix),
-            (True, True): self._frame(before_picture, start + "a", end),
-            (True, False): self._frame(before_picture, shown.removesuffix(after_picture), after_picture),
-        }
-
-    def _frame(self, prefix: str, before_suffix: str, suffix: str) -> Frame:
-        """The suffix is tokenized behind something, where a tokenizer that puts a space before a text puts none."""
-        behind = self._ids(before_suffix + suffix)[len(self._ids(before_suffix)) :]
-        return Frame(prefix, suffix, self._opening_ids(prefix), behind)
 
     def parts(self, value: Any, row: int, prompt: str = "") -> tuple[list[Image.Image], str]:
         """:func:`~rematch.data.inputs.as_parts`, without text that the model would read as anything but text.
@@ -130,25 +73,22 @@ class Reader:
             prompt: Put before the text.
 
         Raises:
-            RematchError: As there, or if the text holds one of the tokenizer's special tokens or of the processor's
-                placeholders: it would end the turn, or stand for a picture.
+            RematchError: As there, and as for :meth:`~rematch.turns.Turns.refuse_control_tokens`.
         """
         pictures, text = as_parts(value, row)
         text = prompt + text
-        if token := self._control_tokens().search(text):
-            raise RematchError(
-                f"input {row}: its text holds {token[0]}, which the model reads as a control token. Take it out."
-            )
+        self.turns.refuse_control_tokens(text, row)
         return pictures, text
 
-    def _control_tokens(self) -> re.Pattern[str]:
-        size = len(self.tokenizer)  # learnable tokens are added after the backbone has been loaded
-        if size not in self._control:
-            added = self.tokenizer.added_tokens_decoder.values()
-            placeholders = (getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video", "audio"))
-            tokens = {token.content for token in added if token.special} | {*filter(None, placeholders)}
-            self._control[size] = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
-        return self._control[size]
+    @contextmanager
+    def own_numbers(self, inputs: Iterable[Any]) -> Iterator[None]:
+        """Errors number inputs as they are given here, not by their place in a batch of sorted ones."""
+        try:
+            yield
+        except RematchError:
+            for row, value in enumerate(inputs):
+                self.parts(value, row)
+            raise
 
     def read(self, value: Any, row: int = 0) -> Reading:
         """Tokenize one input.
@@ -162,22 +102,22 @@ class Reader:
                 token.
         """
         pictures, text = self.parts(value, row)
-        turn = self._render(pictures, text)
-        whole = self._tokenize(turn, pictures)
+        turn = self.turns.render(pictures, text)
+        whole = self.turns.tokenize(turn, pictures)
         ids, positions = whole["input_ids"], self._positions(whole)
-        frame = self._frames[bool(pictures), bool(text)]
+        frame = self.turns.frames[bool(pictures), bool(text)]
         start, stop = len(frame.prefix_ids), len(ids) - len(frame.suffix_ids)
         if ids[:start].tolist() == frame.prefix_ids and ids[stop:].tolist() == frame.suffix_ids:
             content = Segment(ids[start:stop], positions[:, start:stop] - start)
         else:  # content and template share a token at the border, as a leading line break may: tokenized apart
-            alone = self._tokenize(turn.removeprefix(frame.prefix).removesuffix(frame.suffix), pictures, bare=True)
+            alone = self.turns.tokenize(turn.removeprefix(frame.prefix).removesuffix(frame.suffix), pictures, bare=True)
             content = Segment(alone["input_ids"], self._positions(alone))
-        vision = {name: value for name, value in whole.items() if name not in _TEXT_FEATURES}
+        vision = {name: value for name, value in whole.items() if name not in TEXT_FEATURES}
         return Reading(ids, positions, content, vision, int((ids == self.picture_token).sum()))
 
     def text_segment(self, text: str, *, placeholder: bool = False, opening: bool = False) -> Segment:
         """A segment of text alone; with a placeholder for ``Z*`` at its end; or the one that opens the sequence."""
-        known = self._opening_ids(text) if opening else self._ids(text) if text else []
+        known = self.turns.opening_ids(text) if opening else self.turns.ids(text) if text else []
         ids = torch.tensor(known + [self.tokenizer.eos_token_id] * placeholder, dtype=torch.long)
         return Segment(ids, self._positions({"input_ids": ids}), is_feature=placeholder)
 
@@ -325,41 +265,36 @@ class Reader:
             self._learnable[key] = [vocabulary[name(i)] for i in range(len(vocabulary)) if name(i) in vocabulary]
         return self._learnable[key]
 
+    def check(self, name: str, encode: Callable[[Any, str], dict[str, Any]]) -> None:
+        """Training must read what ``encode`` reads; tried with text, a picture, and both.
+
+        Args:
+            name: Of the backbone, for the error.
+            encode: The features of an input and a task, as ``encode`` has them.
+
+        Raises:
+            ModelError: If token ids or the shapes of pictures differ; it shows both.
+        """
+        picture = Image.new("RGB", (64, 64), "white")
+        trials = [("query", "word"), *(("document", x) for x in ("word", picture, {"text": "word", "image": picture}))]
+        for task, value in trials:
+            reading, features = self.read(value), encode(value, task)
+            in_training, encoded = self.embedded(reading, task).ids, features["input_ids"][0]
+            shapes = {key: tuple(pixels.shape) for key, pixels in reading.vision.items()}
+            encoded_shapes = {key: tuple(features[key].shape) for key in shapes if key in features}
+            if in_training.tolist() != encoded.tolist() or shapes != encoded_shapes:
+                sizes = f" ({shapes} against {encoded_shapes})" if shapes != encoded_shapes else ""
+                raise ModelError(
+                    f"{name}: training would read a {task} as {self.describe(in_training)!r}, but encode reads "
+                    f"{self.describe(encoded)!r}{sizes}. Its chat template, tokenizer or processing_kwargs depend on "
+                    "how they are called: use a template that puts the same around every input, or another backbone."
+                )
+
     def describe(self, ids: Tensor) -> str:
         """Tokens as text, a run of picture tokens as one."""
         runs = groupby(ids.tolist(), lambda token: token == self.picture_token)
         shown = [token for is_picture, run in runs for token in ([self.picture_token] if is_picture else run)]
         return str(self.tokenizer.decode(shown))
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-    def _opening_ids(self, text: str) -> list[int]:
-        """Of a text that opens a sequence: the template or the tokenizer puts BOS before it, where a model has one."""
-        ids, bos = self._ids(text), self.tokenizer.bos_token_id
-        adds_bos = bos in self.tokenizer.encode(text)[:1] and ids[:1] != [bos]
-        return [bos, *ids] if adds_bos else ids
-
-    def _tokenize(self, text: str, pictures: list[Image.Image], *, bare: bool = False) -> dict[str, Tensor]:
-        """The processor's output for one text, its token features without the batch dimension.
-
-        Args:
-            text: A rendered turn; as ``apply_chat_template`` has it, the tokenizer adds BOS unless it is there.
-            pictures: Whose placeholders it holds.
-            bare: Add no BOS: it is a part of a turn.
-        """
-        bos = self.tokenizer.bos_token
-        has_bos = bos is not None and text.startswith(bos)
-        features = self.processor(
-            text=[text],
-            images=[pictures] if pictures else None,
-            return_mm_token_type_ids=True,
-            padding=False,
-            return_tensors="pt",
-            **({"add_special_tokens": False} if bare or has_bos else {}),
-        )
-        return {name: value[0] if name in _TEXT_FEATURES else value for name, value in features.items()}
 
     def _positions(self, tokens: dict[str, Tensor]) -> Tensor:
         """Positions from 0, (P, L)."""
@@ -371,15 +306,6 @@ class Reader:
             return plain.expand(3, -1)
         positions: Tensor = self._rope_index(ids[None], kinds[None], image_grid_thw=tokens["image_grid_thw"])[0]
         return positions[:, 0]
-
-
-def _shared_start(a: str, b: str) -> str:
-    """What two texts begin with in common.
-
-    >>> _shared_start("User: ", "User:<image>")
-    'User:'
-    """
-    return a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))]
 
 
 def too_long(row: int, limit: int) -> RematchError:
