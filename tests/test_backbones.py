@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-WORKING = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "smolvlm", "idefics3", "internvl")
+QWEN2 = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+SMOL_PICTURE = "<fake_token_around_image><global-img><image><fake_token_around_image>"
+CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+ONEVISION = "<|im_start|>user {}<|im_end|><|im_start|>assistant\n"
+SMOL, IDEFICS = (f"{bos}User:{{}}<end_of_utterance>\nAssistant:" for bos in ("<|im_start|>", "<|begin_of_text|>"))
+QUERY = "the red cat"
+
+# By family: the turn of a text, that of a picture, and the content of both, as its real template has them.
+TURNS = {
+    "qwen2_vl": (QWEN2 + CHATML.format(QUERY), QWEN2 + CHATML.format(QWEN_PICTURE), QWEN_PICTURE + QUERY),
+    "qwen2_5_vl": (QWEN2 + CHATML.format(QUERY), QWEN2 + CHATML.format(QWEN_PICTURE), QWEN_PICTURE + QUERY),
+    "qwen3_vl": (CHATML.format(QUERY), CHATML.format(QWEN_PICTURE), QWEN_PICTURE + QUERY),
+    "llava": (f"<s> USER: {QUERY} ASSISTANT:", "<s> USER: <image>\nASSISTANT:", "<image>\n" + QUERY),
+    "llava_onevision": (ONEVISION.format("\n" + QUERY), ONEVISION.format("<image>"), "<image>\n" + QUERY),
+    "smolvlm": (SMOL.format(" " + QUERY), SMOL.format(SMOL_PICTURE), SMOL_PICTURE + QUERY),
+    "idefics3": (IDEFICS.format(" " + QUERY), IDEFICS.format(SMOL_PICTURE), SMOL_PICTURE + QUERY),
+    "internvl": (
+        CHATML.format(QUERY),
+        CHATML.format("<img><IMG_CONTEXT></img>\n"),
+        "<img><IMG_CONTEXT></img>\n" + QUERY,
+    ),
+}
+WORKING = tuple(TURNS)
 TORCHVISION = Path(sys.prefix) / "torchvision-for-tests"  # `make install` puts it there, out of the library's way
 
 
@@ -19,9 +43,10 @@ def found(tmp_path_factory):
     assert TORCHVISION.is_dir(), f"{TORCHVISION} is missing; `make install` puts it there"
     output = tmp_path_factory.mktemp("backbones")
     script = Path(__file__).with_name("tiny_backbones.py")
+    paths = [str(TORCHVISION), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, script, output, *WORKING, "gemma3"],
-        env=os.environ | {"PYTHONPATH": str(TORCHVISION), "HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
     )
@@ -46,6 +71,42 @@ def test_family_answers_packed_questions_as_single_ones(found, family):
     for view, (packed, single) in found[family]["match"].items():
         np.testing.assert_allclose(packed, single, atol=1e-5, err_msg=view)
         assert len(set(packed)) == 3, view  # documents tell in every view
+
+
+@pytest.mark.parametrize("family", WORKING)
+def test_training_reads_the_tokens_that_encoding_reads(found, family):
+    readings = found[family]["readings"]
+    assert len(readings) == 16
+    for kind, (in_training, encoded, *texts) in readings.items():
+        assert in_training == encoded, (kind, texts)
+
+
+@pytest.mark.parametrize("family", WORKING)
+def test_turns_and_questions_have_the_structure_of_the_real_template(found, family):
+    text, picture, content = TURNS[family]
+    readings, tail = found[family]["readings"], "".join(f"<|query_emb_{i}|>" for i in range(4))
+    assert readings["text, query"][2] == text + tail
+    assert readings["picture, query"][2] == picture + tail
+    assert readings["two pictures, query"][2].count("assistant") == picture.count("assistant")
+    assert readings["both, query"][2].endswith(content + text.split(QUERY)[1] + tail)
+    contents = {kind: readings[f"{kind}, query"][4] for kind in ("text", "both", "blanks", "lines")}
+    contents["blanks"] = contents["blanks"].lstrip()  # SentencePiece shows one less than there are
+    assert contents == {"text": QUERY, "both": content, "blanks": "the red cat ", "lines": "\n\nthe red\n\ncat\n"}
+
+    asked = text.replace(
+        QUERY, "Is the document relevant to the query? Answer only Yes or No.\nQuery:\n{}\nDocument:\n{}"
+    )
+    expected = asked.format(QUERY, content.replace(QUERY, "a dog")).replace("a dog", "a dog\nRelevant?")
+    # SentencePiece begins each segment with a blank
+    assert re.sub(" ?\n ?", "\n", found[family]["question"]) == re.sub(" ?\n ?", "\n", expected)
+
+
+@pytest.mark.parametrize("family", WORKING)
+def test_control_tokens_in_a_text_are_refused_whoever_reads_it(found, family):
+    special, accepted, ordinary = found[family]["control"]
+    assert len(special) >= 8 + 5  # the learnable ones and the family's
+    assert accepted == []
+    assert bool(ordinary) == (family.startswith("qwen") or family in ("llava_onevision", "internvl"))
 
 
 def test_bidirectional_pictures_are_refused_with_the_reason(found):

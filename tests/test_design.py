@@ -8,7 +8,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "rematch"
 RANKS = [
     {"errors", "prompts", "files"},
     {"data", "evaluate.metrics", "matching"},
-    {"memory", "tokens", "pictures", "reading", "cache", "lora", "parallel"},
+    {"memory", "tokens", "pictures", "turns", "reading", "cache", "lora", "parallel"},
     {"backbone", "batch"},
     {"scoring"},
     {"model"},

@@ -29,7 +29,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def four_bit(compute=torch.bfloat16):
+def four_bit(compute=torch.float32):  # what training chooses where bfloat16 is not native
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
     return {"quantization_config": config}
 

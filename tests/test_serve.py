@@ -132,6 +132,18 @@ def test_a_text_that_looks_like_a_path_is_text(client, corpus, engine):
     assert "data URL" in answer.json()["error"]["message"]
 
 
+def test_a_control_token_in_a_text_is_a_client_error(client):
+    said = "its text holds <|end|>, which the model reads as a control token"
+    for path, body in {
+        "/v1/embeddings": {"input": ["a dog", "a <|end|> dog"]},
+        "/v1/search": {"text": "a <|end|> dog"},
+        "/v1/rerank": {"query": "a card", "documents": ["a red card", "a <|end|> card"]},
+    }.items():
+        answer = client.post(path, json=body)
+        assert answer.status_code == 400, path
+        assert said in answer.json()["error"]["message"], path
+
+
 def test_rerank_is_match(client, engine):
     documents = ["a red card", {"text": "a blue card"}, {"image": data_url(file_of(NOISE))}]
     given = [{"text": "a red card"}, {"text": "a blue card"}, {"image": NOISE}]

@@ -8,6 +8,7 @@ importable after two declarations, which the process of the other tests shall do
 
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,13 @@ if __name__ == "__main__":
 
 import transformers as t
 from PIL import Image
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from rematch import ReMatch
-from rematch.backbone import resolve
 from rematch.errors import RematchError
 from rematch.losses import ReMatchLoss
 from rematch.matching import VIEWS
+from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_QUESTION, MATCH_TASK, NO, YES
 from rematch.train.collator import Collator
 from rematch.train.recipe import load_recipe
 from rematch.train.run import train
@@ -44,22 +45,71 @@ MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10_00
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def tokenizer(*special, **named):
-    """The packaged base's words, with the family's special tokens; some families look theirs up by attribute."""
-    found = AutoTokenizer.from_pretrained(resolve("rematch-base"), extra_special_tokens=named)
-    found.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", *special, *named.values()]})
-    found.model_max_length = 4096
-    return found
+TEMPLATES = Path(__file__).parent / "data" / "chat_templates"  # its README says where they are from
+CORPUS = [YES, NO, MATCH_TASK, MATCH_QUERY, MATCH_DOCUMENT, MATCH_QUESTION, "\n\n", "You are a helpful assistant."]
+CORPUS += ["system user assistant User: Assistant: USER: ASSISTANT:", "the red cat 0123456789", "a dog, number"]
 
 
-def template(picture):
-    """ChatML, with what the family writes where a picture stands."""
-    return (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
-        "{% for p in m.content %}{% if p.type == 'image' %}" + picture + "{% else %}{{ p.text }}{% endif %}"
-        "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+def template(family):
+    return (TEMPLATES / f"{family}.jinja").read_text()
+
+
+@cache
+def words(llama=False):
+    """A small vocabulary and its merges: byte-level, as in most families, or with Llama's "▁" and byte fallback."""
+    learner = Tokenizer(models.BPE())
+    if llama:
+        learner.pre_tokenizer = pre_tokenizers.Metaspace()
+        first, alphabet = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))], ["▁"]
+    else:
+        learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        first, alphabet = [], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=first, initial_alphabet=alphabet, show_progress=False, min_frequency=1
     )
+    learner.train_from_iterator(CORPUS, trainer)
+    learned = json.loads(learner.to_str())["model"]
+    vocabulary, merges = learned["vocab"], [tuple(pair) for pair in learned["merges"]]
+    if llama:
+        vocabulary["▁▁"] = len(vocabulary)
+        merges.insert(0, ("▁", "▁"))  # Llama's first merge: blanks before a word join
+    return vocabulary, merges
+
+
+def tokenizer(kind, special, ordinary=(), named=None, **settings):
+    """A family's own tokenizer class with its special tokens.
+
+    Args:
+        kind: The class; Llama 3's has no name of its own.
+        special: Tokens that the model reads as control tokens.
+        ordinary: Tokens that were added as text, such as those of tool calls.
+        named: Special tokens that the processor looks up by attribute.
+        settings: ``bos_token`` and the like.
+    """
+    vocabulary, merges = words(kind is t.LlamaTokenizer)
+    if kind is t.PreTrainedTokenizerFast:
+        whole = Tokenizer(models.BPE(dict(vocabulary), list(merges)))
+        whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        whole.decoder = decoders.ByteLevel()
+        bos = settings["bos_token"]
+        whole.add_special_tokens([bos])
+        whole.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, whole.token_to_id(bos))]
+        )
+        tok = kind(tokenizer_object=whole, extra_special_tokens=named or {}, **settings)
+    else:
+        tok = kind(vocab=dict(vocabulary), merges=list(merges), extra_special_tokens=named or {}, **settings)
+    tok.add_special_tokens({"additional_special_tokens": [*special, *(named or {}).values()]})
+    tok.add_tokens(list(ordinary))
+    tok.model_max_length = 4096
+    return tok
+
+
+def qwen_tokenizer(*special, named=None):
+    """Qwen 2's, 2.5's and 3's, which other families build on."""
+    chat = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None}
+    return tokenizer(t.Qwen2Tokenizer, (*chat, *special), ("<tool_call>", "</tool_call>"), named, **ends)
 
 
 def ids(tok, **names):
@@ -68,55 +118,55 @@ def ids(tok, **names):
 
 # ---- Qwen -----------------------------------------------------------------------------------------------------------
 
-QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_pad|>")
+QWEN += ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>")
 
 
 def qwen_ids(tok):
-    start, end, image, video = QWEN
+    start, end, image, video = QWEN[:4]
     return ids(tok, image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end)
 
 
-def qwen_processor(kind, tok, patch=14, pixels=(784, 3136)):
+def qwen_processor(kind, tok, family, patch=14, pixels=(784, 3136)):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     images = Qwen2VLImageProcessorPil(
         patch_size=patch, merge_size=2, temporal_patch_size=2, min_pixels=pixels[0], max_pixels=pixels[1]
     )
     video = t.Qwen3VLVideoProcessor() if kind is t.Qwen3VLProcessor else t.Qwen2VLVideoProcessor()
-    start, end, image, _ = QWEN
-    return kind(images, tok, video, chat_template=template(start + image + end))
+    return kind(images, tok, video, chat_template=template(family))
 
 
 def qwen2_vl(text=(), vision=(), pixels=(784, 3136)):
-    tok = tokenizer(*QWEN)
+    tok = qwen_tokenizer(*QWEN)
     config = t.Qwen2VLConfig(
         text_config=TEXT | {"vocab_size": len(tok), "rope_parameters": MROPE} | dict(text),
         vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2} | dict(vision),
         **qwen_ids(tok),
     )
-    return t.Qwen2VLForConditionalGeneration(config), qwen_processor(t.Qwen2VLProcessor, tok, pixels=pixels)
+    return t.Qwen2VLForConditionalGeneration(config), qwen_processor(t.Qwen2VLProcessor, tok, "qwen2_vl", pixels=pixels)
 
 
 def qwen2_5_vl():
-    tok = tokenizer(*QWEN)
+    tok = qwen_tokenizer(*QWEN)
     vision = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 32}
     config = t.Qwen2_5_VLConfig(
         text_config=TEXT | {"vocab_size": len(tok), "rope_parameters": MROPE},
         vision_config=vision | {"fullatt_block_indexes": [1], "window_size": 56},
         **qwen_ids(tok),
     )
-    return t.Qwen2_5_VLForConditionalGeneration(config), qwen_processor(t.Qwen2_5_VLProcessor, tok)
+    return t.Qwen2_5_VLForConditionalGeneration(config), qwen_processor(t.Qwen2_5_VLProcessor, tok, "qwen2_5_vl")
 
 
 def qwen3_vl():
-    tok = tokenizer(*QWEN)
+    tok = qwen_tokenizer(*QWEN)
     vision = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 32}
     config = t.Qwen3VLConfig(
         text_config=TEXT | {"vocab_size": len(tok), "rope_parameters": MROPE | {"mrope_interleaved": True}},
         vision_config=vision | {"deepstack_visual_indexes": [0], "num_position_embeddings": 64, "patch_size": 14},
         **qwen_ids(tok),
     )
-    return t.Qwen3VLForConditionalGeneration(config), qwen_processor(t.Qwen3VLProcessor, tok)
+    return t.Qwen3VLForConditionalGeneration(config), qwen_processor(t.Qwen3VLProcessor, tok, "qwen3_vl")
 
 
 # ---- others ---------------------------------------------------------------------------------------------------------
@@ -126,10 +176,32 @@ def siglip(size):
     return t.SiglipVisionConfig(**VISION, image_size=size, patch_size=14, vision_use_head=False)
 
 
+def llava():
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    ends = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    tok = tokenizer(t.LlamaTokenizer, ("<image>",), add_bos_token=True, **ends)
+    config = t.LlavaConfig(
+        text_config=t.LlamaConfig(**TEXT, vocab_size=len(tok)),
+        vision_config=t.CLIPVisionConfig(**VISION, image_size=56, patch_size=14, projection_dim=16),
+        image_seq_length=16,
+        **ids(tok, image_token_index="<image>"),
+    )
+    processor = t.LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
+        tok,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template("llava"),
+    )
+    return t.LlavaForConditionalGeneration(config), processor
+
+
 def llava_onevision():
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-    tok = tokenizer("<image>", "<video>")
+    tok = qwen_tokenizer("<image>", "<video>")
     grids = [[28, 28], [28, 56], [56, 28]]
     config = t.LlavaOnevisionConfig(
         text_config=t.Qwen2Config(**TEXT, vocab_size=len(tok)),
@@ -147,7 +219,7 @@ def llava_onevision():
         t.LlavaOnevisionVideoProcessor(size=size),
         num_image_tokens=4,
         vision_feature_select_strategy="full",
-        chat_template=template("<image>"),
+        chat_template=template("llava_onevision"),
     )
     return t.LlavaOnevisionForConditionalGeneration(config), processor
 
@@ -158,6 +230,7 @@ IDEFICS = {
     "global_image_token": "<global-img>",
     "end_of_utterance_token": "<end_of_utterance>",
 }
+TILES = tuple(f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7))
 
 
 def idefics_config(kind, tok):
@@ -173,19 +246,26 @@ def idefics_config(kind, tok):
 def idefics3():
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-    tok, edge = tokenizer(**IDEFICS), {"longest_edge": 56}
+    ends = {
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|end_of_text|>",
+        "pad_token": "<|reserved_special_token_0|>",
+    }
+    tok, edge = tokenizer(t.PreTrainedTokenizerFast, TILES, named=IDEFICS, **ends), {"longest_edge": 56}
     images = Idefics3ImageProcessorPil(size=edge, max_image_size=edge)
-    processor = t.Idefics3Processor(images, tok, image_seq_len=4, chat_template=template("<image>"))
+    processor = t.Idefics3Processor(images, tok, image_seq_len=4, chat_template=template("idefics3"))
     return t.Idefics3ForConditionalGeneration(idefics_config(t.Idefics3Config, tok)), processor
 
 
 def smolvlm():
     from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-    tok, edge = tokenizer(**IDEFICS), {"longest_edge": 56}
+    ends = {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<|im_end|>"}
+    tok = tokenizer(t.GPT2Tokenizer, ("<|endoftext|>", *TILES), named=IDEFICS, unk_token="<|endoftext|>", **ends)
+    edge = {"longest_edge": 56}
     images = SmolVLMImageProcessorPil(size=edge, max_image_size=edge)
     video = t.SmolVLMVideoProcessor(size=edge, max_image_size=edge)
-    processor = t.SmolVLMProcessor(images, tok, video, image_seq_len=4, chat_template=template("<image>"))
+    processor = t.SmolVLMProcessor(images, tok, video, image_seq_len=4, chat_template=template("smolvlm"))
     return t.SmolVLMForConditionalGeneration(idefics_config(t.SmolVLMConfig, tok)), processor
 
 
@@ -193,7 +273,8 @@ def internvl():
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
     names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
-    tok, size = tokenizer(**names, video_token="<video>"), {"height": 56, "width": 56}
+    boxes = ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+    tok, size = qwen_tokenizer(*boxes, named=names | {"video_token": "<video>"}), {"height": 56, "width": 56}
     config = t.InternVLConfig(
         text_config=t.Qwen2Config(**TEXT, vocab_size=len(tok)),
         vision_config=VISION | {"image_size": [56, 56], "patch_size": [14, 14]},
@@ -206,7 +287,7 @@ def internvl():
         tok,
         t.InternVLVideoProcessor(size=size),
         image_seq_length=4,
-        chat_template=template("<IMG_CONTEXT>\n"),
+        chat_template=template("internvl"),
     )
     return t.InternVLForConditionalGeneration(config), processor
 
@@ -215,7 +296,8 @@ def gemma3():
     from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
     names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
-    tok = tokenizer(**names)
+    ends = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    tok = tokenizer(t.PreTrainedTokenizerFast, ("<start_of_turn>", "<end_of_turn>"), named=names, **ends)
     config = t.Gemma3Config(
         text_config=TEXT | {"vocab_size": len(tok), "sliding_window": 64, "query_pre_attn_scalar": 8},
         vision_config=siglip(56),
@@ -228,12 +310,12 @@ def gemma3():
         ),
     )
     images = Gemma3ImageProcessorPil(size={"height": 56, "width": 56})
-    processor = t.Gemma3Processor(images, tok, image_seq_length=4, chat_template=template("<start_of_image>"))
+    processor = t.Gemma3Processor(images, tok, image_seq_length=4, chat_template=template("gemma3"))
     return t.Gemma3ForConditionalGeneration(config), processor
 
 
 FAMILIES = {
-    f.__name__: f for f in (qwen2_vl, qwen2_5_vl, qwen3_vl, llava_onevision, smolvlm, idefics3, internvl, gemma3)
+    f.__name__: f for f in (qwen2_vl, qwen2_5_vl, qwen3_vl, llava, llava_onevision, smolvlm, idefics3, internvl, gemma3)
 }
 
 
@@ -255,6 +337,61 @@ def own_data(directory):
     return file
 
 
+def readings(model, pictures):
+    """For inputs of every kind: ids as training reads them, as ``encode`` does, and both as text; and the content."""
+    kinds = {
+        "text": "the red cat",
+        "blanks": "  the red cat ",
+        "lines": "\n\nthe red\n\ncat\n",
+        "picture": pictures[0],
+        "both": {"text": "the red cat", "image": pictures[0]},
+        "both with lines": {"text": "\nthe red cat \n", "image": pictures[1]},
+        "two pictures": {"image": pictures[:2]},
+        "two and text": {"text": "the red cat", "image": pictures[1:]},
+    }
+    reader, rows = model.backbone.reader, {}
+    for kind, value in kinds.items():
+        reading = reader.read(value)
+        for task in ("query", "document"):
+            own, encoded = reader.embedded(reading, task).ids, model.preprocess([value], task=task)["input_ids"][0]
+            texts = [reader.describe(ids) for ids in (own, encoded, reading.content.ids)]
+            rows[f"{kind}, {task}"] = [own.tolist(), encoded.tolist(), *texts]
+    return rows
+
+
+def question(model, query, document):
+    """What a matching question reads, as text."""
+    reader = model.backbone.reader
+    packed, _ = reader.pack_matching([(reader.read(query), [reader.read(document)])], [[("raw", 0, "raw")]])
+    return reader.describe(packed.input_ids[0])
+
+
+def control_tokens(model):
+    """Every special token; those that are not refused, and by whom; and the added tokens that are ordinary text."""
+    backbone = model.backbone
+    added = backbone.tokenizer.added_tokens_decoder.values()
+    special = [token.content for token in added if token.special]
+    ways = {
+        "train": lambda text: backbone.reader.read(text, 1),
+        "preprocess": lambda text: backbone.preprocess(["a dog", text]),
+        "prompt": lambda text: backbone.preprocess(["a dog"], prompt=text),
+        "encode": lambda text: model.encode_query(["a dog", text]),
+        "match": lambda text: model.match(["a dog", "a dog"], ["a dog", text]),
+    }
+    accepted = []
+    for number, token in enumerate(special):
+        for way in list(ways)[: 5 if number == 0 else 3]:  # the last two go the way of the first two
+            try:
+                ways[way](f"the {token} cat")
+                accepted.append([way, token])
+            except RematchError as error:
+                if f"its text holds {token}, which the model reads as a control token" not in str(error):
+                    accepted.append([way, token, str(error)])
+    ordinary = [token.content for token in added if not token.special]
+    model.encode_query([f"the {token} cat" for token in [*ordinary, "a < b <| c |> <a href> [INST]"]])
+    return special, accepted, ordinary
+
+
 def put_to_use(path, directory):
     """Train an adapter with all losses, load it, encode and match; figures for the test to judge."""
     data = own_data(directory)
@@ -272,6 +409,10 @@ def put_to_use(path, directory):
     vectors = model.encode_query(inputs)
     found["loaded"] = float(np.abs(vectors - trained.encode_query(inputs)).max())
     found["alone"] = float(np.abs(vectors - np.stack([model.encode_query(one) for one in inputs])).max())
+
+    found["readings"] = readings(model, pictures)
+    found["question"] = question(model, "the red cat", {"text": "a dog", "image": pictures[0]})
+    found["control"] = control_tokens(model)
 
     rows = [{"query": one, "positive": inputs[i - 1], "negative": "a dog"} for i, one in enumerate(inputs)]
     batch = Collator(model, tokens=300)(rows)["batch"]

@@ -28,6 +28,7 @@ from rematch.errors import ModelError, RematchError
 from rematch.matching import additive, block_mask, unified_mask
 from rematch.prompts import NO, YES
 from rematch.reading import Reader, too_long
+from rematch.turns import user_turn
 
 PACKAGED = {"rematch-base": "assets/base", "rematch-tiny": "assets/tiny"}
 
@@ -60,8 +61,8 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         kwargs: As for sentence-transformers' ``Transformer``.
 
     Raises:
-        ModelError: If the backbone has no chat template, no pictures, no single-token Yes and No, or if a checkpoint
-            lacks its adapter or was made for another base.
+        ModelError: If the backbone has no chat template, no pictures, no single-token Yes and No, if training would
+            read other tokens than ``encode``, or if a checkpoint lacks its adapter or was made for another base.
     """
 
     config_keys = [
@@ -109,6 +110,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         self._check_processor(model_name_or_path)
         self._check_attention(model_name_or_path)
         self.reader = Reader(self.processor, self.base)
+        self.check_reading(model_name_or_path)
         self.document_instructions = document_instructions
         self.matching = matching
         self.answer_ids = [self._single_token(word) for word in (YES, NO)]
@@ -206,6 +208,11 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
                 "Use the instruction-tuned variant of the model, or set processor.chat_template and save it."
             )
 
+    def check_reading(self, name: str) -> None:
+        """As :meth:`~rematch.reading.Reader.check`; again when the template or the tokenizer has been changed."""
+        encode = super().preprocess
+        self.reader.check(name, lambda x, task: encode([user_turn(*self.reader.parts(x, 0))], task=task))
+
     def _check_attention(self, name: str) -> None:
         """Matching writes its own 4-D mask, and looks at pictures apart from the text."""
         text, accepted = self.model.config.get_text_config(), signature(self.base.forward).parameters
@@ -237,13 +244,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Chat-template and tokenize inputs; see :func:`~rematch.data.inputs.as_parts` for what an input may be."""
         kwargs["task"] = kwargs.get("task") or "document"
-        turns = []
-        for row, value in enumerate(inputs):
-            pictures, text = self.reader.parts(value, row)
-            content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
-            if prompt or text:
-                content.append({"type": "text", "text": (prompt or "") + text})
-            turns.append([{"role": "user", "content": content}])
+        turns = [user_turn(*self.reader.parts(value, row, prompt or "")) for row, value in enumerate(inputs)]
         features: dict[str, Any] = super().preprocess(turns, **kwargs)
         self._check_tokens(features, kwargs["task"])
         return features

@@ -126,6 +126,7 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             embedding = backbone.model.get_input_embeddings().weight
             embedding[ids] = (torch.randn(len(ids), embedding.shape[1]) * scale).to(embedding)
         backbone.processor.chat_template = add_tokens_to_template(backbone.processor.chat_template, num_tokens)
+        backbone.check_reading(name_or_path)  # again, with the learnable tokens
         if lora is not None:
             inject(backbone.model, lora, ids, lora_vision)
         fusion = MultiTokenFusion(num_tokens, backbone.width, scale)
@@ -168,7 +169,8 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             RematchError: If an input is empty, or a picture cannot be read; the message names it.
         """
         if not multi_vector:
-            return super().encode(inputs, *args, **kwargs)
+            with self.backbone.reader.own_numbers([inputs] if self.is_singular_input(inputs) else inputs):
+                return super().encode(inputs, *args, **kwargs)
         usual = {
             "pool": None,
             "truncate_dim": None,
@@ -182,7 +184,7 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         self.fusion.flat_output = True
         try:
             with self.truncate_embeddings(None):
-                flat = super().encode(inputs, *args, **kwargs)
+                flat = self.encode(inputs, *args, **kwargs)
         finally:
             self.fusion.flat_output = False
         return flat.reshape(*flat.shape[:-1], -1, self.backbone.width)

@@ -1,13 +1,17 @@
 """Inputs as token ids: every input is read once, and serves embedding and matching alike.
 
-- For embedding, an input stands in the backbone's chat template and ends with the learnable tokens.
-- For matching, only its content (pictures and text) is a segment of a longer sequence (:mod:`rematch.matching`).
+- For embedding, an input stands in the backbone's chat template and ends with the learnable tokens. Training tokenizes
+  the rendered turn as ``encode`` does, so that both read the same tokens; loading a backbone checks it.
+- For matching, only its content (pictures and text) is a segment of a longer sequence (:mod:`rematch.matching`): the
+  tokens of the turn without those that the template writes around it.
 
 Shapes: L tokens, P position dimensions (1, or 3 for M-RoPE backbones).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,9 +22,7 @@ from rematch.data.inputs import as_parts
 from rematch.errors import ModelError, RematchError, TooLongError
 from rematch.matching import Packed, Segment, lay_out, lay_out_behind, lay_out_prefix, lay_out_reuse, pack
 from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_QUESTION, MATCH_TASK, document_token, query_token
-
-_MARK = "[[CONTENT]]"
-_TEXT_FEATURES = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
+from rematch.turns import TEXT_FEATURES, Turns
 
 
 @dataclass
@@ -58,36 +60,35 @@ class Reader:
         self.tokenizer = processor.tokenizer
         self.picture_token: int = getattr(model.config, "image_token_id", None) or model.config.image_token_index
         self._rope_index = getattr(model, "get_rope_index", None)
-        self.prefix, self.suffix, self.picture_markup = self._read_template()
-        self._learnable: dict[str, list[int]] = {}
+        self.turns = Turns(processor)
+        self.prefix, self.suffix = self.turns.frames[False, True].prefix, self.turns.frames[False, True].suffix
+        self._learnable: dict[tuple[str, int], list[int]] = {}
 
-    def _read_template(self) -> tuple[str, str, str]:
-        """(what the chat template puts before the content, after it, and for a picture)."""
+    def parts(self, value: Any, row: int, prompt: str = "") -> tuple[list[Image.Image], str]:
+        """:func:`~rematch.data.inputs.as_parts`, without text that the model would read as anything but text.
 
-        def render(content: list[dict[str, str]]) -> str:
-            turn = [{"role": "user", "content": content}]
-            return str(self.processor.apply_chat_template(turn, add_generation_prompt=True))
+        Args:
+            value: As for :func:`~rematch.data.inputs.as_parts`.
+            row: Where it stands in the batch, for the error.
+            prompt: Put before the text.
 
-        text = {"type": "text", "text": _MARK}
-        try:
-            prefix, suffix = render([text]).split(_MARK)
-            picture = render([{"type": "image"}, text]).split(_MARK)[0].removeprefix(prefix)
-        except Exception as error:
-            raise ModelError(
-                f"the chat template cannot render a user turn of text and a picture ({error}). Use a backbone whose "
-                "template takes structured content."
-            ) from error
-        if not picture.strip():
-            raise ModelError("the chat template leaves pictures out. Use a backbone whose template takes pictures.")
-        return prefix, suffix, picture
-
-    def parts(self, value: Any, row: int) -> tuple[list[Image.Image], str]:
-        """:func:`~rematch.data.inputs.as_parts`, without text that would be taken for a picture."""
+        Raises:
+            RematchError: As there, and as for :meth:`~rematch.turns.Turns.refuse_control_tokens`.
+        """
         pictures, text = as_parts(value, row)
-        placeholder = getattr(self.processor, "image_token", None)
-        if placeholder and placeholder in text:
-            raise RematchError(f"input {row}: its text holds {placeholder}, which stands for a picture. Take it out.")
+        text = prompt + text
+        self.turns.refuse_control_tokens(text, row)
         return pictures, text
+
+    @contextmanager
+    def own_numbers(self, inputs: Iterable[Any]) -> Iterator[None]:
+        """Errors number inputs as they are given here, not by their place in a batch of sorted ones."""
+        try:
+            yield
+        except RematchError:
+            for row, value in enumerate(inputs):
+                self.parts(value, row)
+            raise
 
     def read(self, value: Any, row: int = 0) -> Reading:
         """Tokenize one input.
@@ -97,29 +98,26 @@ class Reader:
             row: Where it stands in the batch, for the error.
 
         Raises:
-            RematchError: If it is empty, no query or document, or a picture cannot be read.
+            RematchError: If it is empty, no query or document, a picture cannot be read, or its text holds a control
+                token.
         """
         pictures, text = self.parts(value, row)
-        body = self.picture_markup * len(pictures) + text
-        whole = self._tokenize(self.prefix + body + self.suffix, pictures)
-        before, after = (self._ids(part) for part in (self.prefix, self.suffix))
-        start, stop = len(before), len(whole["input_ids"]) - len(after)
-        ids: Tensor = whole["input_ids"]
-        positions = self._positions(whole)
-        if ids[:start].tolist() == before and ids[stop:].tolist() == after:
+        turn = self.turns.render(pictures, text)
+        whole = self.turns.tokenize(turn, pictures)
+        ids, positions = whole["input_ids"], self._positions(whole)
+        frame = self.turns.frames[bool(pictures), bool(text)]
+        start, stop = len(frame.prefix_ids), len(ids) - len(frame.suffix_ids)
+        if ids[:start].tolist() == frame.prefix_ids and ids[stop:].tolist() == frame.suffix_ids:
             content = Segment(ids[start:stop], positions[:, start:stop] - start)
-        else:  # text and template share a token at the border, as a leading line break may
-            alone = self._tokenize(body, pictures)
+        else:  # content and template share a token at the border, as a leading line break may: tokenized apart
+            alone = self.turns.tokenize(turn.removeprefix(frame.prefix).removesuffix(frame.suffix), pictures, bare=True)
             content = Segment(alone["input_ids"], self._positions(alone))
-        vision = {name: value for name, value in whole.items() if name not in _TEXT_FEATURES}
+        vision = {name: value for name, value in whole.items() if name not in TEXT_FEATURES}
         return Reading(ids, positions, content, vision, int((ids == self.picture_token).sum()))
 
     def text_segment(self, text: str, *, placeholder: bool = False, opening: bool = False) -> Segment:
         """A segment of text alone; with a placeholder for ``Z*`` at its end; or the one that opens the sequence."""
-        known = self._ids(text) if text else []
-        bos = self.tokenizer.bos_token_id
-        if opening and bos in self.tokenizer.encode(text)[:1] and known[:1] != [bos]:
-            known = [bos, *known]  # the chat template leaves it to the tokenizer, and embeddings get it too
+        known = self.turns.opening_ids(text) if opening else self.turns.ids(text) if text else []
         ids = torch.tensor(known + [self.tokenizer.eos_token_id] * placeholder, dtype=torch.long)
         return Segment(ids, self._positions({"input_ids": ids}), is_feature=placeholder)
 
@@ -267,27 +265,43 @@ class Reader:
 
     def learnable_ids(self, task: str) -> list[int]:
         """Token ids of the learnable tokens for ``task``, ``"query"`` or ``"document"``."""
-        if task not in self._learnable:
+        key = task, len(self.tokenizer)
+        if key not in self._learnable:
             name = query_token if task == "query" else document_token
             vocabulary = self.tokenizer.get_added_vocab()
-            self._learnable[task] = [vocabulary[name(i)] for i in range(len(vocabulary)) if name(i) in vocabulary]
-        return self._learnable[task]
+            self._learnable[key] = [vocabulary[name(i)] for i in range(len(vocabulary)) if name(i) in vocabulary]
+        return self._learnable[key]
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return ids
+    def check(self, name: str, encode: Callable[[Any, str], dict[str, Any]]) -> None:
+        """Training must read what ``encode`` reads; tried with text, a picture, and both.
 
-    def _tokenize(self, text: str, pictures: list[Image.Image]) -> dict[str, Tensor]:
-        """The processor's output for one text, its token features without the batch dimension."""
-        found = self.processor(
-            text=[text],
-            images=pictures or None,
-            return_mm_token_type_ids=True,
-            padding=False,
-            add_special_tokens=False,
-            return_tensors="pt",
-        )
-        return {name: value[0] if name in _TEXT_FEATURES else value for name, value in found.items()}
+        Args:
+            name: Of the backbone, for the error.
+            encode: The features of an input and a task, as ``encode`` has them.
+
+        Raises:
+            ModelError: If token ids or the shapes of pictures differ; it shows both.
+        """
+        picture = Image.new("RGB", (64, 64), "white")
+        trials = [("query", "word"), *(("document", x) for x in ("word", picture, {"text": "word", "image": picture}))]
+        for task, value in trials:
+            reading, features = self.read(value), encode(value, task)
+            in_training, encoded = self.embedded(reading, task).ids, features["input_ids"][0]
+            shapes = {key: tuple(pixels.shape) for key, pixels in reading.vision.items()}
+            encoded_shapes = {key: tuple(features[key].shape) for key in shapes if key in features}
+            if in_training.tolist() != encoded.tolist() or shapes != encoded_shapes:
+                sizes = f" ({shapes} against {encoded_shapes})" if shapes != encoded_shapes else ""
+                raise ModelError(
+                    f"{name}: training would read a {task} as {self.describe(in_training)!r}, but encode reads "
+                    f"{self.describe(encoded)!r}{sizes}. Its chat template, tokenizer or processing_kwargs depend on "
+                    "how they are called: use a template that puts the same around every input, or another backbone."
+                )
+
+    def describe(self, ids: Tensor) -> str:
+        """Tokens as text, a run of picture tokens as one."""
+        runs = groupby(ids.tolist(), lambda token: token == self.picture_token)
+        shown = [token for is_picture, run in runs for token in ([self.picture_token] if is_picture else run)]
+        return str(self.tokenizer.decode(shown))
 
     def _positions(self, tokens: dict[str, Tensor]) -> Tensor:
         """Positions from 0, (P, L)."""
