@@ -360,10 +360,10 @@ def readings(model, pictures):
 
 
 def question(model, query, document):
-    """What a matching question reads, as text."""
+    """What a matching question reads, as text: all but the prompt that its document sees."""
     reader = model.backbone.reader
     packed, _ = reader.pack_matching([(reader.read(query), [reader.read(document)])], [[("raw", 0, "raw")]])
-    return reader.describe(packed.input_ids[0])
+    return reader.describe(packed.input_ids[0][packed.owner[0] > 0])
 
 
 def control_tokens(model):
@@ -398,6 +398,8 @@ def put_to_use(path, directory):
     settings = [f"model.backbone={path}", f"data.source={data}", f"train.output={directory / 'model'}"]
     settings += ["model.num_tokens=4", "model.lora.r=4", "train.steps=2", "train.batch_size=6", "train.workers=0"]
     settings += ["train.mini_batch_tokens=400", "loss.gradient_cache=true", "train.log_every=1"]
+    if "qwen" in directory.name:  # the others scale pictures to a fixed size, or cut them into tiles
+        settings += ["model.max_pixels=1568"]
     (directory / "recipe.yaml").write_text("{}")
     trained = train(load_recipe(directory / "recipe.yaml", settings), quiet=True)
     log = [row for row in json.loads((directory / "model" / "log.json").read_text()) if "loss" in row]
@@ -413,6 +415,14 @@ def put_to_use(path, directory):
     found["readings"] = readings(model, pictures)
     found["question"] = question(model, "the red cat", {"text": "a dog", "image": pictures[0]})
     found["control"] = control_tokens(model)
+    large = {"image": Image.new("RGB", (300, 300), "red")}
+    picture_token = model.backbone.reader.picture_token
+    found["visual_tokens"] = [
+        ReMatch.from_backbone(str(path), 4).backbone.reader.read(large).visual_tokens,
+        trained.backbone.reader.read(large).visual_tokens,
+        model.backbone.reader.read(large).visual_tokens,
+        int((model.preprocess([large])["input_ids"] == picture_token).sum()),
+    ]
 
     rows = [{"query": one, "positive": inputs[i - 1], "negative": "a dog"} for i, one in enumerate(inputs)]
     batch = Collator(model, tokens=300)(rows)["batch"]
