@@ -415,13 +415,13 @@ def put_to_use(path, directory):
     found["readings"] = readings(model, pictures)
     found["question"] = question(model, "the red cat", {"text": "a dog", "image": pictures[0]})
     found["control"] = control_tokens(model)
-    large = {"image": Image.new("RGB", (300, 300), "red")}
+    square = {"image": Image.new("RGB", (56, 56), "red")}
     picture_token = model.backbone.reader.picture_token
     found["visual_tokens"] = [
-        ReMatch.from_backbone(str(path), 4).backbone.reader.read(large).visual_tokens,
-        trained.backbone.reader.read(large).visual_tokens,
-        model.backbone.reader.read(large).visual_tokens,
-        int((model.preprocess([large])["input_ids"] == picture_token).sum()),
+        ReMatch.from_backbone(str(path), 4).backbone.reader.read(square).visual_tokens,
+        trained.backbone.reader.read(square).visual_tokens,
+        model.backbone.reader.read(square).visual_tokens,
+        int((model.preprocess([square])["input_ids"] == picture_token).sum()),
     ]
 
     rows = [{"query": one, "positive": inputs[i - 1], "negative": "a dog"} for i, one in enumerate(inputs)]

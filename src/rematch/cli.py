@@ -1,5 +1,6 @@
 """The command ``rematch``: parse, call, print. Heavy imports happen inside the commands."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -300,6 +301,7 @@ def export(
 
 def main() -> None:
     """Entry point: errors a user can mend are one line and exit code 2, never a traceback."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPUs it warns of kernels that nothing here uses
     try:
         app()
     except RematchError as error:
