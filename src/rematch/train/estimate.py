@@ -110,7 +110,7 @@ def report(
     Raises:
         RecipeError: If the peak is above ``gpu_memory`` GB.
     """
-    result = estimate(recipe, gpus, fsdp, pictures)
+    result = estimate(recipe, load_shape(recipe), gpus, fsdp, pictures)
     console = Console()
     console.print(result.table(tflops))
     if tflops:
@@ -126,29 +126,29 @@ def report(
     console.print(f"fits into {gpu_memory:g} GB; {100 * (1 - result.total / gpu_memory):.0f} % are left")
 
 
-def estimate(recipe: Recipe, gpus: int = 1, fsdp: bool = False, pictures: int = 3) -> Estimate:
+def estimate(recipe: Recipe, shape: Shape, gpus: int = 1, fsdp: bool = False, pictures: int = 3) -> Estimate:
     """Memory and arithmetic of one step on each GPU.
 
     Args:
         recipe: What would be trained.
+        shape: Of its backbone, by :func:`~rematch.train.shape.load_shape`.
         gpus: Processes that share the batch.
         fsdp: They share weights, gradients and optimizer states, too.
         pictures: How many of query, positive and negative have a picture, each at the cap.
 
     Raises:
-        RecipeError: If the batch cannot be shared evenly, or the backbone's shape cannot be read.
+        RecipeError: If the batch cannot be shared evenly.
     """
     settings, loss = recipe.train, recipe.loss
     if settings.batch_size % gpus:
         raise RecipeError(f"train.batch_size={settings.batch_size} cannot be shared evenly by {gpus} processes.")
-    shape = load_shape(recipe)
     batch = settings.batch_size // gpus
     lengths = Lengths.of(recipe, shape.picture_tokens, pictures)
     shown = batch * min(pictures, len(lengths.inputs))
-    trains_vision = recipe.model.lora.vision if recipe.model.lora else recipe.model.train_vision
+    trains_vision = _trains_vision(recipe)
     memory = _weights(recipe, shape, gpus if fsdp else 1, gpus > 1)
     features = shown * shape.picture_tokens * shape.width * shape.dtype / GB
-    kept = 0.0 if trains_vision else min(features, recipe.train.features_gb)
+    kept = 0.0 if trains_vision or features > recipe.train.features_gb else features
     memory["features of the frozen tower"] = kept
     vectors = batch * len(lengths.inputs) * max(1, recipe.model.num_tokens) * shape.width * 4 / GB
     memory["token vectors and their gradients"] = 3 * vectors
@@ -159,19 +159,22 @@ def estimate(recipe: Recipe, gpus: int = 1, fsdp: bool = False, pictures: int = 
     passes["InfoNCE and orthogonality"] = scores + gathered + 3 * vectors
     memory["CUDA context and libraries"] = RESERVED
     pixels = shown * shape.picture_tokens * shape.patches * shape.patch_values / GB
-    missing = 1 - kept / features if features else 0.0
     assumed = (
         f"{pictures} of query, positive and negative with a picture of {shape.picture_tokens:,} tokens (the cap); "
         f"{TEXT} tokens of text each; inputs of {max(lengths.inputs):,} tokens, matching sequences of "
         f"{lengths.matching:,} with {lengths.slots} answers; {loss.matching} matching"
     )
-    flop = _flop(recipe, shape, lengths, batch, shown, missing, trains_vision)
+    flop = _flop(recipe, shape, lengths, batch, shown, kept > 0)
     backward = "2 (4 for the adapter)" if recipe.model.lora else "4"
     arithmetic = (
         f"2 FLOP a weight and token in each of {_forwards(recipe)} forward passes (gradient cache and checkpointing "
         f"add one each) and {backward} in the backward pass; 4 FLOP a head's width and pair of tokens for attention"
     )
     return Estimate(memory, passes, 2 * pixels, flop, assumed, arithmetic)
+
+
+def _trains_vision(recipe: Recipe) -> bool:
+    return recipe.model.lora.vision if recipe.model.lora else recipe.model.train_vision
 
 
 def _forwards(recipe: Recipe) -> int:
@@ -255,8 +258,7 @@ def _flop(
     lengths: Lengths,
     batch: int,
     shown: int,
-    missing: float,
-    trains_vision: bool,
+    kept: bool,
 ) -> float:
     """Operations of a step: 2 per weight and token in a forward pass, 2 more in the backward pass for the gradient of
     what the weight reads, and 2 more where the weight trains; one forward more under a gradient cache, another one with
@@ -278,7 +280,8 @@ def _flop(
         * picture
         * (shape.vision_full * picture + (shape.vision_layers - shape.vision_full) * shape.window)
     )
-    looks = 1 + missing * (4 if lengths.matching and not lengths.context else 2)
-    if trains_vision:
-        looks = (forwards + (1 if lora else 2)) * (2 if lengths.matching and not lengths.context else 1)
+    passes = 2 if lengths.matching and not lengths.context else 1  # that show a picture
+    looks = 1 if kept else passes * (1 + recipe.loss.gradient_cache)
+    if _trains_vision(recipe):
+        looks = passes * (forwards + (1 if lora else 2))
     return batch * sample + shown * looks * (2 * shape.vision_weights * picture + seen)
