@@ -145,14 +145,13 @@ def estimate(recipe: Recipe, shape: Shape, gpus: int = 1, fsdp: bool = False, pi
     batch = settings.batch_size // gpus
     lengths = Lengths.of(recipe, shape.picture_tokens, pictures)
     shown = batch * min(pictures, len(lengths.inputs))
-    trains_vision = _trains_vision(recipe)
     memory = _weights(recipe, shape, gpus if fsdp else 1, gpus > 1)
     features = shown * shape.picture_tokens * shape.width * shape.dtype / GB
-    kept = 0.0 if trains_vision or features > recipe.train.features_gb else features
+    kept = 0.0 if _trains_vision(recipe) or features > recipe.train.features_gb else features
     memory["features of the frozen tower"] = kept
     vectors = batch * len(lengths.inputs) * max(1, recipe.model.num_tokens) * shape.width * 4 / GB
     memory["token vectors and their gradients"] = 3 * vectors
-    passes = _passes(recipe, shape, lengths, batch, trains_vision)
+    passes = _passes(recipe, shape, lengths, batch, shown)
     documents = settings.batch_size * (len(lengths.inputs) - 1)
     scores = 4 * min(batch * documents, LARGEST_SCORES) * 4 / GB
     gathered = 2 * documents * shape.width * 4 / GB
@@ -203,7 +202,7 @@ def _weights(recipe: Recipe, shape: Shape, shards: int, reduced: bool) -> dict[s
     }
 
 
-def _passes(recipe: Recipe, shape: Shape, lengths: Lengths, batch: int, trains_vision: bool) -> dict[str, float]:
+def _passes(recipe: Recipe, shape: Shape, lengths: Lengths, batch: int, shown: int) -> dict[str, float]:
     """GB of activations and of what is computed on the way, for each kind of pass."""
     settings, cached = recipe.train, recipe.loss.gradient_cache
     options: dict[str, Any] = {
@@ -216,7 +215,7 @@ def _passes(recipe: Recipe, shape: Shape, lengths: Lengths, batch: int, trains_v
     def saved(length: int, tokens_of_batch: int) -> tuple[float, float]:
         """Bytes that are saved, and those of the MLP's temporary vectors in the largest pass."""
         rows = max(1, settings.mini_batch_tokens // length)
-        tokens = max(settings.mini_batch_tokens, length)
+        tokens = max(min(settings.mini_batch_tokens, tokens_of_batch), length)
         whole = tokens if cached else max(tokens_of_batch, tokens)
         kept = pass_bytes(shape, rows, length, **options) * whole / (rows * length)
         return kept, 8 * shape.inner * tokens
@@ -225,14 +224,15 @@ def _passes(recipe: Recipe, shape: Shape, lengths: Lengths, batch: int, trains_v
     kept, working = saved(length, batch * sum(lengths.inputs))
     passes = {"embedding pass": kept + working}
     tower = 0.0
-    if trains_vision:
+    if _trains_vision(recipe):
         patches = settings.mini_batch_tokens * shape.patches if cached else batch * sum(lengths.inputs) * shape.patches
         block = 30 * shape.vision_width + 8 * shape.vision_inner
         layers = 2 * shape.vision_width * shape.vision_layers + block
         tower = patches * (layers if settings.gradient_checkpointing else block * shape.vision_layers)
         passes["embedding pass"] += tower
     else:
-        patches = max(settings.mini_batch_tokens, shape.picture_tokens) * shape.patches
+        tokens = min(max(settings.mini_batch_tokens, shape.picture_tokens), shown * shape.picture_tokens)
+        patches = tokens * shape.patches
         widths = max(17 * shape.vision_width, 3 * shape.vision_width + 2 * shape.vision_inner)
         passes["vision tower"] = patches * shape.dtype * (widths + shape.patch_values)
     if lengths.matching:
