@@ -53,11 +53,34 @@ def demo(
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML; see recipes/.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, such as train.steps=200.")] = None,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate", help="Only print memory and time of a step; reads the backbone's config alone."),
+    ] = False,
+    gpus: Annotated[int, typer.Option(min=1, help="With --estimate: GPUs that share the batch.")] = 1,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="With --estimate: they share the weights too.")] = False,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=0.1, help="With --estimate: GB of one GPU; exit with 2 if they do not suffice.")
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="With --estimate: TFLOP/s that one GPU really does, say 40 % of its peak."),
+    ] = None,
+    pictures: Annotated[
+        int, typer.Option(min=0, max=3, help="With --estimate: pictures in query, positive and negative together.")
+    ] = 3,
 ) -> None:
     """Train a retriever from a recipe."""
     from rematch.train.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides or [])
+    if estimate:
+        from rematch.train.estimate import report
+
+        report(settings, gpus, fsdp, gpu_memory, tflops, pictures)
+        return
+    if (gpus, fsdp, gpu_memory, tflops, pictures) != (1, False, None, None, 3):
+        raise RematchError("--gpus, --fsdp, --gpu-memory, --tflops and --pictures go with --estimate. Add it.")
     from rematch.train.run import train as run
 
     run(settings)

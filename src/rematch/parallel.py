@@ -71,7 +71,7 @@ def touch(model: nn.Module) -> Tensor | float:
 @contextmanager
 def piling_up(model: nn.Module, last: bool = False) -> Iterator[None]:
     """Let gradients pile up in each process, but for the ``last`` backward pass, which reduces them all."""
-    if last or get_world_size() == 1:
+    if last:
         yield
     elif isinstance(model, DistributedDataParallel):
         with model.no_sync():
