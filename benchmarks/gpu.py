@@ -516,7 +516,7 @@ def run_part(bench: Bench, part: Callable[[Bench], dict[str, Any]], limit: float
     """What a part measured, or its error; with the seconds it took."""
 
     def stop(number: int, frame: Any) -> None:
-        raise TimeIsUp(f"not done within its {limit:.0f} seconds")
+        raise TimeIsUp(f"not done within its {limit:.1f} seconds")
 
     start = time.monotonic()
     bench.deadline = start + limit
@@ -610,7 +610,7 @@ def main() -> None:
         for i, name in enumerate(names):
             left = end - time.monotonic()
             share = PARTS[name][0] / sum(PARTS[later][0] for later in names[i:])
-            limit = max(1.0, left * min(1.0, 1.5 * share))
+            limit = max(0.1, left * min(1.0, 1.5 * share))
             report["parts"][name] = {"error": "the benchmark ended while this part was running"}
             write()
             report["parts"][name] = run_part(bench, PARTS[name][1], limit)
