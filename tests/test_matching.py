@@ -266,6 +266,29 @@ def test_margins_tell_documents_apart_in_bfloat16(make_model, triplets):
     assert np.array_equal(model.match([triplets[0]["query"]], documents[:1]), 1 / (1 + np.exp(-margins[:1])))
 
 
+def test_margins_are_exact_under_autocast(make_model, triplets):
+    model = make_model(dtype=torch.float32)
+    documents = [t["positive"] for t in triplets]
+    with torch.autocast("cpu", torch.bfloat16):
+        margins = torch.from_numpy(model.match_margins([triplets[0]["query"]] * 12, documents))
+    assert not torch.equal(margins, margins.bfloat16().float())
+
+
+def test_inputs_of_many_pairs_are_read_and_embedded_once(model, triplets, monkeypatch):
+    reads, embedded = [], []
+    read, encode = model.backbone.reader.read, model.encode_document
+    monkeypatch.setattr(model.backbone.reader, "read", lambda value, row=0: reads.append(row) or read(value, row))
+    monkeypatch.setattr(
+        model, "encode_document", lambda inputs, **k: embedded.append(len(inputs)) or encode(inputs, **k)
+    )
+    queries = [t["query"] for t in triplets[:4] for _ in range(3)]
+    documents = [t["positive"] for t in triplets[:3]] * 4
+    model.match(queries, documents)
+    assert len(reads) == 4 + 3
+    model.match(queries, documents, "raw-feat")
+    assert embedded == [3]
+
+
 @pytest.mark.parametrize("lora", [None, LoraConfig(r=2)])
 def test_margins_are_those_of_the_logits(make_model, triplets, lora):
     model = make_model(lora=lora)

@@ -1,6 +1,7 @@
 """A run that is cut off goes on exactly; what stops a run says so; every source gets its share."""
 
 import json
+import multiprocessing
 import shutil
 import signal
 import subprocess
@@ -17,9 +18,10 @@ from transformers.utils import logging
 
 from rematch import ReMatch
 from rematch.errors import DataError, ImageError, RecipeError, TooLongError, TrainingError
+from rematch.files import write_json
 from rematch.train.plan import plan
 from rematch.train.recipe import Recipe
-from rematch.train.run import build_collator, build_loss, build_model, train
+from rematch.train.run import build_collator, build_loss, build_model, record, train
 from rematch.train.sources import build_dataset, build_validation
 from rematch.train.trainer import newest_checkpoint
 
@@ -72,7 +74,7 @@ import sys, torch
 torch.set_num_threads(1)
 from rematch.errors import RematchError
 from rematch.train.recipe import load_recipe
-from rematch.train.run import build_collator, build_loss, build_model, train
+from rematch.train.run import build_collator, build_loss, build_model, record, train
 try:
     train(load_recipe(sys.argv[1]), quiet=True)
 except RematchError as error:
@@ -129,7 +131,7 @@ def test_another_recipe_does_not_go_on_from_a_checkpoint(backbone_path, tmp_path
     left = output.with_name("model.partial") / "checkpoint-2"
     left.mkdir(parents=True)
     (left / "complete.json").write_text("{}")
-    (left.parent / "recipe.json").write_text(recipe(backbone_path, output).model_dump_json())
+    write_json(left.parent / "recipe.json", record(recipe(backbone_path, output)))
     with pytest.raises(RecipeError, match=r"train\.learning_rate"):
         train(recipe(backbone_path, output, train={"learning_rate": 0.1}), quiet=True)
     assert left.exists()
@@ -159,7 +161,7 @@ def resume(backbone_path, unfinished, tmp_path, damage):
     """Go on with a damaged copy of an unfinished run; it is still there afterwards."""
     partial, settings = tmp_path / "model.partial", recipe(backbone_path, tmp_path / "model")
     shutil.copytree(unfinished, partial)
-    (partial / "recipe.json").write_text(settings.model_dump_json())
+    write_json(partial / "recipe.json", record(settings))
     damage(partial)
     before = sorted(partial.rglob("*"))
     try:
@@ -251,7 +253,7 @@ def test_deepspeed_is_refused(backbone_path, tmp_path, monkeypatch):
 
 def test_a_loss_that_is_no_number_names_step_and_samples(backbone_path, tmp_path):
     settings = recipe(backbone_path, tmp_path / "model", train={"learning_rate": 1e30, "save_every": 0, "steps": 6})
-    with pytest.raises(TrainingError, match=r"step [2-6]: the loss is .*picto:\d+"):
+    with pytest.raises(TrainingError, match=r"step [2-6]: the loss is .*picto, sample \d+"):
         train(settings, quiet=True)
     assert not list(tmp_path.iterdir())
 
@@ -300,7 +302,7 @@ def test_sources_and_validation_do_not_overlap(tmp_path, backbone_path):
     seen, kept_out = ({row["query"]["text"] for row in part} for part in (rows, kept))
     assert kept_out == {"one 10", "one 11", "two 10", "two 11"}
     assert not seen & kept_out
-    assert {row["id"].rpartition("/")[2].partition(":")[0] for row in rows} == {"one.jsonl", "two.jsonl"}
+    assert {row["id"].rpartition("/")[2].partition(",")[0] for row in rows} == {"one.jsonl", "two.jsonl"}
 
 
 def test_a_source_can_have_its_own_temperature(tmp_path, backbone_path):
@@ -310,7 +312,7 @@ def test_a_source_can_have_its_own_temperature(tmp_path, backbone_path):
     sources = [{"path": str(tmp_path / "own.jsonl"), "temperature": 0.1}, {"path": "picto", "samples": 8}]
     settings = recipe(backbone_path, tmp_path / "m", data={"source": sources}, loss={"learn_temperature": False})
     rows = [build_dataset(settings)[i] for i in range(8)]
-    told = {row["id"].rpartition("/")[2].partition(":")[0]: row["temperature"] for row in rows}
+    told = {row["id"].rpartition("/")[2].partition(",")[0]: row["temperature"] for row in rows}
     assert told == {"own.jsonl": 0.1, "picto": 0.02}
     model = build_model(settings)
     batch = build_collator(settings, model)(rows)["batch"]
@@ -370,13 +372,12 @@ def test_samples_are_skipped_counted_and_named(short_backbone, tmp_path, broken_
     skip = {"unreadable": "skip", "too_long": "skip"}
     train(broken_recipe(short_backbone, tmp_path / "m", broken_data, **skip), quiet=True)
     named = sorted((tmp_path / "m/skipped.txt").read_text().splitlines())
-    first_try = {line.split(": ")[0].rpartition(":")[2] for line in named}
-    assert first_try == {"2", "3", "5"}
+    assert {line.split(": ")[0].rpartition(", ")[2] for line in named} == {"sample 3", "sample 4", "sample 6"}
     assert any("broken.png: not a picture" in line for line in named)
     assert any("missing.png: no such picture" in line for line in named)
     assert any("longer than the 128 tokens" in line for line in named)
     log = [row for row in json.loads((tmp_path / "m/log.json").read_text()) if "loss" in row]
-    assert log[-1]["skipped"] == len(named) >= 3
+    assert log[-1]["skipped"] == len(named) == 3
     assert "skipped, another sample takes its place" in caplog.text
 
 
@@ -389,5 +390,55 @@ def test_a_substitute_is_the_same_in_every_run_and_there_may_be_none(short_backb
     assert len(ids[0]) == 12
     broken_data.write_text("".join(json.dumps({"query": f"a {i}", "positive": "no.png"}) + "\n" for i in range(6)))
     rows = [build_dataset(settings)[i] for i in range(4)]
-    with pytest.raises(DataError, match="no sample of its source is fit for training"):
+    with pytest.raises(DataError, match=r"sample \d: it cannot be used, and neither can those of its source"):
         build_collator(settings, model)(rows)
+
+
+def test_a_substitute_is_no_sample_of_the_batch(short_backbone, tmp_path, broken_data):
+    settings = broken_recipe(short_backbone, tmp_path / "m", broken_data, unreadable="skip", too_long="skip")
+    collator = build_collator(settings, build_model(settings))
+    samples = sorted((build_dataset(settings)[i] for i in range(12)), key=lambda row: row["id"])
+    broken = [row for row in samples if row["id"].endswith(("sample 3", "sample 4", "sample 6"))]
+    whole = [row for row in samples if row not in broken]
+    for bad in broken:
+        batch = collator([bad, *whole[:8]])["batch"]
+        assert batch.ids[0] == whole[8]["id"]
+        assert batch.pictures is None  # of what was left out nothing stays
+
+
+def test_a_run_does_not_go_on_in_other_arithmetic(backbone_path, tmp_path, monkeypatch):
+    """Begun in float32, continued on a machine where auto means bfloat16."""
+    settings = recipe(backbone_path, tmp_path / "m")
+    stop = Stop(after=3)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, (stop,), quiet=True)
+    monkeypatch.setenv("REMATCH_NATIVE_BF16", "1")
+    with pytest.raises(RecipeError, match=r"it differs in settled\.bf16, settled\.attention"):
+        train(settings, quiet=True)
+
+
+class Stop(TrainerCallback):
+    def __init__(self, after):
+        self.after = after
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.after:
+            raise KeyboardInterrupt
+
+
+def test_evaluation_leaves_no_workers_behind_and_skips_are_named_once(backbone_path, tmp_path):
+    rows = [{"query": f"query {i}", "positive": f"document {i}"} for i in range(12)]
+    rows[10]["positive"] = "missing.png"
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            counts.append(len(multiprocessing.active_children()))
+
+    changes = {"steps": 5, "save_every": 1, "batch_size": 4, "workers": 1}
+    data = {"source": str(tmp_path / "data.jsonl"), "validation": 4, "unreadable": "skip"}
+    train(recipe(backbone_path, tmp_path / "m", data=data, train=changes), (Count(),), quiet=True)
+    assert max(counts) == 1
+    (line,) = (tmp_path / "m/skipped.txt").read_text().splitlines()
+    assert line.startswith(f"{tmp_path / 'data.jsonl'}, sample 11: ")

@@ -346,7 +346,8 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         states = states.to(torch.promote_types(states.dtype, torch.float32))
         head = self.model.get_output_embeddings()
         yes, no = head.weight[self.answer_ids].to(states.dtype)
-        margins: Tensor = states @ (yes - no)
+        with torch.autocast(states.device.type, enabled=False):
+            margins: Tensor = states @ (yes - no)
         if getattr(head, "bias", None) is not None:
             yes, no = head.bias[self.answer_ids].to(states.dtype)
             margins = margins + (yes - no)
@@ -423,10 +424,11 @@ def limit_pixels(processor: Any, smallest: int | None, largest: int | None) -> N
         return
     images = getattr(processor, "image_processor", None)
     size = {name: edge for name, edge in dict(getattr(images, "size", None) or {}).items() if edge is not None}
-    if size.keys() != {"shortest_edge", "longest_edge"}:  # these two are numbers of pixels
+    # processors that merge patches give these two as numbers of pixels, others as lengths of edges
+    if size.keys() != {"shortest_edge", "longest_edge"} or not hasattr(images, "merge_size"):
         raise ModelError(
-            f"{type(images).__name__} scales pictures to a fixed size ({size}), so limits of their pixels do not "
-            "apply. Leave min_pixels and max_pixels out."
+            f"{type(images).__name__} scales pictures to a fixed size or by their edges ({size}), so limits of their "
+            "pixels do not apply. Leave min_pixels and max_pixels out."
         )
     size = {"shortest_edge": smallest or size["shortest_edge"], "longest_edge": largest or size["longest_edge"]}
     if size["shortest_edge"] > size["longest_edge"]:

@@ -10,4 +10,5 @@ def default_batch_tokens(device: torch.device) -> int:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that memory ran out, on whatever device."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    signs = ("allocate memory", "out of memory", "ALLOC_FAILED")  # of the CPU, MPS, cuBLAS
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)

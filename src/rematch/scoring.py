@@ -27,11 +27,22 @@ from rematch.reading import Reading
 from rematch.tokens import MultiTokenFusion, fuse
 
 _DOCUMENTS_PER_PACK, _PER_ROW = 8, 4  # in a sequence with the query; behind a query that was run before
+_RECENT = 64  # documents whose tokens and pixels are kept
 
 
 @dataclass
 class _Row:
-    """A sequence to be: a query with a few documents, and the numbers of these pairs."""
+    """A sequence to be: a query with a few documents, and the numbers of these pairs.
+
+    Attributes:
+        query: Its vector, where that is read; else unused.
+        query_reading: Its tokens, where they are read.
+        pairs: Numbers of the pairs.
+        documents: Their vectors, where these are read.
+        readings: Their tokens, where these are read.
+        tokens: Of the whole sequence.
+        longest: Tokens of the longest input.
+    """
 
     query: Any
     query_reading: Reading | None
@@ -39,12 +50,14 @@ class _Row:
     documents: list[Any]
     readings: list[Reading | None]
     tokens: int
+    longest: int
 
     def add(self, pair: int, document: Any, reading: Reading | None, tokens: int) -> None:
         self.pairs.append(pair)
         self.documents.append(document)
         self.readings.append(reading)
         self.tokens += tokens
+        self.longest = max(self.longest, _length(reading))
 
     def halves(self) -> list["_Row"]:
         half = _half(len(self.pairs))
@@ -54,20 +67,37 @@ class _Row:
         ]
 
 
+def _length(reading: Reading | None) -> int:
+    return len(reading.ids) if reading else 1
+
+
 def _half(count: int) -> int:
     if count == 1:
-        raise RematchError(
-            "out of memory with a single query and document. Shorten them, use smaller pictures, or a machine with "
-            "more memory."
-        )
+        raise _pair_too_large()
     return count // 2
 
 
-def _batches(rows: Iterable[_Row], budget: int) -> Iterator[list[_Row]]:
-    """Rows as they come, as many at a time as fit into a budget of tokens, padding included."""
+def _pair_too_large() -> RematchError:
+    return RematchError(
+        "out of memory with a single query and document. Shorten them, use smaller pictures, or a machine with more "
+        "memory."
+    )
+
+
+def _batches(rows: Iterable[_Row], budget: int, reuse: bool) -> Iterator[list[_Row]]:
+    """Rows as they come, as many at a time as fit into a budget of tokens, padding included.
+
+    In ``reuse`` mode the inputs are padded to the longest of all, else the sequences are.
+    """
+
+    def padded(rows: list[_Row]) -> int:
+        if reuse:
+            return sum(1 + len(row.pairs) for row in rows) * max(row.longest for row in rows)
+        return len(rows) * max(row.tokens for row in rows)
+
     batch: list[_Row] = []
     for row in rows:
-        if batch and (len(batch) + 1) * max(member.tokens for member in [*batch, row]) > budget:
+        if batch and padded([*batch, row]) > budget:
             yield batch
             batch = []
         batch.append(row)
@@ -121,15 +151,20 @@ class Judge:
                 groups[-1].append(i)
             else:
                 groups.append([i])
+        reuse = self.backbone.matching == "reuse"
+        query_view, document_view = views.split("-")
+        if query_view == "feat":
+            queries = self._vectors(queries, "query")
+        if document_view == "feat":
+            documents = self._vectors(documents, "document")
         margins = np.empty(len(queries), np.float32)
         packed: list[list[int]] = []
         for group in groups:
-            if len(group) <= 2 * _DOCUMENTS_PER_PACK or self.backbone.matching == "reuse":
+            if len(group) <= 2 * _DOCUMENTS_PER_PACK or reuse:
                 packed.append(group)
             else:
                 margins[group] = self._match_many(queries[group[0]], [documents[i] for i in group], views, budget)
-        rows = self._rows(queries, documents, packed, views, budget)
-        for batch in _batches(rows, budget):
+        for batch in _batches(self._rows(queries, documents, packed, views, budget), budget, reuse):
             for row, judged in zip(batch, self._match_rows(batch, views), strict=True):
                 margins[row.pairs] = judged
         return margins
@@ -140,18 +175,30 @@ class Judge:
         """Sequences of a query and a few of its documents, read one after the other."""
         reader, (query_view, document_view) = self.backbone.reader, views.split("-")
         for_query, for_document = reader.matching_overhead()
+        recent: dict[int, Reading] = {}  # documents that several queries share are read once while they are near
+
+        def read_document(i: int) -> Reading | None:
+            if document_view == "feat":
+                return None
+            key = id(documents[i])
+            reading = recent.pop(key, None) or reader.read(documents[i], i)
+            recent[key] = reading
+            if len(recent) > _RECENT:
+                del recent[next(iter(recent))]
+            return reading
+
         for group in groups:
             query = queries[group[0]]
             query_reading = reader.read(query, group[0]) if query_view == "raw" else None
             row = None
             for i in group:
-                reading = reader.read(documents[i], i) if document_view == "raw" else None
-                tokens = for_document + (len(reading.ids) if reading else 1)
+                reading = read_document(i)
+                tokens = for_document + _length(reading)
                 if row is None or row.tokens + tokens > budget or len(row.pairs) == _DOCUMENTS_PER_PACK:
                     if row is not None:
                         yield row
-                    first = for_query + (len(query_reading.ids) if query_reading else 1)
-                    row = _Row(query, query_reading, [], [], [], first)
+                    length = _length(query_reading)
+                    row = _Row(query, query_reading, [], [], [], for_query + length, length)
                 row.add(i, documents[i], reading, tokens)
             if row is not None:
                 yield row
@@ -162,40 +209,35 @@ class Judge:
         query_view, document_view = views.split("-")
         query_reading = reader.read(query) if query_view == "raw" else None
         packed, prefix = reader.pack_prefix(query_reading)
-        z = self.fusion.projector(self._vectors([query], "query")) if query_reading is None else None
+        z = self.fusion.projector(query[None]) if query_reading is None else None
         computed = KeyValues()
-        self.backbone.run_packed(self._packed(packed, [query_reading] if query_reading else []), z, computed)
+        try:
+            self.backbone.run_packed(self._packed(packed, [query_reading] if query_reading else []), z, computed)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise _pair_too_large() from None
+        before = packed.input_ids.shape[1]
         _, for_document = reader.matching_overhead()
-        shared = for_document + packed.input_ids.shape[1] // _PER_ROW
         margins: list[NDArray[np.float32]] = []
         chunk: list[tuple[Any, Reading | None]] = []
-        filled = 0
+        longest = 0
         for i, document in enumerate(documents):
             reading = reader.read(document, i) if document_view == "raw" else None
-            tokens = shared + (len(reading.ids) if reading else 1)
-            if chunk and filled + tokens > budget:
+            longest = max(longest, for_document + _length(reading))
+            rows = -(-(len(chunk) + 1) // _PER_ROW)
+            if chunk and rows * (before + min(_PER_ROW, len(chunk) + 1) * longest) > budget:
                 margins.append(self._match_behind(prefix, computed, chunk))
-                chunk, filled = [], 0
+                chunk, longest = [], for_document + _length(reading)
             chunk.append((document, reading))
-            filled += tokens
         return np.concatenate([*margins, self._match_behind(prefix, computed, chunk)])
 
     def _match_behind(
         self, prefix: list[Segment], computed: KeyValues, chunk: list[tuple[Any, Reading | None]]
     ) -> NDArray[np.float32]:
         """Documents behind a prefix that was run before, half of them at a time if memory runs out."""
-        count = -(-len(chunk) // _PER_ROW)
-        bounds = [len(chunk) * i // count for i in range(count + 1)]
-        readings = [reading for _, reading in chunk]
         try:
-            packed = self.backbone.reader.pack_behind(prefix, [readings[a:b] for a, b in pairwise(bounds)])
-            z = None
-            if readings[0] is None:
-                z = self.fusion.projector(self._vectors([document for document, _ in chunk], "document"))
-            keys_values = [(k.expand(count, -1, -1, -1), v.expand(count, -1, -1, -1)) for k, v in computed.new]
-            features = self._packed(packed, [reading for reading in readings if reading])
-            judged = self.backbone.answer_margins(features, z, KeyValues(keys_values)).float().cpu().numpy()
-            return np.concatenate([row[: b - a] for row, (a, b) in zip(judged, pairwise(bounds), strict=True)])
+            return self._run_behind(prefix, computed, chunk)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -203,6 +245,21 @@ class Judge:
         return np.concatenate(
             [self._match_behind(prefix, computed, chunk[:half]), self._match_behind(prefix, computed, chunk[half:])]
         )
+
+    def _run_behind(
+        self, prefix: list[Segment], computed: KeyValues, chunk: list[tuple[Any, Reading | None]]
+    ) -> NDArray[np.float32]:
+        count = -(-len(chunk) // _PER_ROW)
+        bounds = [len(chunk) * i // count for i in range(count + 1)]
+        readings = [reading for _, reading in chunk]
+        packed = self.backbone.reader.pack_behind(prefix, [readings[a:b] for a, b in pairwise(bounds)])
+        z = None
+        if readings[0] is None:
+            z = self.fusion.projector(torch.stack([vector for vector, _ in chunk]))
+        keys_values = [(k.expand(count, -1, -1, -1), v.expand(count, -1, -1, -1)) for k, v in computed.new]
+        features = self._packed(packed, [reading for reading in readings if reading])
+        judged = self.backbone.answer_margins(features, z, KeyValues(keys_values)).float().cpu().numpy()
+        return np.concatenate([row[: b - a] for row, (a, b) in zip(judged, pairwise(bounds), strict=True)])
 
     def _packed(self, packed: Packed, readings: list[Reading]) -> dict[str, Any]:
         """Packed sequences as features, with the pictures of the readings that they show."""
@@ -242,10 +299,10 @@ class Judge:
         vectors = []  # of the placeholders, in reading order
         for row in rows:
             if query_view == "feat":
-                vectors.append(self._vectors([row.query], "query"))
+                vectors.append(row.query)
             if document_view == "feat":
-                vectors.append(self._vectors(row.documents, "document"))
-        z_inputs = torch.cat(vectors) if vectors else None
+                vectors += row.documents
+        z_inputs = torch.stack(vectors) if vectors else None
         if self.backbone.matching == "reuse":
             judged = self._match_reusing(rows, questions, tasks, seen, z_inputs)
         else:
@@ -282,11 +339,18 @@ class Judge:
         features["shown"] = [len(shown)] * len(batches)
         return embed_and_answer(self.backbone, self.fusion, features, shown, self.backbone.answer_margins)["answers"]  # type: ignore[no-any-return]
 
-    def _vectors(self, inputs: list[Any], task: str) -> Tensor:
-        """Vectors as they were passed, or the embeddings of inputs."""
-        if all(isinstance(x, np.ndarray | Tensor) for x in inputs):
-            return torch.stack([torch.as_tensor(x) for x in inputs]).to(self.device)
-        return self.embed(inputs, task)
+    def _vectors(self, inputs: Sequence[Any], task: str) -> list[Tensor]:
+        """A vector for each input: as it was passed, or the embedding of the input, each distinct object's once.
+
+        The same object gets the same vector, so that pairs of one query are still known by it.
+        """
+        distinct = {id(value): value for value in inputs}
+        if all(isinstance(value, np.ndarray | Tensor) for value in distinct.values()):
+            vectors = [torch.as_tensor(value).to(self.device) for value in distinct.values()]
+        else:
+            vectors = list(self.embed(list(distinct.values()), task).to(self.device)) if distinct else []
+        by_id = dict(zip(distinct, vectors, strict=True))
+        return [by_id[id(value)] for value in inputs]
 
     def _see(self, pictures: Pictures) -> list[Seen]:
         return see(self.backbone.base, pictures.to(self.device, self.backbone.model.dtype))

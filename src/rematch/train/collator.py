@@ -74,8 +74,9 @@ class Collator:
         samples: list[list[int]] = []
         kept: list[dict[str, Any]] = []
         skipped: list[str] = []
+        taken = {row["id"] for row in rows if "id" in row}
         for number, row in enumerate(rows):
-            used, sample = self.read_sample(row, number, columns, readings, skipped)
+            used, sample = self.read_sample(row, number, columns, readings, skipped, taken)
             samples.append([key for key, _ in sample])
             distinct.update(sample)
             kept.append(used)
@@ -83,7 +84,8 @@ class Collator:
         temperatures = None
         if "temperature" in rows[0]:
             temperatures = torch.tensor([row["temperature"] for row in kept], dtype=torch.float64)
-        shown = [reading for reading in readings.values() if reading.vision]
+        used_readings = {id(member.reading): member.reading for member in distinct.values()}
+        shown = [reading for reading in used_readings.values() if reading.vision]
         sets = {id(reading): i for i, reading in enumerate(shown)}
         for one in distinct.values():
             one.sets = [sets[id(one.reading)]] if one.reading.vision else []
@@ -111,6 +113,7 @@ class Collator:
         columns: list[str],
         readings: dict[int, Reading],
         skipped: list[str],
+        taken: set[str],
     ) -> tuple[dict[str, Any], list[tuple[int, "Input"]]]:
         """Read a sample's inputs, or those of a substitute if they are of a kind to skip.
 
@@ -120,24 +123,37 @@ class Collator:
             columns: Its inputs.
             readings: What the batch has read so far, by content; what is read here is added.
             skipped: Samples that were left out, each with the reason; those left out here are added.
+            taken: Ids of the samples in the batch; a substitute is another one, unless there are no more.
 
         Returns:
             The sample that is used, and for each column the key of its input and the input.
         """
         original, attempt = row, 0
+        duplicates: list[dict[str, Any]] = []
         while True:
             try:
-                return row, self._inputs(row, number, columns, readings)
+                inputs = self._inputs(row, number, columns, readings)
+                taken.add(row.get("id", str(number)))
+                return row, inputs
             except self.skip as error:
                 skipped.append(f"{row.get('id', number)}: {error}")
+                reason = error
+            row = {}
+            while not row:
                 following = original["substitute"](attempt) if "substitute" in original else None
                 attempt += 1
-                if following is None:
+                if following is None and not duplicates:
                     raise DataError(
-                        f"{original.get('id', number)}: no sample of its source is fit for training; the last reason: "
-                        f"{error} Mend the data, or raise the limit that it breaks."
-                    ) from None
-                row = following
+                        f"{original.get('id', number)}: it cannot be used, and neither can those of its source that "
+                        f"were tried in its place; the last reason: {reason} Mend the data, or raise the limit that it "
+                        "breaks."
+                    )
+                if following is None:
+                    row = duplicates.pop(0)
+                elif following["id"] in taken:
+                    duplicates.append(following)
+                else:
+                    row = following
 
     def _inputs(
         self, row: dict[str, Any], number: int, columns: list[str], readings: dict[int, Reading]

@@ -19,7 +19,7 @@ from transformers.utils import is_bitsandbytes_available
 from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
 from rematch.errors import ImageError, RecipeError, RematchError, TooLongError, TrainingError
-from rematch.files import write_text
+from rematch.files import write_json, write_text
 from rematch.losses import ReMatchLoss
 from rematch.model import ReMatch
 from rematch.train.collator import Collator
@@ -162,7 +162,7 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
         if checkpoint is None:
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
-        write_text(partial / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
+        write_json(partial / "recipe.json", record(recipe))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(partial / "tensorboard")
     report_to = settings.report_to or (["tensorboard"] if find_spec("tensorboard") else [])
     arguments = SentenceTransformerTrainingArguments(
@@ -257,7 +257,7 @@ def _resumable(recipe: Recipe, partial: Path) -> Path | None:
             "which recipe the checkpoint belongs to. Restore recipe.json, choose another train.output=…, or remove "
             "the directory."
         ) from None
-    now = json.loads(recipe.model_dump_json())
+    now = record(recipe)
     changed = [f"{part}.{key}" for part in now for key in now[part] if before.get(part, {}).get(key) != now[part][key]]
     if changed:
         raise RecipeError(
@@ -266,6 +266,13 @@ def _resumable(recipe: Recipe, partial: Path) -> Path | None:
         )
     check_checkpoint(checkpoint)
     return checkpoint
+
+
+def record(recipe: Recipe) -> dict[str, Any]:
+    """A recipe, and what it leaves to the hardware: on another machine a run would go on in other arithmetic."""
+    use_bf16, attention = _precision(recipe)
+    record: dict[str, Any] = json.loads(recipe.model_dump_json())
+    return record | {"settled": {"bf16": use_bf16, "attention": attention}}
 
 
 def _write_card(directory: Path, model: ReMatch, recipe: Recipe, history: list[dict[str, Any]]) -> None:

@@ -1,6 +1,6 @@
 """Where training samples come from: sources opened, and the rows of a run in their order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from rematch.errors import DataError
 from rematch.train.plan import plan
 from rematch.train.recipe import Recipe, Source
 
-_TRIES = 64  # of finding a document that can stand in for a hard negative
+_TRIES = 64  # of finding a document that can stand in for a hard negative, or a sample in place of another
 
 
 def build_dataset(recipe: Recipe) -> Dataset:
@@ -68,6 +68,7 @@ def _given(recipe: Recipe) -> list[Source]:
 class _Opened:
     name: str
     triplet: Callable[[int], Triplet]
+    numbers: Sequence[int]
     size: int
     weight: float
     has_negatives: bool
@@ -79,10 +80,13 @@ def _open(source: Source, most: int, recipe: Recipe, kept_out: bool = False) -> 
     temperature = source.temperature or recipe.loss.temperature
     if source.path == "picto":
         seed, size = (recipe.train.seed + 1_000_003, validation) if kept_out else (recipe.train.seed, most)
-        return [_Opened("picto", partial(training_triplet, seed), size, source.weight or most, True, temperature)]
+        draw = partial(training_triplet, seed)
+        return [_Opened("picto", draw, range(1, size + 1), size, source.weight or most, True, temperature)]
     path = Path(source.path)
     skip = recipe.data.unreadable == "skip"
-    parts = read_train(path, source.split, skip) if path.is_dir() else [read_triplets(path, skip)]
+    read = read_train(path, source.split, skip) if path.is_dir() else [read_triplets(path, skip)]
+    names = [f"{source.path}, config {i}" for i, _ in enumerate(read, 1)] if len(read) > 1 else [source.path]
+    parts = [list(enumerate(triplets, 1)) for triplets in read]  # numbered as in the file
     if validation:
         parts = [part[-validation:] if kept_out else part[:-validation] for part in parts]
     if (recipe.data.samples or source.samples) and not kept_out:
@@ -90,16 +94,18 @@ def _open(source: Source, most: int, recipe: Recipe, kept_out: bool = False) -> 
         parts = [[part[i] for i in sorted(chosen)] for part, chosen in zip(parts, drawn, strict=True)]
     total = sum(map(len, parts))
     opened = []
-    for part in parts:
-        with_negative = sum(t.negative is not None for t in part)
+    for name, part in zip(names, parts, strict=True):
+        numbers, triplets = [number for number, _ in part], [triplet for _, triplet in part]
+        with_negative = sum(t.negative is not None for t in triplets)
         if path.is_file() and 0 < with_negative < len(part) and recipe.data.hard_negatives:
-            first = next(i for i, triplet in enumerate(part, 1) if triplet.negative is None)
+            first = next(number for number, triplet in part if triplet.negative is None)
             raise DataError(
                 f"{source.path}: sample {first} has no negative; some samples have a hard negative and others none. "
                 "Give every one a negative, or train without them (data.hard_negatives=false)."
             )
         weight = (source.weight or total) * len(part) / max(1, total)
-        opened.append(_Opened(source.path, part.__getitem__, len(part), weight, bool(with_negative), temperature))
+        get = triplets.__getitem__
+        opened.append(_Opened(name, get, numbers, len(part), weight, bool(with_negative), temperature))
     return opened
 
 
@@ -117,7 +123,7 @@ class _Rows:
         found = [self._whole(s, i) for s, i in places]
         instruct = {c: self.document_instructions or c == "query" for c in self.columns}
         columns: dict[str, list[Any]] = {c: [getattr(t, c).as_input(instruct[c]) for t in found] for c in self.columns}
-        named = {"id": [f"{self.sources[s].name}:{i}" for s, i in places]}
+        named = {"id": [f"{self.sources[s].name}, sample {self.sources[s].numbers[i]}" for s, i in places]}
         temperatures = [self.sources[s].temperature for s, _ in places]
         substitutes = [partial(self.substitute, s, i) for s, i in places]
         return columns | named | {"temperature": temperatures, "substitute": substitutes}
@@ -131,12 +137,14 @@ class _Rows:
             attempt: How many substitutes were unfit before.
 
         Returns:
-            A row; ``None`` if there are no more samples.
+            A row; ``None`` if there are no more samples, or enough were tried.
         """
         size = self.sources[source].size
-        if attempt >= size - 1:
+        tries = min(size - 1, _TRIES)
+        if attempt >= tries:
             return None
-        step = int(np.random.default_rng((self.seed, source, index)).permutation(size - 1)[attempt]) + 1
+        steps = np.random.default_rng((self.seed, source, index)).choice(size - 1, tries, replace=False)
+        step = int(steps[attempt]) + 1
         row = self({"source": [source], "index": [(index + step) % size]})
         return {name: values[0] for name, values in row.items()}
 
@@ -152,6 +160,7 @@ class _Rows:
             if (document.text, document.image) != (found.positive.text, found.positive.image):
                 return replace(found, negative=document)
         raise DataError(
-            f"{opened.name}: sample {index + 1} has no hard negative, and none of {_TRIES} other samples drawn has "
-            "another document to stand in. Give it negatives, or train without them (data.hard_negatives=false)."
+            f"{opened.name}: sample {opened.numbers[index]} has no hard negative, and none of {_TRIES} other samples "
+            "drawn has another document to stand in. Give it negatives, or train without them "
+            "(data.hard_negatives=false)."
         )

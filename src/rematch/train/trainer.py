@@ -50,7 +50,8 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._tokens = self._samples = self._skipped = 0
+        self._tokens = self._samples = 0
+        self._skipped: set[str] = set()
         self._since = time.monotonic()
         self._warned = False
 
@@ -75,16 +76,18 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
         return result
 
     def _report_skipped(self, skipped: list[str]) -> None:
-        """Name samples that were left out: all of them in ``skipped.txt``, the first on the terminal too."""
+        """Name samples that were left out: each once in ``skipped.txt``, the first on the terminal too."""
         if not skipped:
             return
-        with (Path(self.args.output_dir) / "skipped.txt").open("a") as file:
-            file.writelines(line + "\n" for line in skipped)
-        for line in skipped[: max(0, SKIPPED_SHOWN - self._skipped)]:
+        file = Path(self.args.output_dir) / "skipped.txt"
+        if file.exists() and not self._skipped:
+            self._skipped.update(file.read_text().splitlines())  # of a run that was cut off
+        new = [line for line in dict.fromkeys(skipped) if line not in self._skipped]
+        with file.open("a") as stream:
+            stream.writelines(line + "\n" for line in new)
+        for line in new[: max(0, SKIPPED_SHOWN - len(self._skipped))]:
             logger.warning(f"skipped, another sample takes its place: {line}")
-        self._skipped += len(skipped)
-        if self._skipped >= SKIPPED_SHOWN > self._skipped - len(skipped):
-            logger.warning("further skipped samples are named in skipped.txt only")
+        self._skipped.update(new)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -102,7 +105,7 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
         world = self.args.world_size
         found: dict[str, float] = self.loss.pop_metrics()
         if self._skipped:
-            found["skipped"] = self._skipped
+            found["skipped"] = len(self._skipped)
         found["samples_per_second"] = round(self._samples * world / seconds, 2)
         found["tokens_per_second"] = round(self._tokens * world / seconds, 1)
         if torch.cuda.is_available():
@@ -135,7 +138,7 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
             collate_fn=self.data_collator,
             drop_last=dataset_kind == "train",
             num_workers=self.args.dataloader_num_workers,
-            persistent_workers=self.args.dataloader_num_workers > 0,
+            persistent_workers=self.args.dataloader_num_workers > 0 and dataset_kind == "train",
             prefetch_factor=1 if self.args.dataloader_num_workers else None,
         )
 
@@ -169,7 +172,7 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
             self.model.fusion.load_state_dict(load_file(fusion))
         else:
             super()._load_from_checkpoint(checkpoint_path)
-        self.loss.load_state_dict(torch.load(Path(checkpoint_path) / "loss.pt"), strict=False)
+        self.loss.load_state_dict(torch.load(Path(checkpoint_path) / "loss.pt", map_location="cpu"), strict=False)
 
     def _load_best_model(self) -> None:
         """The library's own logs an error and goes on with the last weights."""
