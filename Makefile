@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# tests run in so many processes, each with so many threads
+PROCESSES ?= 2
+THREADS ?= 1
 
 .PHONY: install demo test browser lint format clean
 
@@ -20,7 +23,7 @@ demo: install
 	$(BIN)/rematch demo
 
 test: install lint browser
-	OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
 # the tests of the search page want Debian's chromium; without it, and without the right to install it, they are skipped
 browser:

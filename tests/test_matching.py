@@ -210,6 +210,11 @@ def test_match_equals_the_plain_question(model, triplets):
 
 
 def test_match_takes_vectors_packs_neighbours_and_runs_a_query_of_many_documents_once(model, triplets):
+    arrays = (
+        model.encode_query([t["query"] for t in triplets]),
+        model.encode_document([t["positive"] for t in triplets]),
+    )
+    assert model.match(*arrays, "feat-feat") == pytest.approx(model.match(*map(list, arrays), "feat-feat"), abs=1e-6)
     queries = [triplets[0]["query"]] * 20 + [triplets[1]["query"]] * 10 + [t["query"] for t in triplets[:2]]
     every = [t[side] for side in ("positive", "negative") for t in triplets[:10]]
     documents = every + every[:12]

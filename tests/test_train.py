@@ -26,6 +26,14 @@ from rematch.train.sources import build_dataset, build_validation
 from rematch.train.trainer import newest_checkpoint
 
 
+@pytest.fixture(scope="module", autouse=True)
+def default_sigterm():
+    """Libraries that other tests use leave a handler behind."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Sums in the same order in every process."""

@@ -145,14 +145,15 @@ class Judge:
             raise RematchError(
                 f"{len(queries)} queries and {len(documents)} documents: match wants pairs, one for one."
             )
+        reuse = self.backbone.matching == "reuse"
+        query_view, document_view = views.split("-")
+        queries, documents = list(queries), list(documents)  # rows of an array are new objects each time
         groups: list[list[int]] = []
         for i, query in enumerate(queries):
             if groups and queries[groups[-1][0]] is query:
                 groups[-1].append(i)
             else:
                 groups.append([i])
-        reuse = self.backbone.matching == "reuse"
-        query_view, document_view = views.split("-")
         if query_view == "feat":
             queries = self._vectors(queries, "query")
         if document_view == "feat":
