@@ -21,14 +21,6 @@ from rematch.train.collator import Collator
 from rematch.train.run import build_model, train
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Sums in the same order in every run."""
