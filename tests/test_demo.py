@@ -3,8 +3,10 @@
 import json
 import re
 
+import pytest
+
 from rematch.data.picto_tasks import TASKS
-from rematch.demo import run_demo
+from rematch.demo import FEWEST_STEPS, MOST_STEPS, Pace, explain, recipes, run_demo, seconds_per_step
 from rematch.matching import VIEWS
 
 
@@ -17,13 +19,38 @@ def test_the_demo_writes_both_reports(tmp_path, monkeypatch):
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["benchmark"] == "picto"
     assert report["seconds"] > 0
+    assert report["steps_per_arm"] == 2
+    assert set(report["seconds_per_step"]) == {"contrastive", "rematch"}
+    assert report["why"].startswith("2 training steps per arm (a step takes: contrastive ")
     assert set(report["arms"]) == {"contrastive", "rematch", "rematch-tiny"}
     for scores in (*report["arms"].values(), report["chance"]):
         assert set(scores) == {"overall", "classification", "vqa", "retrieval", "grounding", "ood_overall"}
         assert all(0 <= v <= 100 for v in scores.values())
     assert set(report["matching_accuracy"]) == {f"{v}/{d}" for v in VIEWS for d in ("positive", "negative")}
     html = page.read_text()
+    assert report["why"] in html
     assert html.count("data:image/png;base64,") > 30
     assert not re.search(r'(?:src|href)="http', html)  # self-contained
     assert "prove no ranking" in html
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "report.json"]
+
+
+@pytest.mark.parametrize(
+    ("left", "steps", "why"),
+    [
+        (1000.0, MOST_STEPS, "the most that the demo trains"),
+        (240.0, 44, "as many as let the demo end within 5 minutes"),
+        (60.0, FEWEST_STEPS, "will take about 2 minutes longer than 5"),
+    ],
+)
+def test_the_demo_trains_as_long_as_its_time_allows(left, steps, why):
+    pace = Pace({"contrastive": 1.0, "rematch": 3.0}, evaluation=20.0, left=left)
+    assert pace.fitting == steps
+    assert why in explain(pace, steps, asked_for=False)
+    assert explain(pace, 7, asked_for=True).endswith("as asked for.")
+
+
+def test_a_step_is_timed_on_the_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr("rematch.demo.BATCH", 2)
+    for name, recipe in recipes(4, tmp_path).items():
+        assert seconds_per_step(recipe) > 0, name
