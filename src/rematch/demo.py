@@ -36,7 +36,8 @@ IMAGE = DOCUMENT_INSTRUCTIONS["image"]
 MINUTES = 5.0
 FEWEST_STEPS, MOST_STEPS = 30, 100  # with 30, both arms are far above chance (docs/log.md)
 _PROBED = 4  # steps that are timed, the first not counted
-_RESERVE = 0.9  # of the time left that is planned for: machines do not keep their pace
+_SHARE = 0.9  # of the time left that is planned for: machines do not keep their pace
+_START = 4.0  # seconds that a training run takes beside its steps
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,11 @@ class Pace:
         """The steps per arm that fit into the time left, at least ``FEWEST_STEPS`` and at most ``MOST_STEPS``.
 
         >>> Pace({"contrastive": 1.0, "rematch": 3.0}, evaluation=20.0, left=240.0).fitting
-        44
+        42
         >>> Pace({"contrastive": 5.0, "rematch": 9.0}, evaluation=20.0, left=240.0).fitting
         30
         """
-        training = self.left * _RESERVE - len(self.steps) * self.evaluation
+        training = self.left * _SHARE - len(self.steps) * (self.evaluation + _START)
         return max(FEWEST_STEPS, min(MOST_STEPS, int(training / sum(self.steps.values()))))
 
 
@@ -77,6 +78,7 @@ def recipes(steps: int, directory: Path) -> dict[str, Recipe]:
             learning_rate=5e-4,
             log_every=2,
             report_to=["none"],
+            workers=0,  # on two cores a second process slows the first one down more than it helps
         )
         return Recipe(model=Model(num_tokens=16 if name == "rematch" else 0), loss=loss, train=settings)
 
