@@ -163,7 +163,7 @@ def test_the_readmes_commands_are_understood(monkeypatch):
     code = [c for language, _, c in blocks("README.md") if language == "bash" and c.startswith("rematch")]
     for line in code[0].strip().splitlines():
         assert run_command(line, monkeypatch) == 0, line
-    assert len(called) == 7
+    assert len(called) == 8
 
 
 @pytest.mark.parametrize(
