@@ -60,7 +60,7 @@ class Estimate:
     Attributes:
         memory: GB by what they hold, all there at once but for the passes.
         passes: GB of each kind of pass; one of them runs at a time.
-        host: GB of pixel values in the process's memory.
+        host: GB of pixel values in the memory of a process and its data workers, each with a batch.
         step_flop: Floating-point operations of a step.
         assumed: What was assumed.
         arithmetic: How operations were counted.
@@ -95,7 +95,7 @@ class Estimate:
         table.add_section()
         table.add_row("[bold]peak[/bold] (one kind of pass at a time)", f"[bold]{self.total:.2f}[/bold]")
         table.add_section()
-        table.add_row("pixel values in host memory, one batch ahead", f"{self.host:.2f}")
+        table.add_row("pixel values in host memory, one batch ahead per worker", f"{self.host:.2f}")
         table.add_row("arithmetic of a step", f"{self.step_flop / 1e15:.2f} PFLOP")
         if tflops:
             table.add_row(f"a step at {tflops:g} TFLOP/s", f"{self.seconds(tflops):.1f} s")
@@ -169,7 +169,7 @@ def estimate(recipe: Recipe, shape: Shape, gpus: int = 1, fsdp: bool = False, pi
         f"2 FLOP a weight and token in each of {_forwards(recipe)} forward passes (gradient cache and checkpointing "
         f"add one each) and {backward} in the backward pass; 4 FLOP a head's width and pair of tokens for attention"
     )
-    return Estimate(memory, passes, 2 * pixels, flop, assumed, arithmetic)
+    return Estimate(memory, passes, (1 + recipe.train.workers) * pixels, flop, assumed, arithmetic)
 
 
 def _trains_vision(recipe: Recipe) -> bool:
