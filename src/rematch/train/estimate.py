@@ -50,7 +50,7 @@ class Lengths:
         slots = 2 * len(recipe.loss.views)
         if recipe.loss.matching == "reuse":
             return cls(embedded, 3 + slots * SLOT, slots, PROMPT + sum(inputs))
-        return cls(embedded, PROMPT + sum(contents) + 6 * HEAD + slots * SLOT, slots)
+        return cls(embedded, 2 * PROMPT + sum(contents) + 6 * HEAD + slots * SLOT, slots)
 
 
 @dataclass(frozen=True)
