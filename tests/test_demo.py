@@ -39,7 +39,7 @@ def test_the_demo_writes_both_reports(tmp_path, monkeypatch):
     ("left", "steps", "why"),
     [
         (1000.0, MOST_STEPS, "the most that the demo trains"),
-        (240.0, 42, "as many as let the demo end within 5 minutes"),
+        (260.0, 33, "as many as let the demo end within 5 minutes"),
         (60.0, FEWEST_STEPS, "will take about 2 minutes longer than 5"),
     ],
 )
