@@ -146,8 +146,8 @@ def files_fingerprint(name_or_path: str, **hub: Any) -> str | None:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  # it is no dict
                 shape = file.get_slice(name).get_shape()
-                few = (0,) * (len(shape) - 1) + (slice(0, 64),)
-                values = file.get_slice(name)[few] if shape else file.get_tensor(name)
+                first_values = (0,) * (len(shape) - 1) + (slice(0, 64),)
+                values = file.get_slice(name)[first_values] if shape else file.get_tensor(name)
                 digests[name] = f"{shape}{values.bfloat16().tolist()}"
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -117,8 +117,8 @@ class Reader:
 
     def text_segment(self, text: str, *, placeholder: bool = False, opening: bool = False) -> Segment:
         """A segment of text alone; with a placeholder for ``Z*`` at its end; or the one that opens the sequence."""
-        known = self.turns.opening_ids(text) if opening else self.turns.ids(text) if text else []
-        ids = torch.tensor(known + [self.tokenizer.eos_token_id] * placeholder, dtype=torch.long)
+        text_ids = self.turns.opening_ids(text) if opening else self.turns.ids(text) if text else []
+        ids = torch.tensor(text_ids + [self.tokenizer.eos_token_id] * placeholder, dtype=torch.long)
         return Segment(ids, self._positions({"input_ids": ids}), is_feature=placeholder)
 
     def headed(self, head: Segment, content: Segment) -> Segment:

@@ -241,9 +241,9 @@ def _passes(recipe: Recipe, shape: Shape, lengths: Lengths, batch: int, shown: i
         head = head_bytes(shape, min(rows, batch) * lengths.slots, bf16=bf16)
         if lengths.context:  # the questions are part of the embedding pass
             samples = max(1, settings.mini_batch_tokens // sum(lengths.inputs)) if cached else batch
-            asked = pass_bytes(shape, samples, lengths.matching, **options)
+            questions = pass_bytes(shape, samples, lengths.matching, **options)
             read = 4 * samples * lengths.context * shape.heads * shape.head_width * shape.layers * (2 if bf16 else 4)
-            passes["embedding pass"] += asked + read + head
+            passes["embedding pass"] += questions + read + head
         else:
             kept, working = saved(lengths.matching, batch * lengths.matching)
             passes["matching pass"] = kept + working + head + tower
