@@ -1,20 +1,24 @@
-"""The paper's ablation ladder on Picto, from the tiny base: scores, what is left of the base, and what a part costs.
+"""The paper's ablation ladder on Picto, from the tiny base: scores, what is left of the base, and
+what a part costs.
 
     python benchmarks/ablation.py time                           # seconds a step of every arm, taking turns; first
-    python benchmarks/ablation.py run --seeds 0 1 2              # resumable; several copies share the work
-    python benchmarks/ablation.py run --arms 6-all --set model.num_tokens=4 --name K4      # one point of a sweep
-    python benchmarks/ablation.py report                         # table, plot, and what has not been run
+    python benchmarks/ablation.py run --seeds 0 1 2              # resumable; several copies share
+    the work python benchmarks/ablation.py run --arms 6-all --set model.num_tokens=4 --name K4
+    # one point of a sweep python benchmarks/ablation.py report                         # table,
+    plot, and what has not been run
 
-Each run writes one JSON to benchmarks/results/ablation/. Beside Hit@1 on Picto's whole test set it holds, in percent
-and always on held-out combinations:
+Each run writes one JSON to benchmarks/results/ablation/. Beside Hit@1 on Picto's whole test set it
+holds, in percent and always on held-out combinations:
 
 - ``matching``: right Yes/No answers on right and nearly right documents, for each view pair;
-- ``vqa_exact``: exact answers by greedy generation; with ``raw-raw`` above, what is left of the base's abilities;
-- ``composition``: how often a scene is nearer to its caption than to one in which an object is replaced, two are
-  swapped, or one is added or left out (as SugarCrepe asks of real pictures); guessing has 50.
+- ``vqa_exact``: exact answers by greedy generation; with ``raw-raw`` above, what is left of the
+  base's abilities;
+- ``composition``: how often a scene is nearer to its caption than to one in which an object is
+  replaced, two are swapped, or one is added or left out (as SugarCrepe asks of real pictures);
+  guessing has 50.
 
-The arms named ``…-equal-time`` train for as many steps as fit into the time of ``5-multi-token`` (contrastive losses
-alone, all else alike), by the seconds of ``time``.
+The arms named ``…-equal-time`` train for as many steps as fit into the time of ``5-multi-token``
+(contrastive losses alone, all else alike), by the seconds of ``time``.
 """
 
 import argparse
@@ -36,7 +40,7 @@ from rich.table import Table
 
 from rematch.data import picto
 from rematch.data.picto_tasks import TASKS, Draw, evaluation_tasks
-from rematch.encoder import Encoder
+from rematch.encoding.encoder import Encoder
 from rematch.evaluate.run import evaluate, summary
 from rematch.files import write_json
 from rematch.matching import VIEWS
@@ -75,7 +79,10 @@ def recipe_of(arm: str, seed: int, steps: int, output: Path, overrides: list[str
     """The recipe of an arm."""
     name, own = ARMS[arm]
     settings = [f"train.seed={seed}", f"train.steps={steps}", f"train.output={output}"]
-    settings += ["train.save_every=200", "train.workers=0"]  # one process a run, so that several fit on a machine
+    settings += [
+        "train.save_every=200",
+        "train.workers=0",
+    ]  # one process a run, so that several fit on a machine
     return load_recipe(ROOT / "recipes" / f"ladder-{name}.yaml", [*own, *settings, *overrides])
 
 
@@ -84,12 +91,15 @@ def steps_of(arm: str) -> int:
     if not arm.endswith("-equal-time"):
         return STEPS
     if not SECONDS.exists():
-        raise SystemExit(f"{arm}: its steps follow from measured seconds; run `benchmarks/ablation.py time` first")
+        raise SystemExit(
+            f"{arm}: its steps follow from measured seconds; run `benchmarks/ablation.py time` "
+            "first"
+        )
     seconds = json.loads(SECONDS.read_text())["seconds_per_step"]
     return int(STEPS * seconds[REFERENCE] / seconds[arm.removesuffix("-equal-time")])
 
 
-# ---- what is measured -----------------------------------------------------------------------------------------------
+# ---- what is measured ---------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -101,9 +111,13 @@ def abilities(model: ReMatch) -> dict[str, Any]:
         draw = Draw(random.Random(f"base-eval/{name}/False"), True, picto.TRAIN_STYLES, False)
         samples = [generate(draw) for _ in range(PER_TASK)]
         if meta_task == "vqa":
-            exact += [generated(model, sample.query) == sample.documents[0].text for sample in samples]
+            exact += [
+                generated(model, sample.query) == sample.documents[0].text for sample in samples
+            ]
         queries += [q for q in (sample.query.as_input() for sample in samples) for _ in (0, 1)]
-        documents += [document.as_input() for sample in samples for document in sample.documents[:2]]
+        documents += [
+            document.as_input() for sample in samples for document in sample.documents[:2]
+        ]
     vectors = (
         model.encode_query(queries, show_progress_bar=False),
         model.encode_document(documents, show_progress_bar=False),
@@ -124,7 +138,9 @@ def generated(model: ReMatch, query: Any) -> str:
     read = reader.read({"text": query.text, "image": query.image})
     pictures = {name: value.to(model.device) for name, value in read.vision.items()}
     ids = read.ids[None].to(model.device)
-    out = model.backbone.model.generate(input_ids=ids, **pictures, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    out = model.backbone.model.generate(
+        input_ids=ids, **pictures, max_new_tokens=6, do_sample=False, pad_token_id=0
+    )
     answer: str = reader.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return answer.strip()
 
@@ -136,12 +152,21 @@ def composition(model: ReMatch) -> dict[str, float]:
     instruction = "Find an image caption describing the given image."
     for name, change in CHANGES.items():
         rng = random.Random(f"composition/{name}")
-        scenes = [picto.sample_scene(rng, held_out=True, count=rng.randint(2, 4), distinct=True) for _ in range(SCENES)]
-        pictures = [picto.render(s, rng.choice(picto.TRAIN_STYLES), rng.getrandbits(32)) for s in scenes]
+        scenes = [
+            picto.sample_scene(rng, held_out=True, count=rng.randint(2, 4), distinct=True)
+            for _ in range(SCENES)
+        ]
+        pictures = [
+            picto.render(s, rng.choice(picto.TRAIN_STYLES), rng.getrandbits(32)) for s in scenes
+        ]
         right = [head + picto.caption(s) for s in scenes]
         wrong = [head + picto.caption(picto.near_miss(s, rng, (change,))) for s in scenes]
-        q = model.encode_query([{"text": instruction, "image": p} for p in pictures], show_progress_bar=False)
-        near, far = (model.encode_document(texts, show_progress_bar=False) for texts in (right, wrong))
+        q = model.encode_query(
+            [{"text": instruction, "image": p} for p in pictures], show_progress_bar=False
+        )
+        near, far = (
+            model.encode_document(texts, show_progress_bar=False) for texts in (right, wrong)
+        )
         found[name] = percent((q * near).sum(1) > (q * far).sum(1))
     return found
 
@@ -169,13 +194,16 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
             row |= {"steps": steps, "overrides": [*ARMS[arm][1], *args.set]}
         model.eval()
         tasks = evaluation_tasks() + evaluation_tasks(ood=True)
-        row |= {"scores": summary(evaluate(Encoder(model), tasks)[0]), "composition": composition(model)} | abilities(
-            model
-        )
+        row |= {
+            "scores": summary(evaluate(Encoder(model), tasks)[0]),
+            "composition": composition(model),
+        } | abilities(model)
         write_json(target, row)
         if arm != BASE:
             shutil.rmtree(output)
-        Console().print(f"{name}: {row['scores']['overall']} after {(time.time() - start) / 60:.0f} minutes")
+        Console().print(
+            f"{name}: {row['scores']['overall']} after {(time.time() - start) / 60:.0f} minutes"
+        )
 
 
 @contextmanager
@@ -200,7 +228,10 @@ def measure_seconds(args: argparse.Namespace) -> None:
         model = build_model(recipe).train()
         rows, collator = build_dataset(recipe), build_collator(recipe, model)
         size = recipe.train.batch_size
-        batches = [collator([rows[i] for i in range(s * size, (s + 1) * size)]) for s in range(args.rounds + 1)]
+        batches = [
+            collator([rows[i] for i in range(s * size, (s + 1) * size)])
+            for s in range(args.rounds + 1)
+        ]
         ready[arm] = (model, build_loss(recipe, model), batches)
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     for turn in range(args.rounds + 1):
@@ -213,7 +244,11 @@ def measure_seconds(args: argparse.Namespace) -> None:
             model.zero_grad()
             if turn:  # the first one warms up
                 seconds[arm].append(time.perf_counter() - start)
-    result = {"seconds_per_step": {arm: round(statistics.median(found), 4) for arm, found in seconds.items()}}
+    result = {
+        "seconds_per_step": {
+            arm: round(statistics.median(found), 4) for arm, found in seconds.items()
+        }
+    }
     measured = {"threads": torch.get_num_threads(), "rounds": args.rounds}
     write_json(SECONDS, result | measured)
     cost = {"encode_ms_per_scene": encoding(args.rounds)}
@@ -232,10 +267,13 @@ def encoding(rounds: int) -> dict[str, float]:
             start = time.perf_counter()
             model.encode_document(pictures, batch_size=64, show_progress_bar=False)
             times[k].append(time.perf_counter() - start)
-    return {f"K={k}": round(1000 * statistics.median(found[1:]) / len(pictures), 2) for k, found in times.items()}
+    return {
+        f"K={k}": round(1000 * statistics.median(found[1:]) / len(pictures), 2)
+        for k, found in times.items()
+    }
 
 
-# ---- what is shown --------------------------------------------------------------------------------------------------
+# ---- what is shown ------------------------------------------------------------------------------
 
 COLUMNS = {
     "overall": lambda row: row["scores"]["overall"],
@@ -255,7 +293,10 @@ def report(args: argparse.Namespace) -> None:
         row = json.loads(path.read_text())
         groups.setdefault(row["arm"], []).append(row)
     table = Table("arm", "steps", "seeds", *COLUMNS)
-    lines = [f"| arm | steps | seeds | {' | '.join(COLUMNS)} |", "|---|--:|--:|" + "--:|" * len(COLUMNS)]
+    lines = [
+        f"| arm | steps | seeds | {' | '.join(COLUMNS)} |",
+        "|---|--:|--:|" + "--:|" * len(COLUMNS),
+    ]
     known = [arm for arm in (BASE, *sorted(ARMS)) if arm in groups]
     for arm in known + [arm for arm in groups if arm not in known]:
         rows = groups[arm]
@@ -267,7 +308,9 @@ def report(args: argparse.Namespace) -> None:
     Console().print("Not run:", ", ".join(arm for arm in ARMS if arm not in groups) or "nothing")
     before, _, rest = PAGE.read_text().partition(START)
     scratch = PAGE.with_suffix(".tmp")
-    scratch.write_text(before + START + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
+    scratch.write_text(
+        before + START + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2]
+    )
     scratch.replace(PAGE)
     draw({arm: groups[arm] for arm in known}, PAGE.with_suffix(".png"))
 
@@ -276,14 +319,25 @@ def draw(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Hit@1 of every arm, each seed a point and their mean a bar."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.42 * len(groups) + 1.4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, 2, figsize=(10, 0.42 * len(groups) + 1.4), sharey=True, layout="constrained"
+    )
     arms = list(groups)[::-1]
-    for axis, key, title in zip(axes, ("overall", "ood_overall"), ("in distribution", "unseen style"), strict=True):
+    for axis, key, title in zip(
+        axes, ("overall", "ood_overall"), ("in distribution", "unseen style"), strict=True
+    ):
         for y, arm in enumerate(arms):
             values = [row["scores"][key] for row in groups[arm]]
-            axis.barh(y, statistics.mean(values), color="#9db8d2" if "all" not in arm else "#3b6ea5", height=0.62)
+            axis.barh(
+                y,
+                statistics.mean(values),
+                color="#9db8d2" if "all" not in arm else "#3b6ea5",
+                height=0.62,
+            )
             axis.scatter(values, [y] * len(values), color="#222", s=14, zorder=3)
-        axis.set(title=f"Hit@1, {title} (%)", yticks=range(len(arms)), yticklabels=arms, xlim=(0, 100))
+        axis.set(
+            title=f"Hit@1, {title} (%)", yticks=range(len(arms)), yticklabels=arms, xlim=(0, 100)
+        )
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
@@ -298,12 +352,16 @@ def mean_and_error(values: list[float]) -> str:
 
 def main() -> None:
     """Time, run or report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("time", "run", "report"))
     parser.add_argument("--arms", nargs="+", default=[*ARMS, BASE], choices=[*ARMS, BASE])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help=f"instead of {STEPS} and of equal time")
-    parser.add_argument("--set", nargs="+", default=[], help="further overrides of the recipe, for sweeps")
+    parser.add_argument(
+        "--set", nargs="+", default=[], help="further overrides of the recipe, for sweeps"
+    )
     parser.add_argument("--name", help="what a run with --set is called")
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "ablation")
     parser.add_argument("--rounds", type=int, default=15, help="measured steps of `time`")

@@ -1,13 +1,15 @@
-"""How much faster is evaluation than encoding every row, and encoding than plain ``SentenceTransformer.encode``?
+"""How much faster is evaluation than encoding every row, and encoding than plain
+``SentenceTransformer.encode``?
 
     python benchmarks/evaluate.py --output benchmarks/results/evaluate.json
 
-- ``speedup_evaluate``: a Picto run in MMEB-eval form, read, encoded, kept on disk and scored by our evaluator, against
-  ``encode`` of every row's query and candidates as they stand there (which leaves the scoring out).
-- ``speedup_over_distinct``: the same against ``encode`` of each task's queries and distinct documents: what is left of
-  the gain for someone who has already thought of that.
-- ``speedup_encode``: throughput alone, on a list without doubles: as many short texts, long texts, small pictures and
-  large pictures, half of the pictures with a caption.
+- ``speedup_evaluate``: a Picto run in MMEB-eval form, read, encoded, kept on disk and scored by
+  our evaluator, against ``encode`` of every row's query and candidates as they stand there (which
+  leaves the scoring out).
+- ``speedup_over_distinct``: the same against ``encode`` of each task's queries and distinct
+  documents: what is left of the gain for someone who has already thought of that.
+- ``speedup_encode``: throughput alone, on a list without doubles: as many short texts, long texts,
+  small pictures and large pictures, half of the pictures with a caption.
 
 Both sides of a ratio take turns, and each is the median of its rounds.
 """
@@ -33,11 +35,11 @@ from rich.table import Table
 from rematch.data import picto
 from rematch.data.mmeb import read_eval
 from rematch.data.mmeb_export import export_picto
-from rematch.encoder import Encoder
+from rematch.encoding.encoder import Encoder
+from rematch.encoding.vector_store import VectorStore
 from rematch.evaluate.run import evaluate
 from rematch.files import write_json
 from rematch.model import ReMatch
-from rematch.vectors import VectorStore
 
 
 def mixed(folder: Path, each: int) -> list[dict[str, Any]]:
@@ -48,7 +50,10 @@ def mixed(folder: Path, each: int) -> list[dict[str, Any]]:
         return picto.caption(picto.sample_scene(rng, held_out=True))
 
     inputs: list[dict[str, Any]] = [{"text": f"{caption()} ({i})"} for i in range(each)]
-    inputs += [{"text": f"{i}: " + ", ".join(caption() for _ in range(rng.randint(6, 14)))} for i in range(each)]
+    inputs += [
+        {"text": f"{i}: " + ", ".join(caption() for _ in range(rng.randint(6, 14)))}
+        for i in range(each)
+    ]
     for i in range(2 * each):
         picture = picto.render(picto.sample_scene(rng, held_out=True), "noto", i)
         path = folder / f"{i}.png"
@@ -74,9 +79,13 @@ def medians(rounds: int, arms: dict[str, Callable[[], Any]]) -> dict[str, float]
 
 def main() -> None:
     """Print a table, and write it as JSON if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="rematch-tiny")
-    parser.add_argument("--limit", type=int, default=10, help="queries per task; more make the first ratio larger")
+    parser.add_argument(
+        "--limit", type=int, default=10, help="queries per task; more make the first ratio larger"
+    )
     parser.add_argument("--each", type=int, default=200, help="inputs of each of the four kinds")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=32, help="of plain encode")
@@ -102,7 +111,9 @@ def main() -> None:
         def distinct_rows() -> None:
             for task in read_eval(folder / "tree", limit=args.limit)[0]:
                 model.encode_query([query.as_input() for query in task.queries], **plain)
-                model.encode_document([document.as_input() for document in task.documents], **plain)
+                model.encode_document(
+                    [document.as_input() for document in task.documents], **plain
+                )
 
         inputs = mixed(folder, args.each)
         model.encode_document(inputs[:64], **plain)  # warm
@@ -113,8 +124,12 @@ def main() -> None:
                 "ours": lambda: Encoder(model).encode(inputs, "document"),
             },
         )
-        apart = np.abs(model.encode_document(inputs, **plain) - Encoder(model).encode(inputs, "document")).max()
-        runs = medians(1, {"every row": every_row}) | medians(args.rounds, {"distinct": distinct_rows, "ours": ours})
+        apart = np.abs(
+            model.encode_document(inputs, **plain) - Encoder(model).encode(inputs, "document")
+        ).max()
+        runs = medians(1, {"every row": every_row}) | medians(
+            args.rounds, {"distinct": distinct_rows, "ours": ours}
+        )
     ratios = {
         "speedup_evaluate": round(runs["every row"] / runs["ours"], 2),
         "speedup_over_distinct": round(runs["distinct"] / runs["ours"], 2),
@@ -122,7 +137,10 @@ def main() -> None:
     }
     table = Table("what", "plain encode, s", "ours, s", "ratio")
     table.add_row(
-        "Picto run, every row", f"{runs['every row']:.2f}", f"{runs['ours']:.2f}", f"{ratios['speedup_evaluate']:.2f}"
+        "Picto run, every row",
+        f"{runs['every row']:.2f}",
+        f"{runs['ours']:.2f}",
+        f"{ratios['speedup_evaluate']:.2f}",
     )
     table.add_row(
         "Picto run, distinct",
@@ -130,11 +148,18 @@ def main() -> None:
         f"{runs['ours']:.2f}",
         f"{ratios['speedup_over_distinct']:.2f}",
     )
-    table.add_row("mixed list", f"{encode['encode']:.2f}", f"{encode['ours']:.2f}", f"{ratios['speedup_encode']:.2f}")
+    table.add_row(
+        "mixed list",
+        f"{encode['encode']:.2f}",
+        f"{encode['ours']:.2f}",
+        f"{ratios['speedup_encode']:.2f}",
+    )
     Console(width=90).print(table)
     print(f"largest difference of a vector's component on the mixed list: {apart:.1e}")
     if args.output:
-        device = torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
+        device = (
+            torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
+        )
         content = ratios | {
             "seconds": {"evaluate": runs, "encode": encode},
             "largest_difference": float(apart),
@@ -142,7 +167,10 @@ def main() -> None:
             "queries_per_task": args.limit,
             "inputs_of_each_kind": args.each,
             "hardware": f"{device}, {os.cpu_count()} CPU cores",
-            "versions": {n: version(n) for n in ("torch", "transformers", "sentence-transformers", "rematch-mm")},
+            "versions": {
+                n: version(n)
+                for n in ("torch", "transformers", "sentence-transformers", "rematch-mm")
+            },
         }
         write_json(args.output, content)
 

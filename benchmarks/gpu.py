@@ -1,23 +1,28 @@
-"""Everything that wants a GPU, on one, in nine minutes: speed, memory, precision, kernels, quantisation, collectives.
+"""Everything that wants a GPU, on one, in nine minutes: speed, memory, precision, kernels,
+quantisation, collectives.
 
     python benchmarks/gpu.py                                    # writes benchmarks/results/gpu.json
-    python benchmarks/gpu.py --small --output small.json        # the same parts with tiny sizes on a CPU
+    python benchmarks/gpu.py --small --output small.json        # the same parts with tiny sizes on
+    a CPU
 
-The backbone has Qwen2-VL-2B's shape and random weights; nothing is downloaded. Without torchvision, which Qwen's
-processor wants, a LLaVA with the same widths stands in. Parts are independent: one that fails, or lacks its package, is
-recorded with its error, and the others go on. Each has a share of the time; what it leaves goes to those behind it. The
-file is written anew after every part.
+The backbone has Qwen2-VL-2B's shape and random weights; nothing is downloaded. Without
+torchvision, which Qwen's processor wants, a LLaVA with the same widths stands in. Parts are
+independent: one that fails, or lacks its package, is recorded with its error, and the others go
+on. Each has a share of the time; what it leaves goes to those behind it. The file is written anew
+after every part.
 
-- steps: seconds of a training step of every arm, gradient cache everywhere, against sentence-transformers'
-  CachedMultipleNegativesRankingLoss on the same samples. Arms take turns; medians are compared. MFU counts a forward
-  and a backward pass, by torch's flop counter, without what the cache computes again.
+- steps: seconds of a training step of every arm, gradient cache everywhere, against
+  sentence-transformers' CachedMultipleNegativesRankingLoss on the same samples. Arms take turns;
+  medians are compared. MFU counts a forward and a backward pass, by torch's flop counter, without
+  what the cache computes again.
 - memory: peak of one step with its optimizer against what ``rematch train --estimate`` says.
 - precision: losses and gradients under bfloat16 autocast against float32, in a smaller shape.
-- flex: FlexAttention with the block mask against sdpa with the dense one: matching loss and gradients of a small LLaVA
-  (transformers has no FlexAttention for Qwen2-VL).
+- flex: FlexAttention with the block mask against sdpa with the dense one: matching loss and
+  gradients of a small LLaVA (transformers has no FlexAttention for Qwen2-VL).
 - liger, compile, qlora: a step of each against the plain one.
 - encode, rerank: inputs and pairs a second.
-- collectives: NCCL (gloo on a CPU) in a group of one process, and a step under DDP against the plain one.
+- collectives: NCCL (gloo on a CPU) in a group of one process, and a step under DDP against the
+  plain one.
 """
 
 import argparse
@@ -50,8 +55,12 @@ try:  # before transformers, which a torchvision that was built for another torc
 except ImportError:
     torchvision = None
 except RuntimeError:  # two operators are missing, which are not used here
-    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    torch.library.define(
+        "torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+    )
+    torch.library.define(
+        "torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+    )
     import torchvision
 
 import torch.distributed as dist
@@ -66,8 +75,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
-from rematch.backbone import resolve
-from rematch.encoder import Encoder
+from rematch.backbone.module import resolve
+from rematch.encoding.encoder import Encoder
 from rematch.files import write_json
 from rematch.model import ReMatch
 from rematch.train.estimate import GB, RESERVED, estimate
@@ -83,7 +92,15 @@ ARMS = {  # sections of a recipe
     "feat": {"matching": "feat"},
     "reuse": {"matching": "reuse"},
 }
-PACKAGES = ("torch", "transformers", "sentence-transformers", "peft", "torchvision", "bitsandbytes", "liger-kernel")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "peft",
+    "torchvision",
+    "bitsandbytes",
+    "liger-kernel",
+)
 SMALL_TEXT = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -92,7 +109,12 @@ SMALL_TEXT = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-SMALL_VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL_VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 class TimeIsUp(Exception):  # noqa: N818
@@ -125,7 +147,15 @@ class Bench:
                 break
         return self.tokens
 
-    def recipe(self, path: str | None = None, *, lora: bool = True, model: Any = (), loss: Any = (), train: Any = ()):  # type: ignore[no-untyped-def]
+    def recipe(
+        self,
+        path: str | None = None,
+        *,
+        lora: bool = True,
+        model: Any = (),
+        loss: Any = (),
+        train: Any = (),
+    ):  # type: ignore[no-untyped-def]
         """A recipe like those that ship, with some keys changed."""
         on_gpu = self.device == "cuda"
         sections = {
@@ -133,7 +163,8 @@ class Bench:
             | ({"lora": {"r": 32, "alpha": 64}} if lora else {})
             | dict(model),
             "loss": {"gradient_cache": True} | dict(loss),
-            "train": {"bf16": on_gpu, "batch_size": self.batch, "mini_batch_tokens": self.tokens} | dict(train),
+            "train": {"bf16": on_gpu, "batch_size": self.batch, "mini_batch_tokens": self.tokens}
+            | dict(train),
         }
         return Recipe.model_validate(sections)
 
@@ -152,7 +183,9 @@ class Bench:
         return lambda: torch.stack(list(loss([batch]).values())).sum()
 
     def in_turns(self, steps: dict[str, Callable[[], Any]], rounds: int = 5) -> dict[str, float]:
-        """Median seconds of each; at least one round after the one that warms up, then until half the time is left."""
+        """Median seconds of each; at least one round after the one that warms up, then until half
+        the time is left.
+        """
         times: dict[str, list[float]] = {name: [] for name in steps}
         rounds = 1 if self.small else rounds
         start = time.monotonic()
@@ -169,7 +202,7 @@ class Bench:
         return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-# ---- backbones ----------------------------------------------------------------------------------------------------
+# ---- backbones ----------------------------------------------------------------------------------
 
 
 def make_backbone(directory: Path, device: str, small: bool) -> tuple[str, str]:
@@ -191,8 +224,18 @@ def make_llava(directory: Path, device: str, small: bool) -> str:
     """A LLaVA of these widths, in the packaged base's vocabulary."""
     config = AutoConfig.from_pretrained(resolve("rematch-base"))
     vision, text = config.vision_config, config.text_config
-    wide = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
-    tower = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+    wide = {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+    }
+    tower = {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+    }
     wide |= {"num_key_value_heads": 2, "head_dim": 128, "vocab_size": 151_936}
     for name, value in (SMALL_TEXT if small else wide).items():
         setattr(text, name, value)
@@ -210,7 +253,7 @@ def make_llava(directory: Path, device: str, small: bool) -> str:
     return str(directory)
 
 
-# ---- parts --------------------------------------------------------------------------------------------------------
+# ---- parts --------------------------------------------------------------------------------------
 
 
 def steps(bench: Bench) -> dict[str, Any]:
@@ -218,15 +261,24 @@ def steps(bench: Bench) -> dict[str, Any]:
     model = bench.model(recipes["unified"])
     losses = {name: bench.step(recipe, model) for name, recipe in recipes.items()}
     columns = [
-        {key: value.to(bench.device) if isinstance(value, Tensor) else value for key, value in column.items()}
+        {
+            key: value.to(bench.device) if isinstance(value, Tensor) else value
+            for key, value in column.items()
+        }
         for column in st_columns(model, bench.rows)
     ]
     longest = max(column["input_ids"].shape[1] for column in columns)
-    peer = CachedMultipleNegativesRankingLoss(model, scale=50.0, mini_batch_size=max(1, bench.tokens // longest))
+    peer = CachedMultipleNegativesRankingLoss(
+        model, scale=50.0, mini_batch_size=max(1, bench.tokens // longest)
+    )
     losses["st_contrastive"] = lambda: peer([dict(column) for column in columns], None)
-    seconds = bench.in_turns({name: partial(train_step, loss, model) for name, loss in losses.items()})
+    seconds = bench.in_turns(
+        {name: partial(train_step, loss, model) for name, loss in losses.items()}
+    )
     few = bench.rows[:2]
-    flop = {name: arithmetic(bench, recipe, model, few) / len(few) for name, recipe in recipes.items()}
+    flop = {
+        name: arithmetic(bench, recipe, model, few) / len(few) for name, recipe in recipes.items()
+    }
     flop["st_contrastive"] = flop["contrastive"]
     reached = attainable(bench.device, model.dtype)
     name = torch.cuda.get_device_name() if bench.device == "cuda" else ""
@@ -250,7 +302,9 @@ def steps(bench: Bench) -> dict[str, Any]:
 
 def arithmetic(bench: Bench, recipe: Recipe, model: ReMatch, rows: list[dict[str, Any]]) -> float:
     """FLOP of forward and backward of some samples, without a gradient cache."""
-    plain = recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"gradient_cache": False})})
+    plain = recipe.model_copy(
+        update={"loss": recipe.loss.model_copy(update={"gradient_cache": False})}
+    )
     batch = build_collator(plain, model)(rows)["batch"]
     with FlopCounterMode(display=False) as counter:
         torch.stack(list(build_loss(plain, model)([batch]).values())).sum().backward()
@@ -302,7 +356,9 @@ class Storages(TorchDispatchMode):
         self.alive = {p.untyped_storage()._cdata: 0 for p in model.parameters()}
         self.now = self.peak = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.alive:
@@ -318,7 +374,11 @@ class Storages(TorchDispatchMode):
 
 
 def precision(bench: Bench) -> dict[str, Any]:
-    path = bench.path if bench.small else make_backbone(bench.directory / "narrow", bench.device, small=True)[1]
+    path = (
+        bench.path
+        if bench.small
+        else make_backbone(bench.directory / "narrow", bench.device, small=True)[1]
+    )
     losses, gradients = {}, {}
     for bf16 in (False, True):
         recipe = bench.recipe(path, lora=False, model={"dtype": "float32"}, train={"bf16": bf16})
@@ -330,7 +390,9 @@ def precision(bench: Bench) -> dict[str, Any]:
 
 
 def flex(bench: Bench) -> dict[str, Any]:
-    path = make_llava(bench.directory / "flex", bench.device, small=True)  # Qwen2-VL takes no FlexAttention
+    path = make_llava(
+        bench.directory / "flex", bench.device, small=True
+    )  # Qwen2-VL takes no FlexAttention
     logits, gradients, seconds = {}, {}, {}
     for attention in ("sdpa", "flex_attention"):
         sections = {"dtype": "float32", "attention": attention}
@@ -338,13 +400,17 @@ def flex(bench: Bench) -> dict[str, Any]:
         model = bench.model(recipe)
         batch = build_collator(recipe, model)(bench.rows)["batch"]
         loss = build_loss(recipe, model)
-        vectors = torch.randn(len(batch.keys), model.backbone.width, generator=torch.Generator().manual_seed(0))
+        vectors = torch.randn(
+            len(batch.keys), model.backbone.width, generator=torch.Generator().manual_seed(0)
+        )
         vectors = vectors.to(bench.device)
 
         def match(loss: Any = loss, batch: Any = batch, vectors: Tensor = vectors) -> Tensor:
             return loss.match(batch.matching[0], batch, loss.see(batch), vectors)
 
-        if bench.device == "cpu":  # FlexAttention has no backward pass there, and compiling it takes a minute
+        if (
+            bench.device == "cpu"
+        ):  # FlexAttention has no backward pass there, and compiling it takes a minute
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 logits[attention] = match().item()
                 seconds |= bench.in_turns({attention: match}, 2)
@@ -357,12 +423,18 @@ def flex(bench: Bench) -> dict[str, Any]:
     both = [gradients.get(name, torch.ones(1)) for name in ("flex_attention", "sdpa")]
     result = compared(logits["flex_attention"], logits["sdpa"], *both) | ratio
     return (
-        result if gradients else result | {"gradient_cosine": None, "gradient_error": None, "backward": "not on a CPU"}
+        result
+        if gradients
+        else result | {"gradient_cosine": None, "gradient_error": None, "backward": "not on a CPU"}
     )
 
 
-def variant(bench: Bench, changed: dict[str, Any], compile_with: str | None = None) -> dict[str, Any]:
-    """A step with some of the model's settings changed against the plain one, on the same weights and samples."""
+def variant(
+    bench: Bench, changed: dict[str, Any], compile_with: str | None = None
+) -> dict[str, Any]:
+    """A step with some of the model's settings changed against the plain one, on the same weights
+    and samples.
+    """
     seconds, values, peaks = {}, {}, {}
     for name, sections in (("plain", {}), ("changed", changed)):
         recipe = bench.recipe(model=sections)
@@ -408,7 +480,9 @@ def encode(bench: Bench) -> dict[str, Any]:
     seconds = bench.in_turns(
         {
             "documents": lambda: encoder.encode(inputs, "document"),
-            "texts": lambda: Encoder(model, batch_tokens=bench.tokens, workers=0).encode(texts, "document"),
+            "texts": lambda: Encoder(model, batch_tokens=bench.tokens, workers=0).encode(
+                texts, "document"
+            ),
         },
         2,
     )
@@ -425,13 +499,18 @@ def rerank(bench: Bench) -> dict[str, Any]:
         {
             "raw-raw": lambda: model.match(queries, documents, "raw-raw"),
             "feat-feat": lambda: model.match(queries, documents, "feat-feat"),
-            "one_by_one": lambda: [model.match([query], [document], "raw-raw") for document in few],
+            "one_by_one": lambda: [
+                model.match([query], [document], "raw-raw") for document in few
+            ],
         },
         2,
     )
     pairs = {"raw-raw": len(documents), "feat-feat": len(documents), "one_by_one": len(few)}
     rates = {name: pairs[name] / taken for name, taken in seconds.items()}
-    return {"pairs_per_second": rates, "packed_over_one_by_one": rates["raw-raw"] / rates["one_by_one"]}
+    return {
+        "pairs_per_second": rates,
+        "packed_over_one_by_one": rates["raw-raw"] / rates["one_by_one"],
+    }
 
 
 def collectives(bench: Bench) -> dict[str, Any]:
@@ -483,7 +562,7 @@ PARTS: dict[str, tuple[float, Callable[[Bench], dict[str, Any]]]] = {  # share o
 }
 
 
-# ---- helpers ------------------------------------------------------------------------------------------------------
+# ---- helpers ------------------------------------------------------------------------------------
 
 
 def train_step(loss: Callable[[], Tensor], model: ReMatch) -> None:
@@ -495,7 +574,9 @@ def flat_gradient(model: ReMatch) -> Tensor:
     return torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
 
 
-def compared(value: float, reference: float, gradient: Tensor, reference_gradient: Tensor) -> dict[str, Any]:
+def compared(
+    value: float, reference: float, gradient: Tensor, reference_gradient: Tensor
+) -> dict[str, Any]:
     """How far a loss and its gradient are from the reference's."""
     error = (gradient - reference_gradient).norm() / reference_gradient.norm()
     return {
@@ -512,7 +593,9 @@ def clean() -> None:
         torch.cuda.empty_cache()
 
 
-def run_part(bench: Bench, part: Callable[[Bench], dict[str, Any]], limit: float) -> dict[str, Any]:
+def run_part(
+    bench: Bench, part: Callable[[Bench], dict[str, Any]], limit: float
+) -> dict[str, Any]:
     """What a part measured, or its error; with the seconds it took."""
 
     def stop(number: int, frame: Any) -> None:
@@ -558,21 +641,31 @@ def summary(result: dict[str, Any]) -> str:
     for name, value in result.items():
         if name == "took" or value is None:
             continue
-        shown = ", ".join(f"{key} {entry}" for key, entry in value.items()) if isinstance(value, dict) else value
+        shown = (
+            ", ".join(f"{key} {entry}" for key, entry in value.items())
+            if isinstance(value, dict)
+            else value
+        )
         lines.append(f"{name}: {shown}")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Run the parts, write JSON after each, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--small", action="store_true", help="tiny sizes, on a CPU")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
     parser.add_argument("--batch", type=int, default=32, help="samples of a step")
-    parser.add_argument("--mini-batch-tokens", type=int, help="of a forward pass; by default as many as fit")
+    parser.add_argument(
+        "--mini-batch-tokens", type=int, help="of a forward pass; by default as many as fit"
+    )
     parser.add_argument("--parts", default=",".join(PARTS), help="only these, with commas between")
     parser.add_argument(
-        "--output", type=Path, help="JSON file; by default benchmarks/results/gpu.json, none if --small"
+        "--output",
+        type=Path,
+        help="JSON file; by default benchmarks/results/gpu.json, none if --small",
     )
     args = parser.parse_args()
     args.device = "cpu" if args.small else "cuda"
@@ -580,17 +673,24 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --small runs on a CPU")
-    output = args.output or (None if args.small else Path(__file__).parent / "results" / "gpu.json")
+    output = args.output or (
+        None if args.small else Path(__file__).parent / "results" / "gpu.json"
+    )
     names = args.parts.split(",")
     if unknown := set(names) - set(PARTS):
-        parser.error(f"--parts {','.join(sorted(unknown))} is unknown; choose from {','.join(PARTS)}")
+        parser.error(
+            f"--parts {','.join(sorted(unknown))} is unknown; choose from {','.join(PARTS)}"
+        )
     end = time.monotonic() + 60 * args.minutes
     report: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "hardware": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
-        "gpu_memory_gb": torch.cuda.get_device_properties(0).total_memory / GB if args.device == "cuda" else None,
+        "gpu_memory_gb": torch.cuda.get_device_properties(0).total_memory / GB
+        if args.device == "cuda"
+        else None,
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: installed(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
         "small": args.small,
         "parts": {},
@@ -616,7 +716,11 @@ def main() -> None:
             report["parts"][name] = run_part(bench, PARTS[name][1], limit)
             write()
             failed = "error" in report["parts"][name]
-            print(f"{name}: {'failed' if failed else 'done'} after {report['parts'][name]['took']:.1f} s", flush=True)
+            print(
+                f"{name}: {'failed' if failed else 'done'} after "
+                f"{report['parts'][name]['took']:.1f} s",
+                flush=True,
+            )
     faulthandler.cancel_dump_traceback_later()
     table = Table("part", "seconds", "result")
     for name, result in rounded(report)["parts"].items():

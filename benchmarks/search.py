@@ -3,13 +3,16 @@
     python benchmarks/search.py --output benchmarks/results/search.json            # all of it, about half an hour
     python benchmarks/search.py --parts rerank,ann
 
-- ``rerank``: 100 candidates by the matching head, for six kinds of query and document: one pair at a time, packed
-  (prompt and query run once), and from stored vectors. Ratios are of the sums over all kinds; each kind is in the JSON.
-- ``picto``: Hit@1 and ms per query, query encoding included, of each order, in indexes of all documents of a task; and
-  Hit@1 with smaller vectors.
-- ``ann``: a million vectors, mixtures of pairs of real ones with noise; the library's indexes against a scan.
-- ``encode``: pictures of mixed sizes from disk into an index, against ``SentenceTransformer.encode`` on the list; peak
-  memory at 1,000, 5,000 and 20,000 pictures, in processes of their own.
+- ``rerank``: 100 candidates by the matching head, for six kinds of query and document: one pair at
+  a time, packed (prompt and query run once), and from stored vectors. Ratios are of the sums over
+  all kinds; each kind is in the JSON.
+- ``picto``: Hit@1 and ms per query, query encoding included, of each order, in indexes of all
+  documents of a task; and Hit@1 with smaller vectors.
+- ``ann``: a million vectors, mixtures of pairs of real ones with noise; the library's indexes
+  against a scan.
+- ``encode``: pictures of mixed sizes from disk into an index, against
+  ``SentenceTransformer.encode`` on the list; peak memory at 1,000, 5,000 and 20,000 pictures, in
+  processes of their own.
 """
 
 import argparse
@@ -35,17 +38,30 @@ from rich.console import Console
 from rich.table import Table
 
 from rematch.data import picto
+from rematch.data.corpus import Corpus, Document, open_corpus
 from rematch.data.picto_tasks import evaluation_tasks
-from rematch.encoder import Encoder
+from rematch.encoding.encoder import Encoder
 from rematch.files import write_json
 from rematch.model import ReMatch
 from rematch.search.build import build
-from rematch.search.corpus import Corpus, Document, open_corpus
 from rematch.search.index import Index
 
 PARTS = ("rerank", "picto", "ann", "encode")
-KINDS = ("Picto-Category", "Picto-LeftRight", "Picto-I2T", "Picto-T2I", "Picto-Edit", "Picto-Grounding")
-ORDERS = {"cosine": "", "MaxSim": "maxsim:100", "feat": "feat:20", "raw": "raw:20", "cascade": "feat:20,raw:5"}
+KINDS = (
+    "Picto-Category",
+    "Picto-LeftRight",
+    "Picto-I2T",
+    "Picto-T2I",
+    "Picto-Edit",
+    "Picto-Grounding",
+)
+ORDERS = {
+    "cosine": "",
+    "MaxSim": "maxsim:100",
+    "feat": "feat:20",
+    "raw": "raw:20",
+    "cascade": "feat:20,raw:5",
+}
 SMALLER = (128, 64, 32)  # dimensions kept of 256
 QUERIES_OF_A_TASK, ANN_QUERIES, NEIGHBOURS, MIXED = 50, 200, 10, 1000
 
@@ -71,15 +87,29 @@ def rerank(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
         documents = [task.documents[i].as_input() for i in task.candidates[0][:100]]
         vectors = list(model.encode_document(documents, show_progress_bar=False))
         vector = model.encode_query([query], show_progress_bar=False)[0]
-        single, alone = best_of(2, lambda q=query, ds=documents: [model.match([q], [d])[0] for d in ds])
+        single, alone = best_of(
+            2, lambda q=query, ds=documents: [model.match([q], [d])[0] for d in ds]
+        )
         packed, together = best_of(5, lambda q=query, ds=documents: model.match([q] * len(ds), ds))
-        feat, _ = best_of(5, lambda q=vector, ds=vectors: model.match([q] * len(ds), ds, "feat-feat"))
+        feat, _ = best_of(
+            5, lambda q=vector, ds=vectors: model.match([q] * len(ds), ds, "feat-feat")
+        )
         worst = max(worst, float(np.abs(np.array(alone) - together).max()))
-        kinds[name] = {"single_s": round(single, 3), "packed_s": round(packed, 3), "feat_s": round(feat, 4)}
+        kinds[name] = {
+            "single_s": round(single, 3),
+            "packed_s": round(packed, 3),
+            "feat_s": round(feat, 4),
+        }
     sums = {k: sum(kind[k] for kind in kinds.values()) for k in ("single_s", "packed_s", "feat_s")}
-    table = Table("100 candidates", "one pair at a time, s", "packed, s", "ratio", "from vectors, s", "ratio")
+    table = Table(
+        "100 candidates", "one pair at a time, s", "packed, s", "ratio", "from vectors, s", "ratio"
+    )
     for name, k in [*kinds.items(), ("all", sums)]:
-        cells = [f"{k['single_s']:.2f}", f"{k['packed_s']:.3f}", f"{k['single_s'] / k['packed_s']:.1f}"]
+        cells = [
+            f"{k['single_s']:.2f}",
+            f"{k['packed_s']:.3f}",
+            f"{k['single_s'] / k['packed_s']:.1f}",
+        ]
         table.add_row(name, *cells, f"{k['feat_s']:.3f}", f"{k['single_s'] / k['feat_s']:.1f}")
     Console(width=110).print(table)
     return {
@@ -97,9 +127,13 @@ def on_picto(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
     spent = dict.fromkeys(ORDERS, 0.0)
     for task in [t for t in evaluation_tasks() if t.name in KINDS]:
         with tempfile.TemporaryDirectory() as folder:
-            documents = [_document(Path(folder), str(i), d.as_input()) for i, d in enumerate(task.documents)]
+            documents = [
+                _document(Path(folder), str(i), d.as_input()) for i, d in enumerate(task.documents)
+            ]
             index = Index.create(Path(folder) / "index", model, name=args.model, tokens=True)
-            build(index, Corpus(task.name, len(documents), lambda ds=documents: ds), Encoder(model))
+            build(
+                index, Corpus(task.name, len(documents), lambda ds=documents: ds), Encoder(model)
+            )
             queries = [q.as_input() for q in task.queries[:QUERIES_OF_A_TASK]]
             answers = [str(own[0]) for own in task.candidates[:QUERIES_OF_A_TASK]]
             for order, stages in ORDERS.items():
@@ -107,16 +141,29 @@ def on_picto(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
                 started = time.perf_counter()
                 first = [index.search(q, 1, rerank=stages)[0].id for q in queries]
                 spent[order] += time.perf_counter() - started
-                found[order][task.name] = 100 * float(np.mean([a == b for a, b in zip(first, answers, strict=True)]))
+                found[order][task.name] = 100 * float(
+                    np.mean([a == b for a, b in zip(first, answers, strict=True)])
+                )
             for size in SMALLER:
-                kept = Index.create(Path(folder) / str(size), model, name=args.model, dimensions=size)
-                build(kept, Corpus(task.name, len(documents), lambda ds=documents: ds), Encoder(model))
+                kept = Index.create(
+                    Path(folder) / str(size), model, name=args.model, dimensions=size
+                )
+                build(
+                    kept,
+                    Corpus(task.name, len(documents), lambda ds=documents: ds),
+                    Encoder(model),
+                )
                 first = [hits[0].id for hits in kept.search(queries, 1)]
-                smaller[size].append(100 * float(np.mean([a == b for a, b in zip(first, answers, strict=True)])))
+                smaller[size].append(
+                    100 * float(np.mean([a == b for a, b in zip(first, answers, strict=True)]))
+                )
     table = Table("order", *(n.removeprefix("Picto-") for n in KINDS), "mean", "ms per query")
     report = {}
     for order, hits in found.items():
-        mean, cost = statistics.mean(hits.values()), 1000 * spent[order] / (len(KINDS) * QUERIES_OF_A_TASK)
+        mean, cost = (
+            statistics.mean(hits.values()),
+            1000 * spent[order] / (len(KINDS) * QUERIES_OF_A_TASK),
+        )
         report[order] = {
             "hit@1": round(mean, 1),
             "ms_per_query": round(cost, 1),
@@ -138,7 +185,9 @@ def _document(folder: Path, name: str, given: dict[str, Any]) -> Document:
     if image is None:
         return Document(name, text)
     image.save(folder / f"{name}.png")
-    return Document(name, text.removeprefix("Represent the given image.").strip(), folder / f"{name}.png")
+    return Document(
+        name, text.removeprefix("Represent the given image.").strip(), folder / f"{name}.png"
+    )
 
 
 def ann(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
@@ -152,7 +201,11 @@ def ann(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
     def mixtures(count: int) -> np.ndarray:
         a, b = real[rng.integers(0, len(real), count)], real[rng.integers(0, len(real), count)]
         share = rng.random((count, 1), np.float32) * 0.5
-        mixed = (1 - share) * a + share * b + rng.normal(0, 0.3 / np.sqrt(real.shape[1]), a.shape).astype(np.float32)
+        mixed = (
+            (1 - share) * a
+            + share * b
+            + rng.normal(0, 0.3 / np.sqrt(real.shape[1]), a.shape).astype(np.float32)
+        )
         return (mixed / np.linalg.norm(mixed, axis=1, keepdims=True)).astype(np.float32)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -162,7 +215,10 @@ def ann(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
             part = mixtures(min(50_000, args.vectors - start))
             held.append(part)
             index.add(
-                [{"id": str(start + i), "vector": v, "content_hash": "0" * 32, "stamp": 0} for i, v in enumerate(part)],
+                [
+                    {"id": str(start + i), "vector": v, "content_hash": "0" * 32, "stamp": 0}
+                    for i, v in enumerate(part)
+                ],
                 new=True,
             )
         every, queries = np.concatenate(held), mixtures(ANN_QUERIES)
@@ -205,7 +261,10 @@ def ann(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
             if kind != "scan":
                 index.table.drop_index(next(i.name for i in index.table.list_indices()))
     Console(width=110).print(table)
-    return {"ann": report | {"probes": args.probes, "rescored": "the best 100 of the cells, with whole vectors"}}
+    return {
+        "ann": report
+        | {"probes": args.probes, "rescored": "the best 100 of the cells, with whole vectors"}
+    }
 
 
 def _size(folder: Path) -> int:
@@ -226,13 +285,21 @@ def corpus_of_mixed_sizes(folder: Path, count: int, most: int) -> None:
 def encode(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
     """Pictures a second against plain encode, and peak memory."""
     report: dict[str, Any] = {"encode_per_second": {}}
-    table = Table("pictures", "SentenceTransformer.encode of the list, a second", "rematch index, a second", "ratio")
+    table = Table(
+        "pictures",
+        "SentenceTransformer.encode of the list, a second",
+        "rematch index, a second",
+        "ratio",
+    )
     with tempfile.TemporaryDirectory() as name:
         for most, key in ((3000, "encode_speedup"), (1600, "encode_speedup_to_1600_pixels")):
             folder = Path(name) / f"to {most}"
             folder.mkdir()
             corpus_of_mixed_sizes(folder, MIXED, most)
-            inputs = [{"text": "Represent the given image.", "image": path} for path in sorted(folder.iterdir())]
+            inputs = [
+                {"text": "Represent the given image.", "image": path}
+                for path in sorted(folder.iterdir())
+            ]
             model.encode_document(inputs[:32], show_progress_bar=False)
             plain, ours = [], []
             for i in range(3):
@@ -243,8 +310,13 @@ def encode(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
                 index = Index.create(Path(name) / f"{most}-{i}", model, name=args.model)
                 build(index, open_corpus(folder), Encoder(model))
                 ours.append(time.perf_counter() - started)
-            rates = {"plain": MIXED / statistics.median(plain), "ours": MIXED / statistics.median(ours)}
-            report["encode_per_second"][most] = {way: round(rate, 1) for way, rate in rates.items()}
+            rates = {
+                "plain": MIXED / statistics.median(plain),
+                "ours": MIXED / statistics.median(ours),
+            }
+            report["encode_per_second"][most] = {
+                way: round(rate, 1) for way, rate in rates.items()
+            }
             report[key] = round(rates["ours"] / rates["plain"], 2)
             cells = [f"{rate:.1f}" for rate in rates.values()]
             table.add_row(f"{MIXED:,} of 100 to {most:,} pixels", *cells, f"{report[key]:.2f}")
@@ -292,7 +364,10 @@ def measure(folder: Path, name: str) -> None:
 def _memory() -> float:
     """MB of this process and its children, shared pages counted once (PSS)."""
     total = 0
-    for process in (os.getpid(), *map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())):
+    for process in (
+        os.getpid(),
+        *map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()),
+    ):
         try:
             content = Path(f"/proc/{process}/smaps_rollup").read_text()
         except OSError:  # it has just ended
@@ -303,13 +378,23 @@ def _memory() -> float:
 
 def main() -> None:
     """Print tables, and write JSON if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="rematch-tiny")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--vectors", type=int, default=1_000_000)
-    parser.add_argument("--probes", type=int, default=40, help="cells of an approximate index that are looked into")
-    parser.add_argument("--memory", default="1000,5000,20000", help="sizes of the corpora for peak memory; empty: none")
-    parser.add_argument("--output", type=Path, help="parts that were not run keep what stands there")
+    parser.add_argument(
+        "--probes", type=int, default=40, help="cells of an approximate index that are looked into"
+    )
+    parser.add_argument(
+        "--memory",
+        default="1000,5000,20000",
+        help="sizes of the corpora for peak memory; empty: none",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="parts that were not run keep what stands there"
+    )
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -320,11 +405,15 @@ def main() -> None:
     known = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
     for part in args.parts.split(","):
         known |= run[part](model, args)
-        device = torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
+        device = (
+            torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
+        )
         known |= {
             "model": args.model,
             "hardware": f"{device}, {os.cpu_count()} CPU cores",
-            "versions": {n: version(n) for n in ("torch", "transformers", "lancedb", "rematch-mm")},
+            "versions": {
+                n: version(n) for n in ("torch", "transformers", "lancedb", "rematch-mm")
+            },
         }
         if args.output:
             write_json(args.output, known)

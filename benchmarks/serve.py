@@ -2,9 +2,9 @@
 
     python benchmarks/serve.py --output benchmarks/results/serve.json
 
-A server in a process of its own; 1, 8 and 64 clients, each with one open connection, ask for the embedding of a new
-text as soon as they have the answer to the last one. Both ways take turns. Then 10,000 more requests, and the server's
-memory before and after.
+A server in a process of its own; 1, 8 and 64 clients, each with one open connection, ask for the
+embedding of a new text as soon as they have the answer to the last one. Both ways take turns. Then
+10,000 more requests, and the server's memory before and after.
 """
 
 import argparse
@@ -33,8 +33,21 @@ from rematch.files import write_json
 @contextmanager
 def server(model: str, *options: str) -> Iterator[tuple[str, int, int]]:
     """(host, port, process) of a server."""
-    command = [sys.executable, "-m", "rematch.cli", "serve", model, "--port", "0", "--waiting", "2048", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "rematch.cli",
+        "serve",
+        model,
+        "--port",
+        "0",
+        "--waiting",
+        "2048",
+        *options,
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    )
     assert process.stdout is not None
     try:
         address = process.stdout.readline().split("http://")[1].split(";")[0]
@@ -61,9 +74,7 @@ class Client:
     async def ask(self, text: str) -> bool:
         """Whether the answer was a vector."""
         body = json.dumps({"input": text, "encoding_format": "base64", "task": "query"}).encode()
-        head = (
-            f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
+        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
         self.writer.write(f"{head}\r\n\r\n".encode() + body)
         status = await self.reader.readline()
         length = 0
@@ -76,7 +87,9 @@ class Client:
         return b" 200 " in status and b'"embedding"' in answer
 
 
-async def load(host: str, port: int, clients: int, requests: int, texts: Iterator[str]) -> dict[str, float]:
+async def load(
+    host: str, port: int, clients: int, requests: int, texts: Iterator[str]
+) -> dict[str, float]:
     """Requests per second and percentiles of latency."""
     opened = [await Client().open(host, port) for _ in range(clients)]
     left, times, failed = requests, [], 0
@@ -116,12 +129,20 @@ def memory(process: int) -> int:
 
 def main() -> None:
     """Print a table, and write it as JSON if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="rematch-tiny")
     parser.add_argument("--clients", default="1,8,64")
-    parser.add_argument("--requests", type=int, default=1000, help="for each number of clients and way")
-    parser.add_argument("--rounds", type=int, default=3, help="the median one counts, by requests per second")
-    parser.add_argument("--more", type=int, default=10_000, help="requests before memory is looked at again")
+    parser.add_argument(
+        "--requests", type=int, default=1000, help="for each number of clients and way"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="the median one counts, by requests per second"
+    )
+    parser.add_argument(
+        "--more", type=int, default=10_000, help="requests before memory is looked at again"
+    )
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     texts = captions()
@@ -138,7 +159,8 @@ def main() -> None:
                     rounds[way].append(asyncio.run(load(host, port, count, args.requests, texts)))
             failed += int(sum(one["failed"] for each in rounds.values() for one in each))
             found[str(count)] = {
-                way: sorted(each, key=lambda one: one["rps"])[len(each) // 2] for way, each in rounds.items()
+                way: sorted(each, key=lambda one: one["rps"])[len(each) // 2]
+                for way, each in rounds.items()
             }
         host, port, process = with_it
         before = memory(process)
@@ -155,7 +177,8 @@ def main() -> None:
     if args.output:
         content = {
             "clients": {
-                c: {w: {k: v for k, v in f.items() if k != "failed"} for w, f in b.items()} for c, b in found.items()
+                c: {w: {k: v for k, v in f.items() if k != "failed"} for w, f in b.items()}
+                for c, b in found.items()
             },
             "failed": failed,
             "memory_mb": {"before": before, "after": after, "requests": args.more},

@@ -1,17 +1,23 @@
-"""Seconds, tokens, memory and utilisation of one training step: sentence-transformers, ours without and with matching.
+"""Seconds, tokens, memory and utilisation of one training step: sentence-transformers, ours
+without and with matching.
 
     python benchmarks/step.py --output benchmarks/results/step-cpu.json
-    python benchmarks/step.py --device cuda --output benchmarks/results/step-cuda.json   # Qwen2-VL-2B, random weights
+    python benchmarks/step.py --device cuda --output benchmarks/results/step-cuda.json   #
+    Qwen2-VL-2B, random weights
 
-All arms have the same backbone, samples, batch and mini-batch, full fine-tuning of the language model, a frozen vision
-tower and a gradient cache. Arms take turns step by step; medians are compared.
+All arms have the same backbone, samples, batch and mini-batch, full fine-tuning of the language
+model, a frozen vision tower and a gradient cache. Arms take turns step by step; medians are
+compared.
 
-- ``naive`` is matching as eight forward passes, one per question, each with its own query, document and pictures;
-  ``naive_seen`` is the same with the pictures seen once, as all our arms have them.
-- MFU: the arithmetic of a forward and backward pass without the cache's second forward, by torch's flop counter, over
-  what a large matrix product reaches on this machine in this run. sentence-transformers does contrastive's work.
-- Memory is what a process of its own grows by over one step, returned to the system piece by piece so that it is what
-  is in use. ``memory_256_over_32`` leaves inputs aside: pixels, and what the frozen tower made of them.
+- ``naive`` is matching as eight forward passes, one per question, each with its own query,
+  document and pictures; ``naive_seen`` is the same with the pictures seen once, as all our arms
+  have them.
+- MFU: the arithmetic of a forward and backward pass without the cache's second forward, by torch's
+  flop counter, over what a large matrix product reaches on this machine in this run.
+  sentence-transformers does contrastive's work.
+- Memory is what a process of its own grows by over one step, returned to the system piece by piece
+  so that it is what is in use. ``memory_256_over_32`` leaves inputs aside: pixels, and what the
+  frozen tower made of them.
 """
 
 import argparse
@@ -38,22 +44,24 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
-from rematch.backbone import resolve
-from rematch.batch import Batch, Step
+from rematch.backbone.module import resolve
 from rematch.data import picto
 from rematch.data.picto_tasks import training_triplet
 from rematch.files import write_json
-from rematch.losses import ReMatchLoss
 from rematch.matching import VIEWS
 from rematch.model import ReMatch
+from rematch.train.batch import Batch, Step
 from rematch.train.collator import Collator, cut, identity
+from rematch.train.loss import ReMatchLoss
 
 COLUMNS = ("query", "positive", "negative")
 ARMS = ("st_contrastive", "contrastive", "naive", "naive_seen", "unified", "reuse", "feat")
 
 
 def small_backbone(directory: Path) -> str:
-    """A LLaVA that splits its work between sight and language as a real one does: 144 picture tokens, 12 layers."""
+    """A LLaVA that splits its work between sight and language as a real one does: 144 picture
+    tokens, 12 layers.
+    """
     config = AutoConfig.from_pretrained(resolve("rematch-base"))
     vision, text = config.vision_config, config.text_config
     vision.num_hidden_layers, vision.image_size = 12, 2 * picto.SIZE
@@ -68,7 +76,10 @@ def small_backbone(directory: Path) -> str:
 
 
 def samples(count: int) -> list[dict[str, Any]]:
-    return [{name: getattr(training_triplet(0, i), name).as_input() for name in COLUMNS} for i in range(count)]
+    return [
+        {name: getattr(training_triplet(0, i), name).as_input() for name in COLUMNS}
+        for i in range(count)
+    ]
 
 
 class Naive(ReMatchLoss):
@@ -81,7 +92,9 @@ class Naive(ReMatchLoss):
 
     def answers(self, logits: Tensor, relevant: Tensor, batch: Batch) -> Tensor:
         yes, no = self.backbone.answer_ids
-        total = F.cross_entropy(logits.flatten(0, 1).float(), torch.where(relevant, yes, no).flatten(), reduction="sum")
+        total = F.cross_entropy(
+            logits.flatten(0, 1).float(), torch.where(relevant, yes, no).flatten(), reduction="sum"
+        )
         return total * (self.w_qdm / (8 * len(batch.inputs)))
 
 
@@ -99,7 +112,9 @@ def naive_batch(model: ReMatch, rows: list[dict[str, Any]], tokens: int) -> Batc
     for row, places in zip(rows, batch.inputs.tolist(), strict=True):
         for column, place in zip(COLUMNS, places, strict=True):
             readings[place] = readings.get(place) or reader.read(row[column])
-            if readings[place].vision:  # sets are numbered in the order in which contents are first met
+            if readings[
+                place
+            ].vision:  # sets are numbered in the order in which contents are first met
                 numbers.setdefault(identity(row[column]), len(numbers))
     set_of = {
         place: numbers.get(identity(row[c]))
@@ -111,7 +126,10 @@ def naive_batch(model: ReMatch, rows: list[dict[str, Any]], tokens: int) -> Batc
         for document in (1, 2):
             pairs = batch.inputs[:, [0, document]].tolist()
             question = [(query_view, 0, document_view)]
-            laid = [reader.pack_matching([(readings[q], [readings[d]])], [question])[0] for q, d in pairs]
+            laid = [
+                reader.pack_matching([(readings[q], [readings[d]])], [question])[0]
+                for q, d in pairs
+            ]
             lengths = [packed.input_ids.shape[1] for packed in laid]
             order = sorted(range(len(pairs)), key=lengths.__getitem__)
             for chosen in cut([lengths[i] for i in order], tokens):
@@ -119,11 +137,23 @@ def naive_batch(model: ReMatch, rows: list[dict[str, Any]], tokens: int) -> Batc
                 packed, _ = reader.pack_matching(
                     [(readings[q], [readings[d]]) for q, d in some], [question] * len(some)
                 )
-                read = [p for q, d in some for p, v in ((q, query_view), (d, document_view)) if v == "feat"]
-                raw = [p for q, d in some for p, v in ((q, query_view), (d, document_view)) if v == "raw"]
+                read = [
+                    p
+                    for q, d in some
+                    for p, v in ((q, query_view), (d, document_view))
+                    if v == "feat"
+                ]
+                raw = [
+                    p
+                    for q, d in some
+                    for p, v in ((q, query_view), (d, document_view))
+                    if v == "raw"
+                ]
                 tensors = vars(packed) | {"read": torch.tensor(read).long()}
                 tensors["relevant"] = torch.full((len(some), 1), document == 1)
-                batch.matching.append(Step(tensors, [set_of[p] for p in raw if set_of[p] is not None]))
+                batch.matching.append(
+                    Step(tensors, [set_of[p] for p in raw if set_of[p] is not None])
+                )
     return batch
 
 
@@ -134,12 +164,16 @@ def build(args: argparse.Namespace, directory: Path) -> tuple[ReMatch, list[dict
     model.backbone.freeze_vision()
     rows = samples(args.batch)
     reader = model.backbone.reader
-    longest = max(len(reader.read(row[column]).ids) + 16 for row in rows[:32] for column in COLUMNS)
+    longest = max(
+        len(reader.read(row[column]).ids) + 16 for row in rows[:32] for column in COLUMNS
+    )
     return model, rows, args.mini_batch * longest
 
 
 def random_qwen(directory: Path, **smaller: Any) -> str:
-    """Qwen2-VL-2B's shape with random weights and 256 tokens a picture (wants a torchvision that fits torch)."""
+    """Qwen2-VL-2B's shape with random weights and 256 tokens a picture (wants a torchvision that
+    fits torch).
+    """
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from tiny_backbones import MROPE, qwen2_vl
 
@@ -156,14 +190,21 @@ def random_qwen(directory: Path, **smaller: Any) -> str:
     }
     vision = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4}
     pixels = smaller.get("pixels", (448 * 448, 448 * 448))
-    model, processor = qwen2_vl(text | smaller.get("text", {}), vision | smaller.get("vision", {}), pixels)
+    model, processor = qwen2_vl(
+        text | smaller.get("text", {}), vision | smaller.get("vision", {}), pixels
+    )
     model.bfloat16().save_pretrained(directory)
     processor.save_pretrained(directory)
     return str(directory)
 
 
 def arm(
-    name: str, model: ReMatch, rows: list[dict[str, Any]], tokens: int, mini_batch: int, cached: bool = True
+    name: str,
+    model: ReMatch,
+    rows: list[dict[str, Any]],
+    tokens: int,
+    mini_batch: int,
+    cached: bool = True,
 ) -> tuple[Callable[[], Tensor], Batch | None]:
     """One forward of the arm's loss, and its batch if it is ours."""
     if name == "st_contrastive":
@@ -201,10 +242,14 @@ def wait() -> None:
 
 
 def growth(args: argparse.Namespace) -> dict[str, float]:
-    """MB that one step of ``args.arm`` adds to a process that has its model, gradients and inputs (Linux)."""
+    """MB that one step of ``args.arm`` adds to a process that has its model, gradients and inputs
+    (Linux).
+    """
     with tempfile.TemporaryDirectory() as directory:
         model, rows, tokens = build(args, Path(directory))
-        arm(args.arm, model, rows[:8], tokens, args.mini_batch)[0]().backward()  # gradients are there from here on
+        arm(args.arm, model, rows[:8], tokens, args.mini_batch)[
+            0
+        ]().backward()  # gradients are there from here on
         step, batch = arm(args.arm, model, rows, tokens, args.mini_batch)
         seen = ReMatchLoss(model).see(batch) if batch else None
         features = sum(unit.nbytes for one in seen or [] for unit in one.units) / 2**20
@@ -213,7 +258,10 @@ def growth(args: argparse.Namespace) -> dict[str, float]:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             step().backward()
-            return {"mb": (torch.cuda.max_memory_allocated() - before) / 2**20, "features_mb": features}
+            return {
+                "mb": (torch.cuda.max_memory_allocated() - before) / 2**20,
+                "features_mb": features,
+            }
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
         before = status("VmRSS")
         step().backward()
@@ -226,16 +274,34 @@ def status(name: str) -> float:
 
 
 def measure_growth(args: argparse.Namespace, name: str, batch: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--arm", name, "--batch", str(batch), "--mini-batch", str(args.mini_batch)]
-    exact = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # freed memory leaves the process at once
+    command = [
+        sys.executable,
+        __file__,
+        "--arm",
+        name,
+        "--batch",
+        str(batch),
+        "--mini-batch",
+        str(args.mini_batch),
+    ]
+    exact = {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_ARENA_MAX": "1",
+    }  # freed memory leaves the process at once
     out = subprocess.run(
-        [*command, "--device", args.device], capture_output=True, text=True, check=True, env=os.environ | exact
+        [*command, "--device", args.device],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | exact,
     )
     found: dict[str, float] = json.loads(out.stdout.strip().splitlines()[-1])
     return found
 
 
-def arithmetic(name: str, model: ReMatch, rows: list[dict[str, Any]], tokens: int, mini_batch: int) -> float:
+def arithmetic(
+    name: str, model: ReMatch, rows: list[dict[str, Any]], tokens: int, mini_batch: int
+) -> float:
     """FLOPs of forward and backward without a gradient cache."""
     name = "contrastive" if name == "st_contrastive" else name
     with FlopCounterMode(display=False) as counter:
@@ -260,13 +326,22 @@ def attainable(device: str, dtype: torch.dtype) -> float:
 
 def main() -> None:
     """Measure, print a table, and write it as JSON if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--mini-batch", type=int, default=32, help="inputs of the longest kind that fit into a pass")
+    parser.add_argument(
+        "--mini-batch",
+        type=int,
+        default=32,
+        help="inputs of the longest kind that fit into a pass",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--arm", choices=ARMS, help="only print the memory that one step of this arm takes")
+    parser.add_argument(
+        "--arm", choices=ARMS, help="only print the memory that one step of this arm takes"
+    )
     args = parser.parse_args()
     if args.arm:
         print(json.dumps(growth(args)))
@@ -302,7 +377,13 @@ def main() -> None:
     }
     table = Table("arm", "s a step", "matching s", "tokens/s", "MB a step", "MFU")
     for name in ARMS:
-        row = (seconds[name], matching.get(name, ""), tokens_per_second[name], round(memory[name]["mb"]), mfu[name])
+        row = (
+            seconds[name],
+            matching.get(name, ""),
+            tokens_per_second[name],
+            round(memory[name]["mb"]),
+            mfu[name],
+        )
         table.add_row(name, *map(str, row))
     Console().print(table, ratios)
     hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -321,7 +402,9 @@ def main() -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "vision_share_of_a_contrastive_forward": vision_share(model, rows),
         "hardware": torch.cuda.get_device_name() if args.device == "cuda" else hardware,
-        "versions": {name: version(name) for name in ("torch", "transformers", "sentence-transformers")},
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "sentence-transformers")
+        },
     }
     if args.output:
         write_json(args.output, result)

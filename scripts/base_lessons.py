@@ -1,4 +1,6 @@
-"""What the tiny base learns from: conversations, statements, matching samples and pictures, drawn from step numbers."""
+"""What the tiny base learns from: conversations, statements, matching samples and pictures, drawn
+from step numbers.
+"""
 
 import random
 
@@ -14,7 +16,8 @@ from rematch.matching import Segment, lay_out, pack, unified_mask
 
 IMAGE = "<image>"
 PATCHES = 36
-MAKERS = {  # kinds of question and how often each is asked; looking a name up in a picture is what comes last
+# kinds of question and how often each is asked; looking a name up in a picture is what comes last
+MAKERS = {
     "place": 1,
     "place_category": 2,
     "where": 5,
@@ -27,7 +30,9 @@ MAKERS = {  # kinds of question and how often each is asked; looking a name up i
     "is": 5,
 }
 STATEMENTS = {"caption": 5, "object": 3, "place": 3, "count": 0.5, "colour": 0.5, "category": 2}
-PAIRS = dict.fromkeys(picto_tasks.TASKS, 1.0) | {  # tasks whose right and nearly right documents are matched
+PAIRS = dict.fromkeys(
+    picto_tasks.TASKS, 1.0
+) | {  # tasks whose right and nearly right documents are matched
     "Picto-LeftRight": 4,
     "Picto-AboveBelow": 4,
     "Picto-HowMany": 3,
@@ -52,7 +57,9 @@ def turns(scene: picto.Scene, rng: random.Random, count: int) -> list[tuple[str,
         elif kind == "place_category":
             cell = rng.choice([i for i, name in enumerate(scene.cells) if name])
             category = picto.objects()[scene.cells[cell]]
-            found.append((f"What category is in the {picto.CELLS[cell]}?", picto.with_article(category)))
+            found.append(
+                (f"What category is in the {picto.CELLS[cell]}?", picto.with_article(category))
+            )
         elif kind == "where" and unique:
             name = rng.choice(unique)
             found.append((f"Where is the {name}?", picto.CELLS[scene.cells.index(name)]))
@@ -69,7 +76,9 @@ def turns(scene: picto.Scene, rng: random.Random, count: int) -> list[tuple[str,
             found.append(("What colour is the background?", scene.background))
         elif kind == "kind":
             name = rng.choice(there)
-            found.append((f"What is {picto.with_article(name)}?", picto.with_article(picto.objects()[name])))
+            found.append(
+                (f"What is {picto.with_article(name)}?", picto.with_article(picto.objects()[name]))
+            )
         elif kind == "is":
             name = rng.choice(there) if rng.random() < 0.5 else rng.choice(names)
             answer = prompts.YES if name in there else prompts.NO
@@ -107,10 +116,19 @@ def statement(scene: picto.Scene, rng: random.Random, kind: str = "") -> tuple[s
 
 
 class Lessons(Dataset[dict[str, Tensor]]):
-    """Ready batches, one per step, each made from its step number alone (so that a resumed run goes on exactly)."""
+    """Ready batches, one per step, each made from its step number alone (so that a resumed run
+    goes on exactly).
+    """
 
     def __init__(
-        self, processor: LlavaProcessor, steps: int, chats: int, pairs: int, facts: int, alone: int = 0, first: int = 0
+        self,
+        processor: LlavaProcessor,
+        steps: int,
+        chats: int,
+        pairs: int,
+        facts: int,
+        alone: int = 0,
+        first: int = 0,
     ) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.steps, self.chats, self.pairs, self.facts_per_step = steps, chats, pairs, facts
@@ -131,7 +149,9 @@ class Lessons(Dataset[dict[str, Tensor]]):
         for _ in range(chats):
             scene = picto.sample_scene(rng)
             style = rng.choice(picto.TRAIN_STYLES)
-            pictures.append(picto.render(scene, style, rng.getrandbits(32), augment=rng.random() < 0.8))
+            pictures.append(
+                picto.render(scene, style, rng.getrandbits(32), augment=rng.random() < 0.8)
+            )
             ids, target = self.chat(turns(scene, rng, 8))
             rows.append(ids)
             labels.append(target)
@@ -145,13 +165,19 @@ class Lessons(Dataset[dict[str, Tensor]]):
             ),
         }
         tasks = rng.choices(list(PAIRS), list(PAIRS.values()), k=pairs)
-        triplets = [picto_tasks.training_triplet(1 + rng.getrandbits(30), 0, task) for task in tasks]
-        items = [(t.query, [t.positive, t.negative], [True, False]) for t in triplets if t.negative]
+        triplets = [
+            picto_tasks.training_triplet(1 + rng.getrandbits(30), 0, task) for task in tasks
+        ]
+        items = [
+            (t.query, [t.positive, t.negative], [True, False]) for t in triplets if t.negative
+        ]
         items += [self.facts(rng) for _ in range(0 if early else self.facts_per_step)]
         if items:
             batch |= self.match(items)
         pictures += [i.image for q, d, _ in items for i in (q, *d) if i.image is not None]
-        batch["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        batch["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")[
+            "pixel_values"
+        ]
         return batch
 
     def ids(self, text: str) -> list[int]:
@@ -163,7 +189,11 @@ class Lessons(Dataset[dict[str, Tensor]]):
         ids: list[int] = []
         labels: list[int] = []
         for i, (question, answer) in enumerate(dialogue):
-            asked = self.ids("<|user|>") + (self.ids(IMAGE) * PATCHES if i == 0 else []) + self.ids(question)
+            asked = (
+                self.ids("<|user|>")
+                + (self.ids(IMAGE) * PATCHES if i == 0 else [])
+                + self.ids(question)
+            )
             asked += self.ids("<|end|><|assistant|>")
             said = self.ids(answer) + self.ids("<|end|>")
             ids += asked + said
@@ -174,16 +204,26 @@ class Lessons(Dataset[dict[str, Tensor]]):
         ids = self.ids(head) if head else []
         if item is not None:
             text = item.instruction + item.text
-            ids = ids + (self.ids(IMAGE) * PATCHES if item.image is not None else []) + (self.ids(text) if text else [])
+            ids = (
+                ids
+                + (self.ids(IMAGE) * PATCHES if item.image is not None else [])
+                + (self.ids(text) if text else [])
+            )
         ids = ids + (self.ids(tail) if tail else [])
         return Segment(torch.tensor(ids), torch.arange(len(ids))[None])
 
     def facts(self, rng: random.Random) -> tuple[Item, list[Item], list[bool]]:
         """A picture as query, eight statements as documents, and which of them are true."""
         scene = picto.sample_scene(rng)
-        picture = picto.render(scene, rng.choice(picto.TRAIN_STYLES), rng.getrandbits(32), augment=rng.random() < 0.8)
+        picture = picto.render(
+            scene, rng.choice(picto.TRAIN_STYLES), rng.getrandbits(32), augment=rng.random() < 0.8
+        )
         statements = [statement(scene, rng) for _ in range(8)]
-        return Item(image=picture), [Item(text) for text, _ in statements], [fits for _, fits in statements]
+        return (
+            Item(image=picture),
+            [Item(text) for text, _ in statements],
+            [fits for _, fits in statements],
+        )
 
     def match(self, items: list[tuple[Item, list[Item], list[bool]]]) -> dict[str, Tensor]:
         prompt = self.segment("<|user|>" + prompts.MATCH_TASK, None)
@@ -193,7 +233,9 @@ class Lessons(Dataset[dict[str, Tensor]]):
         for query, documents, _ in items:
             q = {"raw": self.segment(prompts.MATCH_QUERY, query)}
             d = [{"raw": self.segment(prompts.MATCH_DOCUMENT, document)} for document in documents]
-            rows.append(lay_out(prompt, q, d, slot, [("raw", i, "raw") for i in range(len(d))], gap))
+            rows.append(
+                lay_out(prompt, q, d, slot, [("raw", i, "raw") for i in range(len(d))], gap)
+            )
         packed = pack(rows, self.tokenizer.pad_token_id)
         return {
             "ids": packed.input_ids,
@@ -221,16 +263,25 @@ class SightLessons(Dataset[tuple[Tensor, Tensor]]):
         for _ in range(SIGHT_BATCH):
             scene = picto.sample_scene(rng, count=4 if rng.random() < 0.7 else None)
             picture = picto.render(
-                scene, rng.choice(picto.TRAIN_STYLES), rng.getrandbits(32), augment=rng.random() < 0.8
+                scene,
+                rng.choice(picto.TRAIN_STYLES),
+                rng.getrandbits(32),
+                augment=rng.random() < 0.8,
             )
             seen = scene.cells
-            if rng.random() < 0.15:  # a crop, as grounding shows them: one object fills the picture
+            if (
+                rng.random() < 0.15
+            ):  # a crop, as grounding shows them: one object fills the picture
                 cell = rng.choice([i for i, name in enumerate(seen) if name])
                 picture, seen = picto.crop(picture, cell), (seen[cell],) * 4
             pictures.append(picture)
             cells.append([self.numbers[name] for name in seen])
-        return self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"], torch.tensor(cells)
+        return self.processor.image_processor(pictures, return_tensors="pt")[
+            "pixel_values"
+        ], torch.tensor(cells)
 
 
 def pad(rows: list[list[int]], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(r) for r in rows], batch_first=True, padding_value=value
+    )

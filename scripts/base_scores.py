@@ -1,4 +1,6 @@
-"""What the tiny base can do on held-out combinations: answers by generation, Yes/No on statements and documents."""
+"""What the tiny base can do on held-out combinations: answers by generation, Yes/No on statements
+and documents.
+"""
 
 import random
 
@@ -13,20 +15,26 @@ from rematch.matching import additive
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
-    (yes,), (no,) = (tokenizer.encode(w, add_special_tokens=False) for w in (prompts.YES, prompts.NO))
+    (yes,), (no,) = (
+        tokenizer.encode(w, add_special_tokens=False) for w in (prompts.YES, prompts.NO)
+    )
     return yes, no
 
 
 @torch.no_grad()
-def evaluate(model: LlavaForConditionalGeneration, processor: LlavaProcessor, per_task: int) -> dict[str, float]:
+def evaluate(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, per_task: int
+) -> dict[str, float]:
     """On held-out combinations, in percent, in and out of distribution:
 
     - ``vqa``: exact answers by greedy generation;
-    - ``match``: Yes/No on "does this text / picture match that picture?", half of it with the answer Yes: six kinds
-      of statement about a picture, captions for pictures and pictures for captions, pictures for pictures. Wrong
-      captions and pictures are nearly right, other wrong statements are drawn at random;
-    - ``near_miss``: Yes/No on the right and the nearly right document of all twelve tasks, questions and edits among
-      them, for which a document must be judged that the query only implies.
+    - ``match``: Yes/No on "does this text / picture match that picture?", half of it with the
+      answer Yes: six kinds of statement about a picture, captions for pictures and pictures for
+      captions, pictures for pictures. Wrong captions and pictures are nearly right, other wrong
+      statements are drawn at random;
+    - ``near_miss``: Yes/No on the right and the nearly right document of all twelve tasks,
+      questions and edits among them, for which a document must be judged that the query only
+      implies.
     """
     model.eval()
     lessons = Lessons(processor, 0, 0, 0, 0)
@@ -38,10 +46,15 @@ def evaluate(model: LlavaForConditionalGeneration, processor: LlavaProcessor, pe
             draw = picto_tasks.Draw(random.Random(f"base-eval/{name}/{ood}"), True, styles, False)
             samples = [generate(draw) for _ in range(per_task)]
             if meta_task == "vqa":
-                hits = [generate_answer(model, lessons, s.query) == s.documents[0].text for s in samples]
+                hits = [
+                    generate_answer(model, lessons, s.query) == s.documents[0].text
+                    for s in samples
+                ]
                 vqa.append(sum(hits) / len(hits))
                 scores[f"vqa/{name}{end}"] = 100 * vqa[-1]
-            near_miss[name] = judged(model, lessons, [(s.query, s.documents[:2], [True, False]) for s in samples])
+            near_miss[name] = judged(
+                model, lessons, [(s.query, s.documents[:2], [True, False]) for s in samples]
+            )
             scores[f"near_miss/{name}{end}"] = near_miss[name]
         statements = {}
         for kind in STATEMENTS:
@@ -53,7 +66,10 @@ def evaluate(model: LlavaForConditionalGeneration, processor: LlavaProcessor, pe
                 text, fits = statement(scene, rng, kind)
                 items.append((Item(image=picture), [Item(text)], [fits]))
             statements[kind] = scores[f"statement/{kind}{end}"] = judged(model, lessons, items)
-        asked = [*statements.values(), *(near_miss[f"Picto-{task}"] for task in ("T2I", "I2T", "Style"))]
+        asked = [
+            *statements.values(),
+            *(near_miss[f"Picto-{task}"] for task in ("T2I", "I2T", "Style")),
+        ]
         scores["vqa" + end] = 100 * sum(vqa) / len(vqa)
         scores["match" + end] = sum(asked) / len(asked)
         scores["near_miss" + end] = sum(near_miss.values()) / len(near_miss)
@@ -62,14 +78,23 @@ def evaluate(model: LlavaForConditionalGeneration, processor: LlavaProcessor, pe
 
 
 def judged(
-    model: LlavaForConditionalGeneration, lessons: Lessons, items: list[tuple[Item, list[Item], list[bool]]]
+    model: LlavaForConditionalGeneration,
+    lessons: Lessons,
+    items: list[tuple[Item, list[Item], list[bool]]],
 ) -> float:
     """How many Yes/No answers are right, in percent."""
     yes, no = answer_ids(lessons.tokenizer)
     batch = lessons.match(items)
-    pictures = [i.image for query, documents, _ in items for i in (query, *documents) if i.image is not None]
+    pictures = [
+        i.image
+        for query, documents, _ in items
+        for i in (query, *documents)
+        if i.image is not None
+    ]
     if pictures:
-        batch["pixel_values"] = lessons.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        batch["pixel_values"] = lessons.processor.image_processor(pictures, return_tensors="pt")[
+            "pixel_values"
+        ]
     out = model.model(
         input_ids=batch["ids"],
         pixel_values=batch.get("pixel_values"),
@@ -86,6 +111,10 @@ def generate_answer(model: LlavaForConditionalGeneration, lessons: Lessons, quer
     ids = ids[: -len(lessons.ids("<|end|>"))]
     pixels = lessons.processor.image_processor([query.image], return_tensors="pt")["pixel_values"]
     out = model.generate(
-        input_ids=torch.tensor([ids]), pixel_values=pixels, max_new_tokens=6, do_sample=False, pad_token_id=0
+        input_ids=torch.tensor([ids]),
+        pixel_values=pixels,
+        max_new_tokens=6,
+        do_sample=False,
+        pad_token_id=0,
     )
     return lessons.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()

@@ -3,9 +3,9 @@
     python scripts/build_sprites.py DIR
 
 ``DIR`` holds the unpacked npm packages ``emoji-datasource-google``, ``emoji-datasource-twitter``,
-``@lobehub/fluent-emoji-3d`` and ``emojibase-data`` (``npm install --prefix DIR NAME…`` puts them in
-``DIR/node_modules``). The result is one 64-pixel sprite sheet per style and ``objects.json`` (names and
-categories in sheet order), written to ``src/rematch/assets/picto``.
+``@lobehub/fluent-emoji-3d`` and ``emojibase-data`` (``npm install --prefix DIR NAME…`` puts them
+in ``DIR/node_modules``). The result is one 64-pixel sprite sheet per style and ``objects.json``
+(names and categories in sheet order), written to ``src/rematch/assets/picto``.
 """
 
 import json
@@ -60,9 +60,9 @@ OBJECTS = {
 }
 # Masses and pairs take "some"; "ufo" starts with a consonant's sound.
 SOME = (
-    "bacon, beer, bread, broccoli, candy, cheese, chocolate, coffee, corn, garlic, juice, milk, popcorn, spaghetti, "
-    "sushi, wine, bubble tea, bowling pins, cherries, fries, glasses, gloves, grapes, headphones, jeans, maracas, "
-    "pancakes, scissors, socks"
+    "bacon, beer, bread, broccoli, candy, cheese, chocolate, coffee, corn, garlic, juice, milk, "
+    "popcorn, spaghetti, sushi, wine, bubble tea, bowling pins, cherries, fries, glasses, gloves, "
+    "grapes, headphones, jeans, maracas, pancakes, scissors, socks"
 ).split(", ")
 
 
@@ -88,14 +88,24 @@ def main() -> None:
     root = Path(sys.argv[1])
     if (root / "node_modules").is_dir():
         root /= "node_modules"
-    codes = {e["label"]: e["hexcode"].lower() for e in json.loads((root / "emojibase-data/en/data.json").read_text())}
+    codes = {
+        e["label"]: e["hexcode"].lower()
+        for e in json.loads((root / "emojibase-data/en/data.json").read_text())
+    }
     objects, missing = [], []
     for category, labels in OBJECTS.items():
         for entry in labels.split(", "):
             label, _, name = entry.partition("=")
             paths = {style: find(root, p, codes.get(label, "?")) for style, p in STYLES.items()}
             if all(paths.values()):
-                objects.append({"name": name or label, "category": category, "emoji": codes[label], "paths": paths})
+                objects.append(
+                    {
+                        "name": name or label,
+                        "category": category,
+                        "emoji": codes[label],
+                        "paths": paths,
+                    }
+                )
             else:
                 missing.append(label)
     if missing:
@@ -108,12 +118,17 @@ def main() -> None:
             sprite.thumbnail((SIZE, SIZE), Image.Resampling.LANCZOS)
             if max(sprite.size) < SIZE:
                 scale = SIZE / max(sprite.size)
-                sprite = sprite.resize([max(1, round(s * scale)) for s in sprite.size], Image.Resampling.LANCZOS)
+                sprite = sprite.resize(
+                    [max(1, round(s * scale)) for s in sprite.size], Image.Resampling.LANCZOS
+                )
             x, y = i % COLUMNS * SIZE, i // COLUMNS * SIZE
             sheet.paste(sprite, (x + (SIZE - sprite.width) // 2, y + (SIZE - sprite.height) // 2))
         sheet.save(OUT / f"{style}.png", optimize=True)
         print(f"{style}.png: {(OUT / f'{style}.png').stat().st_size / 1e6:.2f} MB")
-    rows = [{k: e[k] for k in ("name", "category", "emoji")} | {"article": article(e["name"])} for e in objects]
+    rows = [
+        {k: e[k] for k in ("name", "category", "emoji")} | {"article": article(e["name"])}
+        for e in objects
+    ]
     body = ",\n".join(json.dumps(row) for row in rows)
     (OUT / "objects.json").write_text(f"[\n{body}\n]\n")
     print(f"{len(objects)} objects in {len({e['category'] for e in objects})} categories")

@@ -1,4 +1,6 @@
-"""Write docs/openapi.json, what `rematch serve INDEX` offers; a test compares it with the application."""
+"""Write docs/openapi.json, what `rematch serve INDEX` offers; a test compares it with the
+application.
+"""
 
 import tempfile
 from pathlib import Path

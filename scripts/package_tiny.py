@@ -2,8 +2,9 @@
 
     python scripts/package_tiny.py rematch-model
 
-Weights are stored in half precision (16 MB limit) and declared as float32, so that they load as such. The recipe and
-the training log go along; the scores are written by ``rematch evaluate rematch-tiny --output src/rematch/assets/tiny``.
+Weights are stored in half precision (16 MB limit) and declared as float32, so that they load as
+such. The recipe and the training log go along; the scores are written by ``rematch evaluate
+rematch-tiny --output src/rematch/assets/tiny``.
 """
 
 import shutil
@@ -20,7 +21,9 @@ def halve(directory: Path) -> None:
     """Rewrite every safetensors file of a directory in half precision."""
     for path in directory.rglob("*.safetensors"):
         weights = load_file(path)
-        save_file({name: weight.half() for name, weight in weights.items()}, path, {"format": "pt"})
+        save_file(
+            {name: weight.half() for name, weight in weights.items()}, path, {"format": "pt"}
+        )
 
 
 def main() -> None:

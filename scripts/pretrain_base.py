@@ -4,22 +4,25 @@
 
 Three kinds of lesson, on training styles and training combinations only:
 
-- sight, before the others: the vision tower alone, a linear read-out names what stands in each cell (a released MLLM
-  starts from a trained vision tower too; learning names from captions alone took over 1,200 steps to begin);
-- chat: one picture and many question-answer turns (dense caption, look-ups by place and by name, relations, counts,
-  colours, Yes/No statements that are true or false by one thing), ordinary causal next-token prediction;
-- matching: a query, a right and a nearly right document, and the Yes/No question about each, in the chat template and
-  the segment layout that ``rematch.matching`` uses; and statements about a picture, true or false by one thing, as
-  documents for it.
+- sight, before the others: the vision tower alone, a linear read-out names what stands in each
+  cell (a released MLLM starts from a trained vision tower too; learning names from captions alone
+  took over 1,200 steps to begin);
+- chat: one picture and many question-answer turns (dense caption, look-ups by place and by name,
+  relations, counts, colours, Yes/No statements that are true or false by one thing), ordinary
+  causal next-token prediction;
+- matching: a query, a right and a nearly right document, and the Yes/No question about each, in
+  the chat template and the segment layout that ``rematch.matching`` uses; and statements about a
+  picture, true or false by one thing, as documents for it.
 
-While it learns to chat, every picture token is also read out through the (tied) word embeddings and must name the
-object in its quarter, and top or bottom, left or right: so pictures and words share a space at the language model's
-input, and looking a word up in a picture becomes a comparison of like with like. Without the names, look-ups by name
-stayed at chance for 1,250 steps; without the places, for 3,500 more: picture tokens did not tell where they are.
+While it learns to chat, every picture token is also read out through the (tied) word embeddings
+and must name the object in its quarter, and top or bottom, left or right: so pictures and words
+share a space at the language model's input, and looking a word up in a picture becomes a
+comparison of like with like. Without the names, look-ups by name stayed at chance for 1,250 steps;
+without the places, for 3,500 more: picture tokens did not tell where they are.
 
-``--start-from MODEL`` goes on from a finished base with a fresh learning rate instead; the committed one is
-several such runs (docs/log.md). The log (``log.jsonl``), the scores on held-out combinations and the model end up in
-``--output``.
+``--start-from MODEL`` goes on from a finished base with a fresh learning rate instead; the
+committed one is several such runs (docs/log.md). The log (``log.jsonl``), the scores on held-out
+combinations and the model end up in ``--output``.
 """
 
 import argparse
@@ -37,7 +40,15 @@ import torch.nn.functional as F
 from base_lessons import IMAGE, PATCHES, Lessons, SightLessons, turns
 from base_scores import answer_ids, evaluate
 from package_tiny import halve
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
@@ -58,13 +69,16 @@ PAD = "<|pad|>"
 TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>"
     "{% if message.content is string %}{{ message.content }}{% else %}"
-    "{% for part in message.content %}{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% for part in message.content %}{% if part.type == 'image' %}<image>{% else %}{{ part.text "
+    "}}{% endif %}{% endfor %}{% endif %}<|end|>{% endfor %}{% if add_generation_prompt "
+    "%}<|assistant|>{% endif %}"
 )
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE, lower-cased, in which every Picto word is one token and any other text still has tokens."""
+    """Byte-level BPE, lower-cased, in which every Picto word is one token and any other text still
+    has tokens.
+    """
     rng = random.Random(0)
     corpus = [*picto.objects(), *picto.categories(), *prompts.DOCUMENT_INSTRUCTIONS.values()]
     corpus += [prompts.MATCH_QUERY, prompts.MATCH_DOCUMENT, prompts.MATCH_QUESTION, "Yes", "No"]
@@ -98,7 +112,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build(tokenizer: PreTrainedTokenizerFast) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def build(
+    tokenizer: PreTrainedTokenizerFast,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The untrained model and its processor."""
     vision = SiglipVisionConfig(
         hidden_size=192,
@@ -149,9 +165,15 @@ def build(tokenizer: PreTrainedTokenizerFast) -> tuple[LlavaForConditionalGenera
 
 
 def learn_to_see(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int, lr: float, log: TextIO
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    steps: int,
+    lr: float,
+    log: TextIO,
 ) -> None:
-    """Train the vision tower alone; its four quarters are read out by one linear layer that is thrown away after."""
+    """Train the vision tower alone; its four quarters are read out by one linear layer that is
+    thrown away after.
+    """
     tower = model.model.vision_tower
     width, edge = tower.config.hidden_size, picto.SIZE // tower.config.patch_size
     head = torch.nn.Linear(width, len(picto.objects()) + 1)
@@ -160,10 +182,17 @@ def learn_to_see(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
     lessons = SightLessons(processor, steps)
     right, start = 0.0, time.time()
-    for step, (pixels, cells) in enumerate(DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=4), 1):
+    for step, (pixels, cells) in enumerate(
+        DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=4), 1
+    ):
         with torch.autocast("cpu", torch.bfloat16):
             states = tower(pixels, output_hidden_states=True).hidden_states[-1]
-        quarters = states.float().view(-1, 2, edge // 2, 2, edge // 2, width).mean((2, 4)).view(-1, 4, width)
+        quarters = (
+            states.float()
+            .view(-1, 2, edge // 2, 2, edge // 2, width)
+            .mean((2, 4))
+            .view(-1, 4, width)
+        )
         logits = head(quarters)
         loss = F.cross_entropy(logits.flatten(0, 1), cells.flatten(), label_smoothing=0.05)
         optimizer.zero_grad()
@@ -173,8 +202,14 @@ def learn_to_see(
         schedule.step()
         right += (logits.argmax(-1) == cells).float().mean().item()
         if step % 100 == 0:
-            row = {"sight_step": step, "seconds": round(time.time() - start), "loss": round(loss.item(), 4)}
-            line = json.dumps(row | {"accuracy": round(right, 2)})  # mean over the last 100 steps, in percent
+            row = {
+                "sight_step": step,
+                "seconds": round(time.time() - start),
+                "loss": round(loss.item(), 4),
+            }
+            line = json.dumps(
+                row | {"accuracy": round(right, 2)}
+            )  # mean over the last 100 steps, in percent
             print(line, flush=True)
             log.write(line + "\n")
             log.flush()
@@ -184,7 +219,9 @@ def learn_to_see(
 def losses(
     model: LlavaForConditionalGeneration, batch: dict[str, Tensor], yes_no: tuple[int, int]
 ) -> tuple[Tensor, ...]:
-    features = model.model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True).pooler_output
+    features = model.model.get_image_features(
+        pixel_values=batch["pixel_values"], return_dict=True
+    ).pooler_output
     chats = len(batch["chat_ids"])
     embed = model.get_input_embeddings()
 
@@ -199,11 +236,17 @@ def losses(
     wanted = labels != -100
     chat = F.cross_entropy(model.lm_head(states[wanted]).float(), labels[wanted])
     tokens = torch.stack(list(features[:chats])).float()  # (B, 36, D), row by row
-    words = embed.weight * (0.07 / embed.weight.detach().pow(2).mean().sqrt())  # however long they are
+    words = embed.weight * (
+        0.07 / embed.weight.detach().pow(2).mean().sqrt()
+    )  # however long they are
     edge = int(PATCHES**0.5)
     half = torch.arange(edge) * 2 // edge
-    quarter = (2 * half[:, None] + half).flatten()  # (36,): the quarter that each picture token lies in
-    read_out = F.cross_entropy((tokens @ words.T).flatten(0, 1), batch["cells"][:, quarter].flatten())
+    quarter = (
+        2 * half[:, None] + half
+    ).flatten()  # (36,): the quarter that each picture token lies in
+    read_out = F.cross_entropy(
+        (tokens @ words.T).flatten(0, 1), batch["cells"][:, quarter].flatten()
+    )
     for pair, place in zip(batch["place_words"], (quarter // 2, quarter % 2), strict=True):
         of_two = (tokens @ words[pair].T).flatten(0, 1)  # top or bottom, left or right
         read_out = read_out + F.cross_entropy(of_two, place.repeat(chats))
@@ -233,23 +276,32 @@ def ease_lookup(
     lookup: tuple[int, ...] = (0, 3),
     copy: tuple[int, ...] = (2,),
 ) -> None:
-    """Give a base that names what stands at a place the start of what finds the place of a name (docs/log.md).
+    """Give a base that names what stands at a place the start of what finds the place of a name
+    (docs/log.md).
 
-    1. Word embeddings get the length of picture tokens (the last norm takes the factor back for the tied LM head):
-       beside layer outputs seventy times as long, a word's identity was gone after the first layer.
-    2. In some layers one head compares like with like: ``W_q`` and ``W_k`` are the main directions of the objects'
-       names, in dimensions that the rotary embedding hardly turns, and a bias towards pictures, away from the word
-       itself.
+    1. Word embeddings get the length of picture tokens (the last norm takes the factor back for
+       the tied LM head): beside layer outputs seventy times as long, a word's identity was gone
+       after the first layer.
+    2. In some layers one head compares like with like: ``W_q`` and ``W_k`` are the main directions
+       of the objects' names, in dimensions that the rotary embedding hardly turns, and a bias
+       towards pictures, away from the word itself.
     3. In others one head hands on, through ``W_v`` and ``W_o``, the names of what it attends to.
     """
     text = model.model.language_model
-    words = [processor.tokenizer.encode(name, add_special_tokens=False)[0] for name in picto.objects()]
+    words = [
+        processor.tokenizer.encode(name, add_special_tokens=False)[0] for name in picto.objects()
+    ]
     model.get_input_embeddings().weight.mul_(scale)
     text.norm.weight.div_(scale)
     batch = Lessons(processor, 1, 24, 0, 0, alone=1)[0]
-    states = model(input_ids=batch["chat_ids"], pixel_values=batch["pixel_values"], output_hidden_states=True)
+    states = model(
+        input_ids=batch["chat_ids"], pixel_values=batch["pixel_values"], output_hidden_states=True
+    )
     ids = batch["chat_ids"]
-    of_picture, of_text = ids == model.config.image_token_index, torch.isin(ids, torch.tensor(words))
+    of_picture, of_text = (
+        ids == model.config.image_token_index,
+        torch.isin(ids, torch.tensor(words)),
+    )
     config, size = text.config, text.config.head_dim
     half, group = size // 2, config.num_attention_heads // config.num_key_value_heads
     turn = config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)  # radians a token
@@ -267,23 +319,37 @@ def ease_lookup(
         attention = layer.self_attn
         if index in copy:
             attention.v_proj.weight[-size:] = directions[:size]
-            attention.o_proj.weight[:, -group * size :] = 4 / group * directions[:size].T.repeat(1, group)
+            attention.o_proj.weight[:, -group * size :] = (
+                4 / group * directions[:size].T.repeat(1, group)
+            )
             for projection, rows_of in ((attention.q_proj, group), (attention.k_proj, 1)):
                 projection.weight[-rows_of * size :].normal_(std=config.initializer_range)
             continue
         content = directions[: len(rows) - 1]
-        to_picture = torch.linalg.pinv(means) @ torch.tensor([1.0, -0.5])  # +1 on pictures, -0.5 on words
+        to_picture = torch.linalg.pinv(means) @ torch.tensor(
+            [1.0, -0.5]
+        )  # +1 on pictures, -0.5 on words
         to_text = torch.linalg.pinv(means) @ torch.tensor([0.0, 1.0])
         key, query = torch.zeros(2, size, config.hidden_size)
-        key[rows] = torch.cat([content, 0.6 * (pictures @ content.T).norm(dim=1).mean() * to_picture[None]])
-        query[rows] = torch.cat([content, 0.6 * (texts @ content.T).norm(dim=1).mean() * to_text[None]])
+        key[rows] = torch.cat(
+            [content, 0.6 * (pictures @ content.T).norm(dim=1).mean() * to_picture[None]]
+        )
+        query[rows] = torch.cat(
+            [content, 0.6 * (texts @ content.T).norm(dim=1).mean() * to_text[None]]
+        )
         attention.k_proj.weight[-size:] = key
         attention.q_proj.weight[-group * size :] = query.repeat(group, 1)
 
 
 def build_optimizers(model: LlavaForConditionalGeneration) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for embeddings, norms and biases (docs/log.md has what Muon gave)."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    """Muon for the layers' matrices, AdamW for embeddings, norms and biases (docs/log.md has what
+    Muon gave).
+    """
+    matrices = [
+        p
+        for n, p in model.named_parameters()
+        if p.ndim == 2 and "embed" not in n and "lm_head" not in n
+    ]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     muon = torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
@@ -291,7 +357,11 @@ def build_optimizers(model: LlavaForConditionalGeneration) -> list[torch.optim.O
 
 
 def save_checkpoint(
-    path: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], step: int, seconds: float
+    path: Path,
+    model: torch.nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    step: int,
+    seconds: float,
 ) -> None:
     state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
     state |= {"step": step, "seconds": seconds}
@@ -300,27 +370,50 @@ def save_checkpoint(
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, output: Path) -> None:
-    """Weights on disk in half precision (16 MB limit), declared as float32 so that they load as such."""
+    """Weights on disk in half precision (16 MB limit), declared as float32 so that they load as
+    such.
+    """
     model.set_attn_implementation("sdpa")
     rows = len(processor.tokenizer) + 64
-    model.resize_token_embeddings(128 * -(-rows // 128), mean_resizing=False)  # spare rows, as releases have
+    model.resize_token_embeddings(
+        128 * -(-rows // 128), mean_resizing=False
+    )  # spare rows, as releases have
     model.save_pretrained(output)
     processor.save_pretrained(output)
     halve(output)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work-dir", type=Path, required=True, help="checkpoint and log; an existing one is continued")
-    parser.add_argument("--output", type=Path, help="where the finished model goes (default: WORK_DIR/model)")
-    parser.add_argument("--start-from", help="a finished base to go on from, without the sight lessons")
-    parser.add_argument("--ease-lookup", action="store_true", help="with --start-from: see ease_lookup")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        required=True,
+        help="checkpoint and log; an existing one is continued",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="where the finished model goes (default: WORK_DIR/model)"
+    )
+    parser.add_argument(
+        "--start-from", help="a finished base to go on from, without the sight lessons"
+    )
+    parser.add_argument(
+        "--ease-lookup", action="store_true", help="with --start-from: see ease_lookup"
+    )
     parser.add_argument("--sight-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--alone", type=int, help="so many steps of chat alone come first (default: half)")
-    parser.add_argument("--chats", type=int, default=22, help="conversations per step (twice as many when alone)")
+    parser.add_argument(
+        "--alone", type=int, help="so many steps of chat alone come first (default: half)"
+    )
+    parser.add_argument(
+        "--chats", type=int, default=22, help="conversations per step (twice as many when alone)"
+    )
     parser.add_argument("--pairs", type=int, default=24, help="matching samples per step")
-    parser.add_argument("--facts", type=int, default=14, help="pictures with eight statements each per step")
+    parser.add_argument(
+        "--facts", type=int, default=14, help="pictures with eight statements each per step"
+    )
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--eval-every", type=int, default=500)
     args = parser.parse_args()
@@ -336,9 +429,14 @@ def main() -> None:
         if not saved.exists():
             build_tokenizer().save_pretrained(saved)
         model, processor = build(PreTrainedTokenizerFast.from_pretrained(saved))
-    model.set_attn_implementation("eager")  # a little faster than sdpa under bf16 autocast on a CPU
+    model.set_attn_implementation(
+        "eager"
+    )  # a little faster than sdpa under bf16 autocast on a CPU
     yes_no = answer_ids(processor.tokenizer)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, Yes/No = {yes_no}", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, Yes/No = {yes_no}",
+        flush=True,
+    )
     optimizers = build_optimizers(model)
     step, seconds = 0, 0.0
     checkpoint = args.work_dir / "checkpoint.pt"
@@ -377,7 +475,11 @@ def main() -> None:
             chat_loss, match_loss, accuracy = (sums / 50).tolist()
             sums.zero_()
             row = {"step": step, "seconds": round(time.time() - start), "lr": rate}
-            row |= {"chat_loss": chat_loss, "match_loss": match_loss, "match_accuracy": 100 * accuracy}
+            row |= {
+                "chat_loss": chat_loss,
+                "match_loss": match_loss,
+                "match_accuracy": 100 * accuracy,
+            }
             if step % args.eval_every == 0:
                 row |= evaluate(model, processor, 40)
             line = json.dumps({k: round(v, 5) for k, v in row.items()})

@@ -13,10 +13,10 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from rematch.data import picto
-from rematch.encoder import Encoder
+from rematch.data.corpus import open_corpus
+from rematch.encoding.encoder import Encoder
 from rematch.model import ReMatch
 from rematch.search.build import build
-from rematch.search.corpus import open_corpus
 from rematch.search.index import Index
 from rematch.serve.app import create_app
 from rematch.serve.engine import Engine
@@ -30,18 +30,26 @@ if __name__ == "__main__":
         rows = []
         for i in range(150):
             scene = picto.sample_scene(rng, held_out=True)
-            picto.render(scene, "noto", i).resize((288, 288), Image.Resampling.LANCZOS).save(folder / f"{i:03}.png")
-            rows.append({"id": f"scene {i:03}", "image": f"{i:03}.png", "objects": len(scene.objects)})
+            picto.render(scene, "noto", i).resize((288, 288), Image.Resampling.LANCZOS).save(
+                folder / f"{i:03}.png"
+            )
+            rows.append(
+                {"id": f"scene {i:03}", "image": f"{i:03}.png", "objects": len(scene.objects)}
+            )
         (folder / "scenes.jsonl").write_text("\n".join(map(json.dumps, rows)))
         model = ReMatch("rematch-tiny")
         index = Index.create(folder / "index", model, name="rematch-tiny")
         build(index, open_corpus(folder / "scenes.jsonl"), Encoder(model))
-        server = uvicorn.Server(uvicorn.Config(create_app(Engine(str(folder / "index"))), port=0, log_level="warning"))
+        server = uvicorn.Server(
+            uvicorn.Config(create_app(Engine(str(folder / "index"))), port=0, log_level="warning")
+        )
         threading.Thread(target=server.run, daemon=True).start()
         while not server.started:
             time.sleep(0.05)
         address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
         query = "Find me an image that matches the given caption: a dog above a pizza, on a blue background"
         page = browser.new_page(viewport={"width": 1000, "height": 700})
         page.goto(address)
@@ -52,7 +60,9 @@ if __name__ == "__main__":
         page.click(".card >> nth=0")
         page.wait_for_timeout(2000)
         page.screenshot(path=images / "search-detail.png")
-        phone = browser.new_context(viewport={"width": 380, "height": 700}, color_scheme="dark").new_page()
+        phone = browser.new_context(
+            viewport={"width": 380, "height": 700}, color_scheme="dark"
+        ).new_page()
         phone.goto(address)
         phone.set_input_files("#file", folder / "003.png")
         phone.wait_for_timeout(2000)

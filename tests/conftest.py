@@ -1,4 +1,6 @@
-"""A tiny, untrained LLaVA-style backbone that every test can afford, in the packaged base's vocabulary."""
+"""A tiny, untrained LLaVA-style backbone that every test can afford, in the packaged base's
+vocabulary.
+"""
 
 import os
 import random
@@ -7,14 +9,16 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("REMATCH_NATIVE_BF16", "0")  # the same arithmetic on every machine; tests of bfloat16 ask for it
+os.environ.setdefault(
+    "REMATCH_NATIVE_BF16", "0"
+)  # the same arithmetic on every machine; tests of bfloat16 ask for it
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging
 
-from rematch.backbone import resolve
+from rematch.backbone.module import resolve
 from rematch.data.picto_tasks import TASKS, training_triplet
 from rematch.model import ReMatch
 
@@ -38,16 +42,22 @@ def backbone_path(tmp_path_factory) -> Path:
 
 
 def _rms_norm(module, x):
-    return torch.nn.functional.rms_norm(x, module.weight.shape, module.weight.to(x.dtype), module.variance_epsilon)
+    return torch.nn.functional.rms_norm(
+        x, module.weight.shape, module.weight.to(x.dtype), module.variance_epsilon
+    )
 
 
-def build_model(path: Path, num_tokens: int = 4, dtype: torch.dtype = torch.float64, **kwargs) -> ReMatch:
+def build_model(
+    path: Path, num_tokens: int = 4, dtype: torch.dtype = torch.float64, **kwargs
+) -> ReMatch:
     """A new model on the tiny backbone, the same each time."""
     torch.manual_seed(1)
     model = ReMatch.from_backbone(str(path), num_tokens, model_kwargs={"dtype": dtype}, **kwargs)
     model.fusion.to(dtype)
     for module in model.modules():
-        if type(module).__name__ == "Qwen3RMSNorm":  # rounds to float32 inside, which would hide in float64 tests
+        if (
+            type(module).__name__ == "Qwen3RMSNorm"
+        ):  # rounds to float32 inside, which would hide in float64 tests
             module.forward = partial(_rms_norm, module)
     return model.eval()
 
@@ -76,4 +86,6 @@ def triplets() -> list[dict]:
     """One sample of each of Picto's twelve tasks: text-only, picture-only and mixed columns."""
     found = [training_triplet(0, i, name) for i, name in enumerate(TASKS)]
     random.Random(0).shuffle(found)
-    return [{c: getattr(t, c).as_input() for c in ("query", "positive", "negative")} for t in found]
+    return [
+        {c: getattr(t, c).as_input() for c in ("query", "positive", "negative")} for t in found
+    ]

@@ -1,4 +1,5 @@
-"""``rematch`` with FSDP2 on CPUs, which accelerate offers on GPUs only: it is told that CPUs will do.
+"""``rematch`` with FSDP2 on CPUs, which accelerate offers on GPUs only: it is told that CPUs will
+do.
 
 torchrun --nproc_per_node=2 tests/sharded_on_cpu.py train RECIPE …
 """
@@ -11,7 +12,9 @@ import torch
 from accelerate import state
 
 source = textwrap.dedent(inspect.getsource(state.AcceleratorState.__init__))
-changed = source.replace("DistributedType.MULTI_GPU,", "DistributedType.MULTI_GPU, DistributedType.MULTI_CPU,")
+changed = source.replace(
+    "DistributedType.MULTI_GPU,", "DistributedType.MULTI_GPU, DistributedType.MULTI_CPU,"
+)
 assert changed != source, "accelerate chooses FSDP in another way now"
 exec(compile(changed, __file__, "exec"), vars(state))
 state.AcceleratorState.__init__ = vars(state).pop("__init__")

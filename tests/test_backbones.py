@@ -1,4 +1,6 @@
-"""Every family of backbones that the documentation names: trained, saved, loaded, encoded, matched; or refused."""
+"""Every family of backbones that the documentation names: trained, saved, loaded, encoded,
+matched; or refused.
+"""
 
 import json
 import os
@@ -15,16 +17,36 @@ QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 SMOL_PICTURE = "<fake_token_around_image><global-img><image><fake_token_around_image>"
 CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 ONEVISION = "<|im_start|>user {}<|im_end|><|im_start|>assistant\n"
-SMOL, IDEFICS = (f"{bos}User:{{}}<end_of_utterance>\nAssistant:" for bos in ("<|im_start|>", "<|begin_of_text|>"))
+SMOL, IDEFICS = (
+    f"{bos}User:{{}}<end_of_utterance>\nAssistant:"
+    for bos in ("<|im_start|>", "<|begin_of_text|>")
+)
 QUERY = "the red cat"
 
-# By family: the turn of a text, that of a picture, and the content of both, as its real template has them.
+# By family: the turn of a text, that of a picture, and the content of both, as its real template
+# has them.
 TURNS = {
-    "qwen2_vl": (QWEN2 + CHATML.format(QUERY), QWEN2 + CHATML.format(QWEN_PICTURE), QWEN_PICTURE + QUERY),
-    "qwen2_5_vl": (QWEN2 + CHATML.format(QUERY), QWEN2 + CHATML.format(QWEN_PICTURE), QWEN_PICTURE + QUERY),
+    "qwen2_vl": (
+        QWEN2 + CHATML.format(QUERY),
+        QWEN2 + CHATML.format(QWEN_PICTURE),
+        QWEN_PICTURE + QUERY,
+    ),
+    "qwen2_5_vl": (
+        QWEN2 + CHATML.format(QUERY),
+        QWEN2 + CHATML.format(QWEN_PICTURE),
+        QWEN_PICTURE + QUERY,
+    ),
     "qwen3_vl": (CHATML.format(QUERY), CHATML.format(QWEN_PICTURE), QWEN_PICTURE + QUERY),
-    "llava": (f"<s> USER: {QUERY} ASSISTANT:", "<s> USER: <image>\nASSISTANT:", "<image>\n" + QUERY),
-    "llava_onevision": (ONEVISION.format("\n" + QUERY), ONEVISION.format("<image>"), "<image>\n" + QUERY),
+    "llava": (
+        f"<s> USER: {QUERY} ASSISTANT:",
+        "<s> USER: <image>\nASSISTANT:",
+        "<image>\n" + QUERY,
+    ),
+    "llava_onevision": (
+        ONEVISION.format("\n" + QUERY),
+        ONEVISION.format("<image>"),
+        "<image>\n" + QUERY,
+    ),
     "smolvlm": (SMOL.format(" " + QUERY), SMOL.format(SMOL_PICTURE), SMOL_PICTURE + QUERY),
     "idefics3": (IDEFICS.format(" " + QUERY), IDEFICS.format(SMOL_PICTURE), SMOL_PICTURE + QUERY),
     "internvl": (
@@ -34,7 +56,9 @@ TURNS = {
     ),
 }
 WORKING = tuple(TURNS)
-TORCHVISION = Path(sys.prefix) / "torchvision-for-tests"  # `make install` puts it there, out of the library's way
+TORCHVISION = (
+    Path(sys.prefix) / "torchvision-for-tests"
+)  # `make install` puts it there, out of the library's way
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +121,24 @@ def test_turns_and_questions_have_the_structure_of_the_real_template(found, fami
     assert readings["picture, query"][2] == picture + tail
     assert readings["two pictures, query"][2].count("assistant") == picture.count("assistant")
     assert readings["both, query"][2].endswith(content + text.split(QUERY)[1] + tail)
-    contents = {kind: readings[f"{kind}, query"][4] for kind in ("text", "both", "blanks", "lines")}
+    contents = {
+        kind: readings[f"{kind}, query"][4] for kind in ("text", "both", "blanks", "lines")
+    }
     contents["blanks"] = contents["blanks"].lstrip()  # SentencePiece shows one less than there are
-    assert contents == {"text": QUERY, "both": content, "blanks": "the red cat ", "lines": "\n\nthe red\n\ncat\n"}
+    assert contents == {
+        "text": QUERY,
+        "both": content,
+        "blanks": "the red cat ",
+        "lines": "\n\nthe red\n\ncat\n",
+    }
 
     asked = text.replace(
-        QUERY, "Is the document relevant to the query? Answer only Yes or No.\nQuery:\n{}\nDocument:\n{}"
+        QUERY,
+        "Is the document relevant to the query? Answer only Yes or No.\nQuery:\n{}\nDocument:\n{}",
     )
-    expected = asked.format(QUERY, content.replace(QUERY, "a dog")).replace("a dog", "a dog\nRelevant?")
+    expected = asked.format(QUERY, content.replace(QUERY, "a dog")).replace(
+        "a dog", "a dog\nRelevant?"
+    )
     # SentencePiece begins each segment with a blank
     assert re.sub(" ?\n ?", "\n", found[family]["question"]) == re.sub(" ?\n ?", "\n", expected)
 
@@ -114,7 +148,9 @@ def test_control_tokens_in_a_text_are_refused_whoever_reads_it(found, family):
     special, accepted, ordinary = found[family]["control"]
     assert len(special) >= 8 + 5  # the learnable ones and the family's
     assert accepted == []
-    assert bool(ordinary) == (family.startswith("qwen") or family in ("llava_onevision", "internvl"))
+    assert bool(ordinary) == (
+        family.startswith("qwen") or family in ("llava_onevision", "internvl")
+    )
 
 
 def test_bidirectional_pictures_are_refused_with_the_reason(found):

@@ -1,4 +1,6 @@
-"""A batch on its way from a data worker to the model: few open files, little memory, the very same numbers."""
+"""A batch on its way from a data worker to the model: few open files, little memory, the very same
+numbers.
+"""
 
 import pickle
 import resource
@@ -11,9 +13,9 @@ from PIL import Image
 from test_gradient_cache import SMALL, assert_equal, gradients
 from torch.utils.data import DataLoader
 
-from rematch.losses import ReMatchLoss
-from rematch.pictures import Pictures
+from rematch.backbone.pictures import Pictures
 from rematch.train.collator import Collator
+from rematch.train.loss import ReMatchLoss
 
 
 def tensors_of(value):
@@ -33,24 +35,34 @@ def test_a_batch_survives_pickling(model, triplets, reuse):
     copy = pickle.loads(pickle.dumps(batch))
     before, after = tensors_of(batch), tensors_of(copy)
     assert len(before) > 100
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(before, after, strict=True))
+    assert all(
+        torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(before, after, strict=True)
+    )
     assert copy.ids == batch.ids
     after[0].add_(1)  # can be written to
 
 
 def test_a_batch_comes_from_a_worker_through_few_open_files(model, triplets):
-    """Hundreds of tensors, as at a batch of 1,024; each would be an open file if torch shared their memory."""
+    """Hundreds of tensors, as at a batch of 1,024; each would be an open file if torch shared
+    their memory.
+    """
     collator = Collator(model, tokens=60)
     expected = collator(triplets)["batch"]
     assert len(tensors_of(expected)) > 150
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    loader = iter(DataLoader(triplets, len(triplets), collate_fn=collator, num_workers=1, prefetch_factor=1))
+    loader = iter(
+        DataLoader(triplets, len(triplets), collate_fn=collator, num_workers=1, prefetch_factor=1)
+    )
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, hard))
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, hard)
+        )
         batch = next(loader)["batch"]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert all(torch.equal(a, b) for a, b in zip(tensors_of(batch), tensors_of(expected), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(tensors_of(batch), tensors_of(expected), strict=True)
+    )
 
 
 def test_pictures_are_kept_as_levels_and_come_back_to_the_bit(model, triplets):
@@ -81,7 +93,9 @@ def test_levels_of_every_layout(shape):
     assert torch.equal(compact.to("cpu", torch.float32).values["pixel_values"], values)
     padded = values.clone()
     padded.view(-1)[: padded.numel() // 10] = 0.0  # what some processors pad with is no level
-    other = Pictures({"pixel_values": padded}, pictures.sizes, pictures.tokens).compact(mean, std, torch.bfloat16)
+    other = Pictures({"pixel_values": padded}, pictures.sizes, pictures.tokens).compact(
+        mean, std, torch.bfloat16
+    )
     assert other.values["pixel_values"].dtype == torch.bfloat16
     assert torch.equal(other.values["pixel_values"], padded.bfloat16())
 
@@ -92,7 +106,9 @@ def test_features_over_the_budget_are_computed_again(model, triplets, cached, re
     model.backbone.freeze_vision()
     batch = Collator(model, tokens=SMALL, reuse=reuse)(triplets)["batch"]
     counts, results = [], []
-    handle = model.backbone.base.vision_tower.register_forward_pre_hook(lambda _, args: counts.append(len(args[0])))
+    handle = model.backbone.base.vision_tower.register_forward_pre_hook(
+        lambda _, args: counts.append(len(args[0]))
+    )
     for budget in (4.0, 0.0):
         counts.clear()
         loss = ReMatchLoss(model, gradient_cache=cached, features_gb=budget)
@@ -110,4 +126,6 @@ def test_a_blank_picture_is_no_level_trap(model):
     """All levels equal: the table has one entry a channel."""
     reading = model.backbone.reader.read({"image": Image.new("RGB", (96, 96), (10, 200, 255))})
     pictures = Collator(model).compact(Pictures.collect([reading.vision], [reading.visual_tokens]))
-    assert torch.equal(pictures.to("cpu", torch.float32).values["pixel_values"], reading.vision["pixel_values"])
+    assert torch.equal(
+        pictures.to("cpu", torch.float32).values["pixel_values"], reading.vision["pixel_values"]
+    )

@@ -1,4 +1,6 @@
-"""MMEB's three layouts with their odd cases, the zero-shot five, own data: what is read, and what is said of errors."""
+"""MMEB's three layouts with their odd cases, the zero-shot five, own data: what is read, and what
+is said of errors.
+"""
 
 import json
 import shutil
@@ -62,7 +64,9 @@ def parquet(path, rows):
 
 
 def eval_tree(root, names=None, apart=False):
-    """MMEB-eval (or, with the instructions ``apart``, MMEB_Test_Instruct) in small: two queries of each data set."""
+    """MMEB-eval (or, with the instructions ``apart``, MMEB_Test_Instruct) in small: two queries of
+    each data set.
+    """
     odd_pictures(root / "images" / "Odd")
     for number, data in enumerate(DATA_SETS):
         if names and data.name not in names:
@@ -70,7 +74,10 @@ def eval_tree(root, names=None, apart=False):
         rows = []
         for i in range(2):
             query_image = "" if data.identity == "image" else f"Odd/{ODD[(number + i) % len(ODD)]}"
-            asked, text = "Represent the given image with the following question: ", f"what is {i}?"
+            asked, text = (
+                "Represent the given image with the following question: ",
+                f"what is {i}?",
+            )
             texts, paths = [f"answer {(i + j) % 4}" for j in range(3)], [""] * 3
             told, own = "", texts
             if data.identity != "text":
@@ -82,7 +89,11 @@ def eval_tree(root, names=None, apart=False):
             if apart:
                 marked = f"{MARKER}\n{asked}" if query_image else asked
                 row = {"qry_inst": marked, "qry_text": text, "qry_img_path": query_image}
-                row |= {"tgt_inst": f"{MARKER}\n{told}" if told else "", "tgt_text": own, "tgt_img_path": paths}
+                row |= {
+                    "tgt_inst": f"{MARKER}\n{told}" if told else "",
+                    "tgt_text": own,
+                    "tgt_img_path": paths,
+                }
             else:
                 # WebQA has the marker without a picture
                 marker = f"{MARKER}\n" if query_image or data.name == "WebQA" else ""
@@ -118,7 +129,10 @@ def test_both_layouts_of_the_test_sets_give_the_same_inputs(tmp_path):
                 assert MARKER not in x.instruction + x.text
                 for instruction in (True, False):
                     first, second = x.as_input(instruction), y.as_input(instruction)
-                    assert first.get("text", "").strip() == second.get("text", "").strip() or x in a.queries
+                    assert (
+                        first.get("text", "").strip() == second.get("text", "").strip()
+                        or x in a.queries
+                    )
                     assert Path(first.get("image", "")).name == Path(second.get("image", "")).name
     by_name = {t.name: t for t in one}
     webqa = by_name["WebQA"].queries[0]
@@ -206,7 +220,9 @@ def test_training_data_is_read_with_its_odd_cases(tmp_path):
     assert webqa[0].positive.as_input(False)["text"] == "t0"
     (diverse,) = read_train(tmp_path, "diverse_instruction")
     assert diverse[0].query.text == "tell me: what? 0"
-    assert [len(config) for config in read_train(tmp_path / "WebQA")] == [6], "one config's own folder"
+    assert [len(config) for config in read_train(tmp_path / "WebQA")] == [6], (
+        "one config's own folder"
+    )
     assert data_set("ImageNet_1K").name == "ImageNet-1K"
 
 
@@ -220,7 +236,12 @@ def test_training_draws_each_data_set_by_its_weight_and_cap(tmp_path, backbone_p
         ]
         recipe = load_recipe(
             ROOT / "recipes/picto.yaml",
-            [f"data.source={json.dumps(sources)}", "train.steps=40", "train.batch_size=5", f"train.seed={seed}"],
+            [
+                f"data.source={json.dumps(sources)}",
+                "train.steps=40",
+                "train.batch_size=5",
+                f"train.seed={seed}",
+            ],
         )
         rows = build_dataset(recipe)[:]
         return [row["text"] for row in rows["query"]]
@@ -239,7 +260,11 @@ def test_a_data_set_without_hard_negatives_lends_other_samples_documents(tmp_pat
     file = tmp_path / "WebQA" / "original-00000-of-00001.parquet"
     wide = pq.read_table(file).to_pylist()
     parquet(file, [row | {"neg_text": "wrong"} for row in wide])
-    settings = [f"data.source={tmp_path}", f"data.homogeneous={json.dumps(homogeneous)}", "train.batch_size=4"]
+    settings = [
+        f"data.source={tmp_path}",
+        f"data.homogeneous={json.dumps(homogeneous)}",
+        "train.batch_size=4",
+    ]
     rows = build_dataset(load_recipe(ROOT / "recipes/picto.yaml", [*settings, "train.steps=9"]))[:]
     seen = set()
     for positive, negative in zip(rows["positive"], rows["negative"], strict=True):
@@ -251,9 +276,15 @@ def test_a_data_set_without_hard_negatives_lends_other_samples_documents(tmp_pat
             assert negative["text"].startswith("Represent the answer: a")
             assert negative != positive
     assert seen == {True, False}
-    again = build_dataset(load_recipe(ROOT / "recipes/picto.yaml", [*settings, "train.steps=9"]))[:]
+    again = build_dataset(load_recipe(ROOT / "recipes/picto.yaml", [*settings, "train.steps=9"]))[
+        :
+    ]
     assert again["negative"] == rows["negative"]
-    parquet(file, [row | {"neg_text": "", "pos_text": "same"} for row in wide[:-1]] + [wide[-1] | {"neg_text": "x"}])
+    parquet(
+        file,
+        [row | {"neg_text": "", "pos_text": "same"} for row in wide[:-1]]
+        + [wide[-1] | {"neg_text": "x"}],
+    )
     parquet(tmp_path / "OK-VQA" / "original-00000-of-00001.parquet", [ALIKE] * 6)
     with pytest.raises(DataError, match="has no hard negative, and none of 64 other samples"):
         build_dataset(load_recipe(ROOT / "recipes/picto.yaml", [*settings, "train.steps=9"]))[:]
@@ -274,7 +305,9 @@ def test_missing_things_are_named_or_left_out(tmp_path):
     assert len(found.tasks) + len(found.left_out) == 36
     whole = found.tasks[0].name
     assert [t.name for t in load("mmeb", tmp_path / "mmeb", [whole]).tasks] == [whole]
-    with pytest.raises(DataError, match=r"--tasks HatefulMeme: no such task\. Did you mean HatefulMemes"):
+    with pytest.raises(
+        DataError, match=r"--tasks HatefulMeme: no such task\. Did you mean HatefulMemes"
+    ):
         load("mmeb", tmp_path / "mmeb", ["HatefulMeme"])
     with pytest.raises(DataError, match="no <config>/test-"):
         load("mmeb", tmp_path)
@@ -293,7 +326,9 @@ def test_mmeb_comes_from_the_hub_without_a_folder(tmp_path, monkeypatch):
     eval_tree(tmp_path)
     asked = {}
     monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda name, **kw: asked.update(kw, name=name) or tmp_path
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **kw: asked.update(kw, name=name) or tmp_path,
     )
     assert len(load("mmeb", names=["GQA"]).tasks) == 1
     assert asked["name"] == "TIGER-Lab/MMEB-eval"
@@ -314,7 +349,11 @@ def zeroshot_tree(root):
         name = f"{folder.name}{number}.jpg"
         picture(folder / name, (number * 40, 0, 90))
         sentences = [{"raw": f"caption {number}, {i}"} for i in range(6)]
-        return {"filename": name, "split": "test" if number < 2 else "train", "sentences": sentences}
+        return {
+            "filename": name,
+            "split": "test" if number < 2 else "train",
+            "sentences": sentences,
+        }
 
     flickr = root / "flickr30k"
     images = [karpathy(i, flickr / "flickr30k-images") for i in range(3)]
@@ -324,7 +363,12 @@ def zeroshot_tree(root):
     share = []
     for i in range(3):
         picture(root / "sharegpt4v" / "sam" / f"{i}.jpg", (0, i * 80, 0))
-        share.append({"image": f"sam/{i}.jpg", "conversations": [{"value": "describe"}, {"value": f"long {i}"}]})
+        share.append(
+            {
+                "image": f"sam/{i}.jpg",
+                "conversations": [{"value": "describe"}, {"value": f"long {i}"}],
+            }
+        )
         picture(root / "Urban1k" / "image" / f"{i + 1}.jpg", (0, 0, i * 80))
         (root / "Urban1k" / "caption").mkdir(exist_ok=True)
         (root / "Urban1k" / "caption" / f"{i + 1}.txt").write_text(f"a street {i}\n")
@@ -332,7 +376,10 @@ def zeroshot_tree(root):
     name = "share-captioner_coco_lcs_sam_1246k_1107.json"
     (root / "sharegpt4v" / name).write_text(json.dumps(share))
     (root / "sugar-crepe" / "data").mkdir(parents=True)
-    rows = {str(i): {"filename": f"{i:012}.jpg", "caption": f"a {i}", "negative_caption": f"no {i}"} for i in range(3)}
+    rows = {
+        str(i): {"filename": f"{i:012}.jpg", "caption": f"a {i}", "negative_caption": f"no {i}"}
+        for i in range(3)
+    }
     for split in SPLITS:
         (root / "sugar-crepe" / "data" / f"{split}.json").write_text(json.dumps(rows))
 
@@ -371,22 +418,35 @@ def own_data(root):
     pictures.mkdir(parents=True)
     for colour in ("red", "green", "blue"):
         Image.new("RGB", (48, 48), colour).save(pictures / f"{colour}.png")
-    rows = [{"query": f"a {c} square", "positives": [f"pictures/{c}.png"]} for c in ("red", "green", "blue")]
+    rows = [
+        {"query": f"a {c} square", "positives": [f"pictures/{c}.png"]}
+        for c in ("red", "green", "blue")
+    ]
     rows += [
-        {"query": {"image": f"pictures/{c}.png", "text": "name it"}, "positives": [c, f"{c}!"], "candidates": ["grey"]}
+        {
+            "query": {"image": f"pictures/{c}.png", "text": "name it"},
+            "positives": [c, f"{c}!"],
+            "candidates": ["grey"],
+        }
         for c in ("red", "green", "blue")
     ]
     (root / "shop.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     beir = root / "my-beir"
     (beir / "qrels").mkdir(parents=True)
     corpus = [
-        {"_id": c, "title": c.title(), "text": "a colour", "image": f"../pictures/{c}.png"} for c in ("red", "blue")
+        {"_id": c, "title": c.title(), "text": "a colour", "image": f"../pictures/{c}.png"}
+        for c in ("red", "blue")
     ]
     (beir / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus))
     (beir / "queries.jsonl").write_text(
-        "".join(json.dumps({"_id": f"q{i}", "text": f"find {c}"}) + "\n" for i, c in enumerate(("red", "blue", "none")))
+        "".join(
+            json.dumps({"_id": f"q{i}", "text": f"find {c}"}) + "\n"
+            for i, c in enumerate(("red", "blue", "none"))
+        )
     )
-    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\tred\t1\nq1\tblue\t2\nq1\tred\t0\n")
+    (beir / "qrels" / "test.tsv").write_text(
+        "query-id\tcorpus-id\tscore\nq0\tred\t1\nq1\tblue\t2\nq1\tred\t0\n"
+    )
     (root / "shop.yaml").write_text(
         "tasks:\n  - name: shop\n    data: shop.jsonl\n    instruction: 'Find me: '\n"
         "  - name: colours\n    data: my-beir\n    document_instruction: ''\n"

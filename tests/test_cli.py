@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from rematch import ReMatch, cli
-from rematch.backbone import resolve
+from rematch.backbone.module import resolve
 from rematch.errors import ModelError
 from rematch.train.recipe import load_recipe
 from rematch.train.run import build_dataset, train
@@ -48,7 +48,9 @@ def fails(rematch):
         code, said = rematch(*arguments)
         assert code == 2, said
         assert "Traceback" not in said
-        lines = [line for line in said.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+        lines = [
+            line for line in said.replace("\r", "\n").splitlines() if line.startswith("error: ")
+        ]
         assert len(lines) == 1, said
         return lines[0]
 
@@ -75,9 +77,22 @@ def pairs(tmp_path):
 
 def small(backbone_path, output, *more):
     """Arguments of a two-step run on the tiny backbone."""
-    train = {"steps": 2, "batch_size": 3, "bf16": "false", "log_every": 1, "workers": 0, "output": output}
+    train = {
+        "steps": 2,
+        "batch_size": 3,
+        "bf16": "false",
+        "log_every": 1,
+        "workers": 0,
+        "output": output,
+    }
     settings = [f"train.{key}={value}" for key, value in train.items()]
-    return [RECIPES / "picto.yaml", f"model.backbone={backbone_path}", "model.num_tokens=2", *settings, *more]
+    return [
+        RECIPES / "picto.yaml",
+        f"model.backbone={backbone_path}",
+        "model.num_tokens=2",
+        *settings,
+        *more,
+    ]
 
 
 HELP = """
@@ -96,10 +111,15 @@ def test_help_is_quick_and_needs_no_torch():
     took = []
     for _ in range(3):
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", HELP], capture_output=True, text=True, check=False
+        )
         took.append(time.perf_counter() - start)
         assert done.returncode == 0, done.stderr
-        assert all(word in done.stdout for word in ("demo", "train", "evaluate", "index", "search", "serve", "data"))
+        assert all(
+            word in done.stdout
+            for word in ("demo", "train", "evaluate", "index", "search", "serve", "data")
+        )
     assert min(took) < 1.0
 
 
@@ -129,7 +149,11 @@ def test_train_evaluate_and_search(rematch, backbone_path, pairs, tmp_path, monk
 
     monkeypatch.setattr(
         "rematch.data.picto_tasks.TASKS",
-        {"Picto-Count": __import__("rematch.data.picto_tasks", fromlist=["TASKS"]).TASKS["Picto-Count"]},
+        {
+            "Picto-Count": __import__("rematch.data.picto_tasks", fromlist=["TASKS"]).TASKS[
+                "Picto-Count"
+            ]
+        },
     )
     code, said = rematch("evaluate", output, "--limit", "20", "--output", tmp_path / "scores")
     assert code == 0, said
@@ -138,7 +162,9 @@ def test_train_evaluate_and_search(rematch, backbone_path, pairs, tmp_path, monk
     assert set(scores["tasks"]) == {"Picto-Count", "Picto-Count-OOD"}
     assert scores["chance"]["overall"] == 1.0
 
-    code, said = rematch("index", output, pairs.parent, "--output", tmp_path / "idx", "--workers", "0")
+    code, said = rematch(
+        "index", output, pairs.parent, "--output", tmp_path / "idx", "--workers", "0"
+    )
     assert code == 0, said
     query = ["--text", "a red card", "--image", tmp_path / "red.png"]
     code, said = rematch("search", tmp_path / "idx", *query, "--top", "3", "--rerank", "2")
@@ -181,8 +207,22 @@ def test_every_rung_of_the_ladder_trains(rematch, backbone_path, tmp_path, rung)
 
 
 def test_training_from_an_mmeb_directory(rematch, backbone_path, tmp_path):
-    assert rematch("data", "export", "picto", tmp_path / "mmeb", "--format", "mmeb-train", "--samples", "1")[0] == 0
-    code, said = rematch("train", *small(backbone_path, tmp_path / "m", f"data.source={tmp_path / 'mmeb'}"))
+    assert (
+        rematch(
+            "data",
+            "export",
+            "picto",
+            tmp_path / "mmeb",
+            "--format",
+            "mmeb-train",
+            "--samples",
+            "1",
+        )[0]
+        == 0
+    )
+    code, said = rematch(
+        "train", *small(backbone_path, tmp_path / "m", f"data.source={tmp_path / 'mmeb'}")
+    )
     assert code == 0, said
 
 
@@ -202,7 +242,9 @@ def test_bad_recipes(fails, tmp_path):
     assert "section.key=value" in fails("train", RECIPES / "picto.yaml", "steps")
     assert "not valid YAML" in fails("train", RECIPES / "picto.yaml", "train.steps=[")
     assert "no such recipe" in fails("train", tmp_path)
-    assert "takes no 4-D masks" in fails("train", RECIPES / "picto.yaml", "model.attention=flash_attention_2")
+    assert "takes no 4-D masks" in fails(
+        "train", RECIPES / "picto.yaml", "model.attention=flash_attention_2"
+    )
 
 
 def test_bad_training_data(fails, backbone_path, pairs, tmp_path):
@@ -210,32 +252,49 @@ def test_bad_training_data(fails, backbone_path, pairs, tmp_path):
         for name, content in picture.items():
             (tmp_path / f"{name}.png").write_bytes(content)
         pairs.write_text(pairs.read_text().splitlines()[0] + "\n" + line)
-        said = fails("train", *small(backbone_path, tmp_path / "m", f"data.source={pairs}", "train.batch_size=2"))
+        said = fails(
+            "train",
+            *small(backbone_path, tmp_path / "m", f"data.source={pairs}", "train.batch_size=2"),
+        )
         assert not (tmp_path / "m").exists()
         return said
 
     assert "pairs.jsonl:2: not valid JSON" in message('{"query": ')
     assert "pairs.jsonl:2: needs the columns" in message('{"query": "a"}')
     assert "pairs.jsonl:2: 'positive' is empty" in message('{"query": "a", "positive": ""}')
-    assert "none.png, which is not there" in message('{"query": "a", "positive": "none.png", "negative": "b"}')
-    assert "is neither text" in message('{"query": {"txt": "a"}, "positive": "b", "negative": "b"}')
+    assert "none.png, which is not there" in message(
+        '{"query": "a", "positive": "none.png", "negative": "b"}'
+    )
+    assert "is neither text" in message(
+        '{"query": {"txt": "a"}, "positive": "b", "negative": "b"}'
+    )
     assert "is neither text" in message('{"query": {"text": 5}, "positive": "b", "negative": "b"}')
     assert "is neither text" in message('{"query": "  ", "positive": "b", "negative": "b"}')
     assert "has no negative; some samples have" in message('{"query": "a", "positive": "b"}')
     whole = (tmp_path / "red.png").read_bytes()
-    assert "cut.png: " in message('{"query": "a", "positive": "cut.png", "negative": "b"}', cut=whole[:-40])
-    assert "no such file" in fails("train", *small(backbone_path, tmp_path / "m", "data.source=nothing.jsonl"))
+    assert "cut.png: " in message(
+        '{"query": "a", "positive": "cut.png", "negative": "b"}', cut=whole[:-40]
+    )
+    assert "no such file" in fails(
+        "train", *small(backbone_path, tmp_path / "m", "data.source=nothing.jsonl")
+    )
     assert "neither .jsonl nor .parquet" in fails(
         "train", *small(backbone_path, tmp_path / "m", f"data.source={RECIPES / 'picto.yaml'}")
     )
     pairs.write_text(pairs.read_text().splitlines()[0])
-    assert "do not fill one batch" in fails("train", *small(backbone_path, tmp_path / "m", f"data.source={pairs}"))
+    assert "do not fill one batch" in fails(
+        "train", *small(backbone_path, tmp_path / "m", f"data.source={pairs}")
+    )
 
 
 def test_bad_mining_input(fails, pairs, tmp_path):
     output = tmp_path / "mined.jsonl"
-    assert "no such file" in fails("mine", "rematch-tiny", tmp_path / "none.jsonl", "--output", output)
-    assert "--views raw is unknown" in fails("mine", "rematch-tiny", pairs, "--output", output, "--views", "raw")
+    assert "no such file" in fails(
+        "mine", "rematch-tiny", tmp_path / "none.jsonl", "--output", output
+    )
+    assert "--views raw is unknown" in fails(
+        "mine", "rematch-tiny", pairs, "--output", output, "--views", "raw"
+    )
     assert "ending .jsonl" in fails("mine", "rematch-tiny", pairs, "--output", tmp_path / "mined")
     assert "exists already" in fails("mine", "rematch-tiny", pairs, "--output", pairs)
     assert "no ReMatch checkpoint" in fails("mine", tmp_path, pairs, "--output", output)
@@ -247,7 +306,15 @@ def test_bad_mining_input(fails, pairs, tmp_path):
 
 def test_mine_writes_training_data_and_a_report(rematch, pairs, tmp_path):
     code, said = rematch(
-        "mine", "rematch-tiny", pairs, "--output", tmp_path / "mined.jsonl", "--yes", "1", "--margin", "0"
+        "mine",
+        "rematch-tiny",
+        pairs,
+        "--output",
+        tmp_path / "mined.jsonl",
+        "--yes",
+        "1",
+        "--margin",
+        "0",
     )
     assert code == 0, said
     assert "What was dropped and why" in said
@@ -267,7 +334,10 @@ def test_bad_corpora_and_queries(fails, tmp_path, monkeypatch):
     (corpus / "fake.png").write_text("not a picture")
     assert "fake.png: not a picture" in index()
     Image.new("RGB", (30, 30)).save(corpus / "fake.png")
-    cli.app(["index", "rematch-tiny", str(corpus), "--output", str(output), "--workers", "0"], standalone_mode=False)
+    cli.app(
+        ["index", "rematch-tiny", str(corpus), "--output", str(output), "--workers", "0"],
+        standalone_mode=False,
+    )
     assert "input 0: empty" in fails("search", output, "--text", " ")
     assert "gone.png: no such picture" in fails("search", output, "--image", tmp_path / "gone.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
@@ -318,7 +388,9 @@ def test_bad_backbones(fails, backbone_path, tmp_path):
     assert "cannot be loaded" in train(tmp_path / "nowhere")
 
 
-def test_a_processor_that_silently_came_back_as_a_tokenizer(fails, backbone_path, tmp_path, monkeypatch):
+def test_a_processor_that_silently_came_back_as_a_tokenizer(
+    fails, backbone_path, tmp_path, monkeypatch
+):
     """As AutoProcessor does where a package of the image processor is missing."""
     from transformers import AutoProcessor, AutoTokenizer
 
@@ -338,7 +410,10 @@ def test_mixed_precision_training_returns_the_model_that_it_saves(backbone_path,
     recipe, *settings = map(str, small(backbone_path, tmp_path / "m", "train.bf16=true"))
     returned = train(load_recipe(recipe, settings), quiet=True)
     texts = ["a dog", "a dog above a pizza"]
-    assert np.abs(returned.encode_query(texts) - ReMatch(tmp_path / "m").encode_query(texts)).max() <= 1e-6
+    assert (
+        np.abs(returned.encode_query(texts) - ReMatch(tmp_path / "m").encode_query(texts)).max()
+        <= 1e-6
+    )
 
 
 def test_several_pictures_in_a_row_of_own_data(rematch, backbone_path, pairs, tmp_path):
@@ -363,7 +438,9 @@ def test_a_finished_model_is_not_overwritten(fails, backbone_path, tmp_path):
 def test_options_out_of_range(fails):
     assert "Did you mean picto?" in fails("evaluate", "rematch-tiny", "--benchmark", "pikto")
     assert "Did you mean Picto-T2I or" in fails("evaluate", "rematch-tiny", "--tasks", "Picto-T2J")
-    assert "--views raw is unknown" in fails("evaluate", "rematch-tiny", "--rerank", "5", "--views", "raw")
+    assert "--views raw is unknown" in fails(
+        "evaluate", "rematch-tiny", "--rerank", "5", "--views", "raw"
+    )
     assert "unknown; this version has: picto" in fails("data", "export", "coco", "x")
 
 

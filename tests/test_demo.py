@@ -6,7 +6,15 @@ import re
 import pytest
 
 from rematch.data.picto_tasks import TASKS
-from rematch.demo import FEWEST_STEPS, MOST_STEPS, Pace, explain, recipes, run_demo, seconds_per_step
+from rematch.demo.run import (
+    FEWEST_STEPS,
+    MOST_STEPS,
+    Pace,
+    explain,
+    recipes,
+    run_demo,
+    seconds_per_step,
+)
 from rematch.matching import VIEWS
 
 
@@ -14,7 +22,7 @@ def test_the_demo_writes_both_reports(tmp_path, monkeypatch):
     names = ("Picto-Count", "Picto-HowMany", "Picto-I2T", "Picto-Grounding")
     tasks = {n: TASKS[n] for n in names}
     monkeypatch.setattr("rematch.data.picto_tasks.TASKS", tasks)
-    monkeypatch.setattr("rematch.demo.BATCH", 4)
+    monkeypatch.setattr("rematch.demo.run.BATCH", 4)
     page = run_demo(tmp_path / "out", steps=2)
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["benchmark"] == "picto"
@@ -24,9 +32,18 @@ def test_the_demo_writes_both_reports(tmp_path, monkeypatch):
     assert report["why"].startswith("2 training steps per arm (a step takes: contrastive ")
     assert set(report["arms"]) == {"contrastive", "rematch", "rematch-tiny"}
     for scores in (*report["arms"].values(), report["chance"]):
-        assert set(scores) == {"overall", "classification", "vqa", "retrieval", "grounding", "ood_overall"}
+        assert set(scores) == {
+            "overall",
+            "classification",
+            "vqa",
+            "retrieval",
+            "grounding",
+            "ood_overall",
+        }
         assert all(0 <= v <= 100 for v in scores.values())
-    assert set(report["matching_accuracy"]) == {f"{v}/{d}" for v in VIEWS for d in ("positive", "negative")}
+    assert set(report["matching_accuracy"]) == {
+        f"{v}/{d}" for v in VIEWS for d in ("positive", "negative")
+    }
     html = page.read_text()
     assert report["why"] in html
     assert html.count("data:image/png;base64,") > 30
@@ -51,6 +68,6 @@ def test_the_demo_trains_as_long_as_its_time_allows(left, steps, why):
 
 
 def test_a_step_is_timed_on_the_machine(monkeypatch, tmp_path):
-    monkeypatch.setattr("rematch.demo.BATCH", 2)
+    monkeypatch.setattr("rematch.demo.run.BATCH", 2)
     for name, recipe in recipes(4, tmp_path).items():
         assert seconds_per_step(recipe) > 0, name

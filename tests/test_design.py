@@ -24,14 +24,20 @@ RANKS = [
 
 def rank(module: str) -> int:
     for level, names in reversed(list(enumerate(RANKS))):
-        if any(module == n or module.startswith(n + ".") for n in names) and module not in set().union(*RANKS[:level]):
+        if any(
+            module == n or module.startswith(n + ".") for n in names
+        ) and module not in set().union(*RANKS[:level]):
             return level
     raise AssertionError(f"{module} has no place in the house plan")
 
 
 def modules():
     for path in sorted(SOURCE.rglob("*.py")):
-        name = ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix("__init__").strip(".")
+        name = (
+            ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+            .removesuffix("__init__")
+            .strip(".")
+        )
         if name and path.read_text().strip():
             yield name, ast.parse(path.read_text())
 
@@ -39,12 +45,18 @@ def modules():
 def test_imports_point_one_way():
     for name, tree in modules():
         for node in ast.walk(tree):
-            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{name}: relative import"
+            assert not (isinstance(node, ast.ImportFrom) and node.level), (
+                f"{name}: relative import"
+            )
             if isinstance(node, ast.Import):
-                assert not any(a.name.startswith("rematch.") for a in node.names), f"{name}: import rematch.x"
+                assert not any(a.name.startswith("rematch.") for a in node.names), (
+                    f"{name}: import rematch.x"
+                )
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rematch."):
                 target = node.module.removeprefix("rematch.")
-                targets = [f"{target}.{a.name}" if target == "data" else target for a in node.names]
+                targets = [
+                    f"{target}.{a.name}" if target == "data" else target for a in node.names
+                ]
                 for imported in targets:
                     assert rank(imported) <= rank(name), f"{name} imports {imported}"
 

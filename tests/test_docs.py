@@ -1,4 +1,6 @@
-"""The documentation runs: the quickstart from top to bottom, the README's examples, its commands' names."""
+"""The documentation runs: the quickstart from top to bottom, the README's examples, its commands'
+names.
+"""
 
 import functools
 import json
@@ -53,7 +55,9 @@ def test_the_search_page_from_top_to_bottom(tmp_path, monkeypatch, capfd):
     Path("photos").mkdir()
     for colour in ("red", "blue", "green"):
         Image.new("RGB", (50, 50), colour).save(f"photos/{colour}-line.png")
-        Path(f"photos/{colour}-line.json").write_text(json.dumps({"text": colour, "year": 2001, "place": "Rome"}))
+        Path(f"photos/{colour}-line.json").write_text(
+            json.dumps({"text": colour, "year": 2001, "place": "Rome"})
+        )
     ran = []
     for language, options, code in blocks("docs/search.md"):
         if language == "python":
@@ -65,7 +69,8 @@ def test_the_search_page_from_top_to_bottom(tmp_path, monkeypatch, capfd):
                 ran.append(line.split()[1])
     assert ran == ["index", "search", "index", "search", "search", "search", "index", "index"]
     by_ray, alone = (
-        sorted(Index.open(name).table.to_arrow()["id"].to_pylist()) for name in ("spread.idx", "small.idx")
+        sorted(Index.open(name).table.to_arrow()["id"].to_pylist())
+        for name in ("spread.idx", "small.idx")
     )
     assert by_ray == alone
 
@@ -76,13 +81,16 @@ def test_figures_of_the_search_benchmark_are_those_measured():
     for name in ("rerank_packed_speedup", "rerank_feat_speedup", "encode_speedup"):
         assert f"**{measured[name]:.1f}**" in page
     for name, kind in measured["rerank_kinds"].items():
-        ratios = f"{kind['single_s'] / kind['packed_s']:.1f} | {kind['single_s'] / kind['feat_s']:.1f}"
+        ratios = (
+            f"{kind['single_s'] / kind['packed_s']:.1f} | {kind['single_s'] / kind['feat_s']:.1f}"
+        )
         assert f"| {name} | {ratios} |" in page
     for name, order in measured["picto"].items():
         assert f"| {name} | {order['hit@1']:.1f} | {order['ms_per_query']:.1f} |" in page
     smaller = measured["picto_smaller_vectors"]
     assert (
-        f"| {measured['picto']['cosine']['hit@1']:.1f} | {' | '.join(f'{v:.1f}' for v in smaller.values())} |" in page
+        f"| {measured['picto']['cosine']['hit@1']:.1f} | "
+        f"{' | '.join(f'{v:.1f}' for v in smaller.values())} |" in page
     )
     for name in ("scan", "float", "int8", "binary"):
         found = measured["ann"][name]
@@ -122,14 +130,23 @@ def test_the_evaluation_page_from_top_to_bottom(tmp_path, monkeypatch, capfd):
                 ran += 1
         elif language == "json":
             Path("lines.jsonl").write_text(code)
-            assert run_command("rematch evaluate rematch-tiny --benchmark lines.jsonl", monkeypatch) == 0
+            assert (
+                run_command("rematch evaluate rematch-tiny --benchmark lines.jsonl", monkeypatch)
+                == 0
+            )
     assert ran == 11
     scores = json.loads(Path("mmeb-partial/scores.json").read_text())
     assert list(scores["left_out"]) == ["NIGHTS"]
     assert "NIGHTS" in Path("mmeb-partial/report.html").read_text()
-    assert len(json.loads(Path("mmeb-partial/leaderboard.json").read_text())["metrics"]["image"]) == 35
+    assert (
+        len(json.loads(Path("mmeb-partial/leaderboard.json").read_text())["metrics"]["image"])
+        == 35
+    )
     assert "published figures" in Path("mmeb-scores/report.html").read_text()
-    assert list(json.loads(Path("own-scores/scores.json").read_text())["tasks"]) == ["shop", "colours"]
+    assert list(json.loads(Path("own-scores/scores.json").read_text())["tasks"]) == [
+        "shop",
+        "colours",
+    ]
     assert len(json.loads(Path("zeroshot-scores/scores.json").read_text())["tasks"]) == 15
 
 
@@ -150,7 +167,11 @@ METHOD_COLUMNS = ("overall", "classification", "vqa", "retrieval", "grounding", 
 
 
 def test_the_readmes_python_runs():
-    code = [c for language, options, c in blocks("README.md") if language == "python" and "notest" not in options]
+    code = [
+        c
+        for language, options, c in blocks("README.md")
+        if language == "python" and "notest" not in options
+    ]
     assert len(code) == 1
     exec(compile(code[0], "README", "exec"), {})
 
@@ -159,15 +180,22 @@ def test_the_readmes_commands_are_understood(monkeypatch):
     """Each line is parsed by the real command line; what it would run is replaced."""
     called = []
     for command in cli.app.registered_commands + cli.data_app.registered_commands:
-        monkeypatch.setattr(command, "callback", functools.wraps(command.callback)(lambda **kw: called.append(kw)))
-    code = [c for language, _, c in blocks("README.md") if language == "bash" and c.startswith("rematch")]
+        monkeypatch.setattr(
+            command, "callback", functools.wraps(command.callback)(lambda **kw: called.append(kw))
+        )
+    code = [
+        c
+        for language, _, c in blocks("README.md")
+        if language == "bash" and c.startswith("rematch")
+    ]
     for line in code[0].strip().splitlines():
         assert run_command(line, monkeypatch) == 0, line
     assert len(called) == 8
 
 
 @pytest.mark.parametrize(
-    "page", sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+    "page",
+    sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]),
 )
 def test_links_and_recipes_exist(page):
     text = (ROOT / page).read_text()
@@ -180,7 +208,9 @@ def test_links_and_recipes_exist(page):
 def test_the_ladders_overrides_are_valid():
     from rematch.train.recipe import load_recipe
 
-    rungs = re.findall(r"\| `((?:model|loss|data)\.[^`]+)` \|", (ROOT / "docs/method.md").read_text())
+    rungs = re.findall(
+        r"\| `((?:model|loss|data)\.[^`]+)` \|", (ROOT / "docs/method.md").read_text()
+    )
     assert len(rungs) == 5
     for rung in rungs:
         load_recipe(ROOT / "recipes/picto.yaml", rung.split())
@@ -207,8 +237,13 @@ def test_the_scores_in_the_docs_are_those_of_the_committed_reports():
     assert f"exact VQA answers {base['vqa']:.1f} %" in page
     assert f"Yes/No matching {base['match']:.1f} %" in page
     assert f"implies: {base['near_miss']:.1f} %" in page
-    contrastive = json.loads((ROOT / "benchmarks/results/picto-contrastive.json").read_text())["scores"]
-    assert f"| contrastive, full length | {' | '.join(f'{contrastive[c]:.1f}' for c in columns)} |" in page
+    contrastive = json.loads((ROOT / "benchmarks/results/picto-contrastive.json").read_text())[
+        "scores"
+    ]
+    assert (
+        f"| contrastive, full length | {' | '.join(f'{contrastive[c]:.1f}' for c in columns)} |"
+        in page
+    )
     assert 40 < contrastive["overall"] < 85
 
 

@@ -1,4 +1,6 @@
-"""Encoding many inputs: as plain ``encode``, once each, resumable, whatever the batches, workers and processes."""
+"""Encoding many inputs: as plain ``encode``, once each, resumable, whatever the batches, workers
+and processes.
+"""
 
 import json
 import os
@@ -20,22 +22,25 @@ from test_parallel import free_port
 
 from rematch.data.images import load_image
 from rematch.data.picto_tasks import evaluation_tasks
-from rematch.encoder import Encoder, plan
+from rematch.encoding.encoder import Encoder, plan
+from rematch.encoding.vector_store import VectorStore, describe, fingerprint
 from rematch.errors import ImageError, RematchError
 from rematch.evaluate.command import Options, run
 from rematch.evaluate.rerank import Reranking
 from rematch.evaluate.run import evaluate_task
 from rematch.model import ReMatch
-from rematch.vectors import VectorStore, describe, fingerprint
 
-# float32 sums in another order: other batches, threads, or a CPU with other vector instructions. A sum of some hundred
-# terms is off by up to 1e-5 of its parts, two normalised layers keep that, and the parts of a unit vector are below 1.
+# float32 sums in another order: other batches, threads, or a CPU with other vector instructions. A
+# sum of some hundred terms is off by up to 1e-5 of its parts, two normalised layers keep that, and
+# the parts of a unit vector are below 1.
 ROUNDING = 1e-5
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """Short and long texts, pictures in memory and on disk, pictures with text, and doubles of all of them."""
+    """Short and long texts, pictures in memory and on disk, pictures with text, and doubles of all
+    of them.
+    """
     folder = tmp_path_factory.mktemp("pictures")
     documents = [d.as_input() for t in evaluation_tasks(queries=50)[5:9] for d in t.documents[:12]]
     for i in range(4):
@@ -55,7 +60,9 @@ def test_vectors_are_those_of_plain_encode_for_any_batch_and_workers(make_model,
         for w in (0, 2)
     }
     encoder = Encoder(model, batch_tokens=100)
-    assert len(plan(encoder.measure(inputs, "document"), 100)) >= 2 * 8, "too few batches for two workers"
+    assert len(plan(encoder.measure(inputs, "document"), 100)) >= 2 * 8, (
+        "too few batches for two workers"
+    )
     for vectors in found.values():
         assert np.allclose(vectors, plain, atol=ROUNDING)
     for b in (100, 3000):
@@ -101,8 +108,16 @@ def test_another_model_never_gets_anothers_vectors(make_model, tmp_path):
 
     assert VectorStore(tmp_path, make_model(dtype=torch.float32)).path == base
     assert changed(weight)
-    assert changed(lambda m: setattr(m.backbone.processor, "chat_template", m.backbone.processor.chat_template + " "))
-    assert changed(lambda m: setattr(m.backbone.processor.image_processor, "size", {"height": 32, "width": 32}))
+    assert changed(
+        lambda m: setattr(
+            m.backbone.processor, "chat_template", m.backbone.processor.chat_template + " "
+        )
+    )
+    assert changed(
+        lambda m: setattr(
+            m.backbone.processor.image_processor, "size", {"height": 32, "width": 32}
+        )
+    )
     assert changed(lambda m: m.prompts.update(query="q: "))
     assert changed(lambda m: m.to(torch.bfloat16))
     assert {"weights", "template", "pictures", "code", "libraries"} <= describe(model).keys()
@@ -135,7 +150,9 @@ def test_the_configuration_tells_models_of_the_same_weights_apart(make_model, na
 def test_what_does_not_change_vectors_is_no_part_of_their_fingerprint(make_model, saved_model):
     model = make_model(dtype=torch.float32)
     comparable = fingerprint(model)
-    other = ReMatch(str(saved_model), model_kwargs={"attn_implementation": "eager", "dtype": torch.bfloat16})
+    other = ReMatch(
+        str(saved_model), model_kwargs={"attn_implementation": "eager", "dtype": torch.bfloat16}
+    )
     assert fingerprint(other) == comparable, "the same weights and settings, loaded otherwise"
     for name, value in (
         ("_name_or_path", "elsewhere"),
@@ -186,7 +203,9 @@ def test_out_of_memory_halves_the_batch_and_says_so(make_model, inputs, monkeypa
 
     monkeypatch.setattr(model, "forward", tight)
     said = []
-    vectors = Encoder(model, workers=0, batch_tokens=4000, warn=said.append).encode(inputs, "document")
+    vectors = Encoder(model, workers=0, batch_tokens=4000, warn=said.append).encode(
+        inputs, "document"
+    )
     assert np.allclose(vectors, plain, atol=ROUNDING)
     assert any("out of memory with" in s and "at a time" in s for s in said)
     monkeypatch.setattr(model, "forward", fails(torch.OutOfMemoryError()))
@@ -212,14 +231,22 @@ def text_model(saved_model):
 
     folder = Path(saved_model).with_name("bert")
     words = Tokenizer(
-        models.WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", "word", "number", "text"])}, "[UNK]")
+        models.WordLevel(
+            {w: i for i, w in enumerate(["[PAD]", "[UNK]", "word", "number", "text"])}, "[UNK]"
+        )
     )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
     )
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=5, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    config = BertConfig(
+        vocab_size=5,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     transformer = Transformer(str(folder))
@@ -237,8 +264,14 @@ def test_any_sentence_transformer_is_encoded_with_its_own_prompts(text_model):
     model = SentenceTransformer(str(text_model), device="cpu")
     texts = [{"text": "word " * n} for n in range(1, 9)]
     plain = [x["text"] for x in texts]
-    assert np.allclose(Encoder(model, workers=0).encode(texts, "query"), model.encode_query(plain), atol=ROUNDING)
-    assert np.allclose(Encoder(model, workers=0).encode(texts, "document"), model.encode_document(plain), atol=ROUNDING)
+    assert np.allclose(
+        Encoder(model, workers=0).encode(texts, "query"), model.encode_query(plain), atol=ROUNDING
+    )
+    assert np.allclose(
+        Encoder(model, workers=0).encode(texts, "document"),
+        model.encode_document(plain),
+        atol=ROUNDING,
+    )
     with pytest.raises(RematchError, match=r"cannot take pictures.*--tasks"):
         Encoder(model, workers=0).encode([Image.new("RGB", (40, 40))], "document")
     with pytest.raises(RematchError, match="ReMatch models only"):
@@ -247,10 +280,15 @@ def test_any_sentence_transformer_is_encoded_with_its_own_prompts(text_model):
 
 def test_a_models_truncate_dim_counts_as_in_its_own_encode(text_model, tmp_path):
     whole = SentenceTransformer(str(text_model), device="cpu")
-    SentenceTransformer(str(text_model), device="cpu", truncate_dim=6).save_pretrained(str(tmp_path / "short"))
+    SentenceTransformer(str(text_model), device="cpu", truncate_dim=6).save_pretrained(
+        str(tmp_path / "short")
+    )
     model = SentenceTransformer(str(tmp_path / "short"), device="cpu")
     texts = ["word " * n for n in range(1, 9)]
-    for task, plain in (("query", model.encode_query(texts)), ("document", model.encode_document(texts))):
+    for task, plain in (
+        ("query", model.encode_query(texts)),
+        ("document", model.encode_document(texts)),
+    ):
         vectors = Encoder(model, workers=0).encode(texts, task)
         assert vectors.shape == plain.shape == (8, 6)
         assert np.allclose(vectors, plain, atol=ROUNDING)
@@ -260,7 +298,10 @@ def test_a_models_truncate_dim_counts_as_in_its_own_encode(text_model, tmp_path)
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(
         Options(
-            str(tmp_path / "short"), benchmark=str(tmp_path / "own.jsonl"), output=tmp_path / "out", save_vectors=True
+            str(tmp_path / "short"),
+            benchmark=str(tmp_path / "own.jsonl"),
+            output=tmp_path / "out",
+            save_vectors=True,
         )
     )
     assert np.load(tmp_path / "out/arrays/own.npz")["documents"].shape == (9, 6)
@@ -275,7 +316,9 @@ def test_truncate_dim_leaves_token_vectors_whole(make_model, inputs):
     assert not short[:, 0, 8:].any()
     assert np.array_equal(short[:, 1:], whole[:, 1:])
     assert Encoder(model).encode([], "document", multi_vector=True).shape == (0, *whole.shape[1:])
-    assert np.allclose(model.encode_document(inputs[:3], multi_vector=True), whole[:, 1:], atol=ROUNDING)
+    assert np.allclose(
+        model.encode_document(inputs[:3], multi_vector=True), whole[:, 1:], atol=ROUNDING
+    )
     task = evaluation_tasks(queries=50)[0]
     with pytest.raises(RematchError, match=r"truncate_dim=8\. Use --views raw-raw"):
         evaluate_task(Encoder(model), task, reranking=Reranking(3, ("feat-raw",)))
@@ -284,7 +327,9 @@ def test_truncate_dim_leaves_token_vectors_whole(make_model, inputs):
 def test_a_peers_model_is_evaluated_by_the_same_command(text_model, tmp_path):
     rows = [{"query": f"word number {i % 3}", "positives": [f"number {i}"]} for i in range(9)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    content = run(Options(str(text_model), benchmark=str(tmp_path / "own.jsonl"), output=tmp_path / "out"))
+    content = run(
+        Options(str(text_model), benchmark=str(tmp_path / "own.jsonl"), output=tmp_path / "out")
+    )
     assert content["tasks"]["own"].keys() >= {"hit@1", "mrr", "ndcg@10"}
     with pytest.raises(RematchError, match="need a ReMatch model"):
         run(Options(str(text_model), benchmark=str(tmp_path / "own.jsonl"), maxsim=True))
@@ -312,7 +357,9 @@ def test_a_picture_that_is_cut_off_is_named_from_within_a_worker(make_model, tmp
 
 @pytest.fixture
 def one_thread():
-    """As the processes have that these tests start: rounding, and so the rank of near equals, depends on threads."""
+    """As the processes have that these tests start: rounding, and so the rank of near equals,
+    depends on threads.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -323,9 +370,13 @@ COMMAND = [sys.executable, "-m", "rematch.cli", "evaluate"]
 QUIET = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def test_kill_9_in_the_middle_then_the_same_scores_and_nothing_twice(saved_model, tmp_path, one_thread):
+def test_kill_9_in_the_middle_then_the_same_scores_and_nothing_twice(
+    saved_model, tmp_path, one_thread
+):
     settings = ["--limit", "25", "--batch-tokens", "400", "--workers", "0"]
-    whole = run(Options(str(saved_model), limit=25, batch_tokens=400, workers=0, output=tmp_path / "whole"))
+    whole = run(
+        Options(str(saved_model), limit=25, batch_tokens=400, workers=0, output=tmp_path / "whole")
+    )
     started = subprocess.Popen(
         [*COMMAND, str(saved_model), *settings, "--output", tmp_path / "cut"],
         env=os.environ | QUIET,
@@ -349,20 +400,48 @@ def test_kill_9_in_the_middle_then_the_same_scores_and_nothing_twice(saved_model
     (file,) = tmp_path.glob("cut/vectors/*.sqlite")
     with sqlite3.connect(file) as database:
         before = database.execute("select count(*) from vectors").fetchone()[0]
-    resumed = run(Options(str(saved_model), limit=25, batch_tokens=400, workers=0, output=tmp_path / "cut"))
+    resumed = run(
+        Options(str(saved_model), limit=25, batch_tokens=400, workers=0, output=tmp_path / "cut")
+    )
     assert 0 < before < whole["run"]["inputs_encoded"]
     assert resumed["run"]["inputs_encoded"] == whole["run"]["inputs_encoded"] - before
-    assert {k: v for k, v in resumed.items() if k != "run"} == {k: v for k, v in whole.items() if k != "run"}
+    assert {k: v for k, v in resumed.items() if k != "run"} == {
+        k: v for k, v in whole.items() if k != "run"
+    }
 
 
 def test_two_processes_give_the_vectors_of_one(saved_model, tmp_path, one_thread):
     names = ["Picto-T2I", "Picto-Count"]
     settings = {"limit": 20, "save_vectors": True, "rerank": 3, "tasks": names, "maxsim": True}
     one = run(Options(str(saved_model), output=tmp_path / "one", **settings))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    options = ["--limit", "20", "--save-vectors", "--rerank", "3", "--tasks", ",".join(names), "--maxsim"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        f"--master_port={free_port()}",
+    ]
+    options = [
+        "--limit",
+        "20",
+        "--save-vectors",
+        "--rerank",
+        "3",
+        "--tasks",
+        ",".join(names),
+        "--maxsim",
+    ]
     done = subprocess.run(
-        [*launch, "-m", "rematch.cli", "evaluate", str(saved_model), *options, "--output", tmp_path / "two"],
+        [
+            *launch,
+            "-m",
+            "rematch.cli",
+            "evaluate",
+            str(saved_model),
+            *options,
+            "--output",
+            tmp_path / "two",
+        ],
         env=os.environ | QUIET,
         capture_output=True,
         text=True,

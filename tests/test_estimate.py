@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForMultimodalLM, Qwen2VLConfig
 
 from rematch import cli
+from rematch.backbone.lora import inject
 from rematch.data.picto_tasks import training_triplet
 from rematch.errors import RecipeError
-from rematch.lora import inject
 from rematch.matching import pack
 from rematch.train.estimate import GB, estimate
 from rematch.train.recipe import load_recipe
@@ -28,7 +28,11 @@ from rematch.train.shape import head_bytes, layer_bytes, load_shape, pass_bytes
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = Path(__file__).parent / "data" / "backbones"  # config.json of each, as on the hub
-CARDS = {"24gb": (24, 1, 60), "80gb": (80, 1, 300), "8x80gb": (80, 8, 300)}  # GB, GPUs, TFLOP/s that one may reach
+CARDS = {
+    "24gb": (24, 1, 60),
+    "80gb": (80, 1, 300),
+    "8x80gb": (80, 8, 300),
+}  # GB, GPUs, TFLOP/s that one may reach
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("qwen*.yaml"))
 
 
@@ -39,12 +43,16 @@ def shipped(name):
 
 def changed(name, *overrides):
     backbone, _, _ = name.rpartition("-")
-    return load_recipe(ROOT / f"recipes/{name}.yaml", [f"model.backbone={PUBLISHED / backbone}", *overrides])
+    return load_recipe(
+        ROOT / f"recipes/{name}.yaml", [f"model.backbone={PUBLISHED / backbone}", *overrides]
+    )
 
 
 @cache
 def shape_of(backbone):
-    """The shape of a shipped recipe's backbone, with its adapter and its 80 GB recipe's cap on pictures."""
+    """The shape of a shipped recipe's backbone, with its adapter and its 80 GB recipe's cap on
+    pictures.
+    """
     return load_shape(changed(f"{backbone}-80gb"))
 
 
@@ -53,7 +61,7 @@ def estimated(name, *overrides, **options):
     return estimate(recipe, shape_of(name.rpartition("-")[0]), **options)
 
 
-# ---- the formula against autograd ---------------------------------------------------------------------------------
+# ---- the formula against autograd ---------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +75,32 @@ def small(tmp_path_factory):
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [4, 6, 6],
+            "rope_theta": 10000.0,
+        },
     }
-    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 128, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
+    vision = {
+        "depth": 2,
+        "embed_dim": 16,
+        "hidden_size": 128,
+        "num_heads": 2,
+        "patch_size": 4,
+        "mlp_ratio": 2,
+    }
     tokens = {"image_token_id": 5, "vision_start_token_id": 3, "vision_end_token_id": 4}
-    Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens).save_pretrained(path)
+    Qwen2VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens
+    ).save_pretrained(path)
     return path
 
 
 def recipe_of(path, *overrides):
     (path / "recipe.yaml").write_text("{}")
-    return load_recipe(path / "recipe.yaml", [f"model.backbone={path}", "model.max_pixels=3136", *overrides])
+    return load_recipe(
+        path / "recipe.yaml", [f"model.backbone={path}", "model.max_pixels=3136", *overrides]
+    )
 
 
 def build(path, lora, dtype):
@@ -125,7 +148,10 @@ PRECISIONS = [
 @pytest.mark.parametrize(("dtype", "lora", "bf16"), PRECISIONS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_bytes_of_a_pass_are_those_that_autograd_saves(small, dtype, lora, bf16, attention):
-    overrides = [f"model.dtype={dtype}", *(["model.lora.r=8", "model.num_tokens=1"] if lora else [])]
+    overrides = [
+        f"model.dtype={dtype}",
+        *(["model.lora.r=8", "model.num_tokens=1"] if lora else []),
+    ]
     shape = load_shape(recipe_of(small, *overrides))
     backbone = build(small, lora, dtype)
     if not lora:
@@ -135,22 +161,30 @@ def test_bytes_of_a_pass_are_those_that_autograd_saves(small, dtype, lora, bf16,
     for rows, length in ((16, 64), (4, 256)):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             measured = saved_bytes(backbone.model, embedding_pass(backbone, rows, length))
-        assert pass_bytes(shape, rows, length, bf16=bf16, eager=eager) == pytest.approx(measured, rel=0.05)
+        assert pass_bytes(shape, rows, length, bf16=bf16, eager=eager) == pytest.approx(
+            measured, rel=0.05
+        )
 
 
 def test_bytes_of_a_checkpointed_pass(small):
-    shape = load_shape(recipe_of(small, "model.lora.r=8", "model.num_tokens=1", "model.dtype=bfloat16"))
+    shape = load_shape(
+        recipe_of(small, "model.lora.r=8", "model.num_tokens=1", "model.dtype=bfloat16")
+    )
     backbone = build(small, True, "bfloat16")
     backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
     with torch.autocast("cpu", torch.bfloat16):
         measured = saved_bytes(backbone.model, embedding_pass(backbone, 16, 64))
     again = 16 * 64 * layer_bytes(shape, 64, bf16=True)  # computed in the backward pass
-    assert pass_bytes(shape, 16, 64, bf16=True, checkpointing=True) - again == pytest.approx(measured, rel=0.15)
+    assert pass_bytes(shape, 16, 64, bf16=True, checkpointing=True) - again == pytest.approx(
+        measured, rel=0.15
+    )
 
 
 @pytest.mark.parametrize(("dtype", "bf16"), [("float32", False), ("bfloat16", True)])
 def test_bytes_of_a_matching_pass_with_the_answers(small, dtype, bf16):
-    shape = load_shape(recipe_of(small, "model.lora.r=8", "model.num_tokens=1", f"model.dtype={dtype}"))
+    shape = load_shape(
+        recipe_of(small, "model.lora.r=8", "model.num_tokens=1", f"model.dtype={dtype}")
+    )
     backbone = build(small, True, dtype)
     prompt, slot = text_segment(backbone, *range(30, 50)), text_segment(backbone, 12, 13)
     query, document = (text_segment(backbone, *range(start, start + 80)) for start in (100, 200))
@@ -161,7 +195,9 @@ def test_bytes_of_a_matching_pass_with_the_answers(small, dtype, bf16):
 
     def answer():
         logits = backbone.answer_logits(vars(packed)).float()
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.zeros(answers, dtype=torch.long))
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), torch.zeros(answers, dtype=torch.long)
+        )
 
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         measured = saved_bytes(backbone.model, answer)
@@ -197,13 +233,23 @@ class Peak(TorchDispatchMode):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_peak_of_a_whole_step(checkpointing):
-    """Picto's samples hold fewer tokens than the estimate assumes, so that its passes are not quite full."""
-    settings = ["model.lora.r=8", "loss.gradient_cache=true", "train.mini_batch_tokens=1024", "train.batch_size=8"]
+    """Picto's samples hold fewer tokens than the estimate assumes, so that its passes are not
+    quite full.
+    """
+    settings = [
+        "model.lora.r=8",
+        "loss.gradient_cache=true",
+        "train.mini_batch_tokens=1024",
+        "train.batch_size=8",
+    ]
     settings += [f"train.gradient_checkpointing={checkpointing}", "train.bf16=false"]
     recipe = load_recipe(ROOT / "recipes/picto.yaml", settings)
     model = build_model(recipe)
     rows = [training_triplet(0, i) for i in range(8)]
-    samples = [{name: getattr(row, name).as_input() for name in ("query", "positive", "negative")} for row in rows]
+    samples = [
+        {name: getattr(row, name).as_input() for name in ("query", "positive", "negative")}
+        for row in rows
+    ]
     batch = build_collator(recipe, model)(samples)["batch"]
     loss = build_loss(recipe, model.train())
     with Peak(model) as measured:
@@ -214,7 +260,7 @@ def test_peak_of_a_whole_step(checkpointing):
     assert 0.9 < predicted / measured.peak < 1.5
 
 
-# ---- published backbones ------------------------------------------------------------------------------------------
+# ---- published backbones ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -235,9 +281,13 @@ def test_weights_are_as_many_as_published(name, weights, adapter):
 
 
 def test_gpus_share_the_batch_and_with_fsdp_the_weights():
-    name, features = "qwen2.5-vl-7b-8x80gb", "train.features_gb=100"  # enough for all pictures on one GPU, too
+    name, features = (
+        "qwen2.5-vl-7b-8x80gb",
+        "train.features_gb=100",
+    )  # enough for all pictures on one GPU, too
     alone, shared, sharded = (
-        estimated(name, features, gpus=gpus, fsdp=fsdp) for gpus, fsdp in ((1, False), (8, False), (8, True))
+        estimated(name, features, gpus=gpus, fsdp=fsdp)
+        for gpus, fsdp in ((1, False), (8, False), (8, True))
     )
     assert alone.step_flop / shared.step_flop == pytest.approx(8, rel=0.01)
     assert alone.host == pytest.approx(8 * shared.host)
@@ -258,7 +308,9 @@ def test_what_saves_memory_and_time_shows():
     assert plain.total > 20 * base.total
     assert plain.step_flop < base.step_flop
     four_bit = estimated("qwen2-vl-2b-80gb", "model.four_bit=true")
-    assert four_bit.memory["weights of the backbone"] < 0.4 * base.memory["weights of the backbone"]
+    assert (
+        four_bit.memory["weights of the backbone"] < 0.4 * base.memory["weights of the backbone"]
+    )
     contrastive, feat, reuse = (
         estimated("qwen2-vl-2b-80gb", override).step_flop / base.step_flop
         for override in ("loss.w_qdm=0", "loss.matching=feat", "loss.matching=reuse")
@@ -271,7 +323,7 @@ def test_what_saves_memory_and_time_shows():
     assert again.step_flop > 1.2 * base.step_flop
 
 
-# ---- the recipes that ship ----------------------------------------------------------------------------------------
+# ---- the recipes that ship ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -284,12 +336,14 @@ def test_recipe_fits_its_card_and_says_what_it_takes(name):
     assert seconds <= 120
     hours = recipe.train.steps * seconds / 3600
     comment = (
-        f"# {result.total:.1f} GB, {seconds:.0f} s a step, {hours:.0f} h; {usual.seconds(tflops):.0f} s a step with "
-        "`--pictures 1`"
+        f"# {result.total:.1f} GB, {seconds:.0f} s a step, {hours:.0f} h; "
+        f"{usual.seconds(tflops):.0f} s a step with `--pictures 1`"
     )
     text = (ROOT / f"recipes/{name}.yaml").read_text()
     assert comment in text
-    options = f"--estimate --gpu-memory {card} --tflops {tflops}" + (f" --gpus {gpus}" if gpus > 1 else "")
+    options = f"--estimate --gpu-memory {card} --tflops {tflops}" + (
+        f" --gpus {gpus}" if gpus > 1 else ""
+    )
     assert f"`{options}`" in text
     tokens = int(re.findall(r"# (\d+) tokens a picture", text)[0])
     assert shape.picture_tokens == tokens
@@ -301,7 +355,7 @@ def test_every_backbone_comes_with_three_cards():
     assert len(RECIPES) == 9
 
 
-# ---- the command --------------------------------------------------------------------------------------------------
+# ---- the command --------------------------------------------------------------------------------
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -338,14 +392,18 @@ def test_command_prints_the_estimate_and_judges_the_card(monkeypatch, capsys, tm
 
 def test_command_refuses_what_it_cannot_know(monkeypatch, capsys, tmp_path):
     recipe = ROOT / "recipes/qwen2-vl-2b-24gb.yaml"
-    code, _, err = run(monkeypatch, capsys, recipe, "model.backbone=some/model-on-the-hub", "--estimate")
+    code, _, err = run(
+        monkeypatch, capsys, recipe, "model.backbone=some/model-on-the-hub", "--estimate"
+    )
     assert code == 2
     assert "config.json cannot be read" in err
     code, _, err = run(monkeypatch, capsys, recipe, "--gpus", 8)
     assert code == 2
     assert "go with --estimate" in err
     backbone = f"model.backbone={PUBLISHED / 'qwen2-vl-2b'}"
-    code, _, err = run(monkeypatch, capsys, recipe, backbone, "model.max_pixels=null", "--estimate")
+    code, _, err = run(
+        monkeypatch, capsys, recipe, backbone, "model.max_pixels=null", "--estimate"
+    )
     assert code == 2
     assert "Set model.max_pixels" in err
     config = {"model_type": "llava_onevision"}

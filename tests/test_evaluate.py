@@ -1,4 +1,6 @@
-"""The evaluator against independent computations: metrics, rankings, reranking, means, doubts, mteb."""
+"""The evaluator against independent computations: metrics, rankings, reranking, means, doubts,
+mteb.
+"""
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from test_benchmark_data import picto_tree
 
 from rematch.data.picto_tasks import evaluation_tasks
 from rematch.data.schema import Item, RetrievalTask
-from rematch.encoder import Encoder
+from rematch.encoding.encoder import Encoder
 from rematch.evaluate import metrics
 from rematch.evaluate.command import Options, run
 from rematch.evaluate.metrics import ranks_of_right
@@ -47,10 +49,11 @@ def test_ties_and_nan_are_misses():
 
 
 def hits_from_saved_vectors(path):
-    """Hit@1 of one task query by query, from its saved vectors and nothing else; None where rounding decides.
+    """Hit@1 of one task query by query, from its saved vectors and nothing else; None where
+    rounding decides.
 
-    The evaluator's cosines are sums of D float32 products, whose parts add up to 1 at most: each is off by less than
-    D * 2**-24, whatever the order.
+    The evaluator's cosines are sums of D float32 products, whose parts add up to 1 at most: each
+    is off by less than D * 2**-24, whatever the order.
     """
     saved = np.load(path)
     hits, start = [], 0
@@ -61,12 +64,16 @@ def hits_from_saved_vectors(path):
         best_right = -np.inf
         best_wrong = -np.inf
         for place, document in enumerate(own):
-            score = np.dot(saved["documents"][document].astype(np.float64), query.astype(np.float64))
+            score = np.dot(
+                saved["documents"][document].astype(np.float64), query.astype(np.float64)
+            )
             if place < right:
                 best_right = max(best_right, score)
             else:
                 best_wrong = max(best_wrong, score)
-        hits.append(bool(best_right > best_wrong) if abs(best_right - best_wrong) > 2 * rounding else None)
+        hits.append(
+            bool(best_right > best_wrong) if abs(best_right - best_wrong) > 2 * rounding else None
+        )
     return hits
 
 
@@ -75,7 +82,13 @@ def test_hits_on_an_mmeb_export_equal_an_independent_script_query_by_query(saved
 
     picto_tree(tmp_path / "tree")
     content = run(
-        Options(str(saved_model), output=tmp_path / "out", data=tmp_path / "tree", limit=30, save_vectors=True)
+        Options(
+            str(saved_model),
+            output=tmp_path / "out",
+            data=tmp_path / "tree",
+            limit=30,
+            save_vectors=True,
+        )
     )
     rows = pq.read_table(tmp_path / "out/predictions.parquet").to_pylist()
     assert len(content["tasks"]) == 24
@@ -83,7 +96,11 @@ def test_hits_on_an_mmeb_export_equal_an_independent_script_query_by_query(saved
     for name, scores in content["tasks"].items():
         hits = hits_from_saved_vectors(tmp_path / f"out/arrays/{name}.npz")
         evaluated = [row["rank"] == 1 for row in rows if row["task"] == name]
-        decided += [(theirs, ours) for theirs, ours in zip(hits, evaluated, strict=True) if theirs is not None]
+        decided += [
+            (theirs, ours)
+            for theirs, ours in zip(hits, evaluated, strict=True)
+            if theirs is not None
+        ]
         assert scores["hit@1"] == pytest.approx(100 * np.mean(evaluated), abs=0.01)
     assert all(theirs == ours for theirs, ours in decided)
     assert len(decided) > 0.95 * len(rows)
@@ -120,15 +137,27 @@ def result(name, meta, hit, ood=False):
 
 def test_means_are_mmebs_and_pictos():
     mmeb = [result("A", "vqa", 10), result("B", "vqa", 20, ood=True), result("C", "grounding", 60)]
-    assert summary(mmeb) == {"overall": 30.0, "vqa": 15.0, "grounding": 60.0, "ood": 20.0, "ind": 35.0}
-    picto = [result("A", "vqa", 10), result("A-OOD", "vqa", 2, ood=True), result("C", "grounding", 60)]
+    assert summary(mmeb) == {
+        "overall": 30.0,
+        "vqa": 15.0,
+        "grounding": 60.0,
+        "ood": 20.0,
+        "ind": 35.0,
+    }
+    picto = [
+        result("A", "vqa", 10),
+        result("A-OOD", "vqa", 2, ood=True),
+        result("C", "grounding", 60),
+    ]
     assert summary(picto) == {"overall": 35.0, "vqa": 10.0, "grounding": 60.0, "ood_overall": 2.0}
 
 
 def test_maxsim_is_the_mean_of_best_cosines():
     rng = np.random.default_rng(0)
     query, documents = rng.normal(size=(3, 8)), rng.normal(size=(5, 4, 8))
-    slow = [np.mean([max(float(q @ t) for t in document) for q in query]) for document in documents]
+    slow = [
+        np.mean([max(float(q @ t) for t in document) for q in query]) for document in documents
+    ]
     assert np.allclose(maxsim(query, documents), slow)
 
 
@@ -139,11 +168,19 @@ def test_reranking_orders_the_first_candidates_by_p_yes_of_single_pairs(make_mod
     views = ("raw-raw", "feat-feat")
     encoder = Encoder(model, workers=0)
     found = evaluate_task(encoder, task, reranking=Reranking(9, views), multi_vector=True)
-    assert list(found.methods) == ["embedding", "MaxSim", "rerank 9, raw-raw", "rerank 9, feat-feat"]
+    assert list(found.methods) == [
+        "embedding",
+        "MaxSim",
+        "rerank 9, raw-raw",
+        "rerank 9, feat-feat",
+    ]
     asked, given = ([x.as_input() for x in side] for side in (task.queries, task.documents))
     queries, documents = found.vectors
     for view in views:
-        least, most = [], []  # the ranks, where rounding might swap two: single pairs and packed ones differ by it
+        least, most = (
+            [],
+            [],
+        )  # the ranks, where rounding might swap two: single pairs and packed ones differ by it
         for i, own in enumerate(task.candidates):
             first, right = found.best[i][0][:9].tolist(), own[0]
             if right not in first:
@@ -168,18 +205,24 @@ def test_equal_vectors_nan_and_chance_are_flagged(make_model, monkeypatch):
     model = make_model(dtype=torch.float32)
     task = evaluation_tasks(queries=50)[2]
     encoder = Encoder(model, workers=0)
-    monkeypatch.setattr(encoder, "encode", lambda inputs, *_, **__: np.ones((len(inputs), 4), np.float32))
+    monkeypatch.setattr(
+        encoder, "encode", lambda inputs, *_, **__: np.ones((len(inputs), 4), np.float32)
+    )
     warnings = " ".join(evaluate_task(encoder, task).warnings)
     assert "all vectors of documents are equal" in warnings
     assert "no better than chance (1.0)" in warnings
-    monkeypatch.setattr(encoder, "encode", lambda inputs, *_, **__: np.full((len(inputs), 4), np.nan, np.float32))
+    monkeypatch.setattr(
+        encoder, "encode", lambda inputs, *_, **__: np.full((len(inputs), 4), np.nan, np.float32)
+    )
     found = evaluate_task(encoder, task)
     assert "hold NaN" in " ".join(found.warnings)
     assert found.scores["hit@10"] == 0
 
 
 def test_mteb_runs_a_model_through_its_own_wrapper(model):
-    """The scores are those of our evaluator on the same data; in float64, so that rounding decides no rank."""
+    """The scores are those of our evaluator on the same data; in float64, so that rounding decides
+    no rank.
+    """
     import mteb
     from datasets import Dataset
     from mteb.abstasks.retrieval import AbsTaskRetrieval
@@ -214,14 +257,21 @@ def test_mteb_runs_a_model_through_its_own_wrapper(model):
             corpus = Dataset.from_list([{"id": str(i), "text": t} for i, t in enumerate(texts)])
             queries = Dataset.from_list([{"id": str(i), "text": t} for i, t in enumerate(asked)])
             relevant = {str(i): {str(i): 1} for i in range(len(asked))}
-            split = {"corpus": corpus, "queries": queries, "relevant_docs": relevant, "top_ranked": None}
+            split = {
+                "corpus": corpus,
+                "queries": queries,
+                "relevant_docs": relevant,
+                "top_ranked": None,
+            }
             self.dataset = {"default": {"test": split}}
             self.data_loaded = True
 
     outcome = mteb.evaluate(model, Local(), cache=None, show_progress_bar=False)
     theirs = outcome.task_results[0].scores["test"][0]
     documents = [Item(text=t, key=t) for t in texts]
-    task = RetrievalTask("n", "own", [Item(text=t) for t in asked], documents, [], answers=[[i] for i in range(12)])
+    task = RetrievalTask(
+        "n", "own", [Item(text=t) for t in asked], documents, [], answers=[[i] for i in range(12)]
+    )
     ours = evaluate_task(Encoder(model, workers=0), task).scores
     assert ours["ndcg@10"] == pytest.approx(100 * theirs["ndcg_at_10"], abs=0.01)
     assert ours["hit@1"] == pytest.approx(100 * theirs["recall_at_1"], abs=0.01)

@@ -1,4 +1,6 @@
-"""QLoRA on bitsandbytes' CPU kernels: one base whatever it is loaded in; trained, loaded, merged, resumed exactly."""
+"""QLoRA on bitsandbytes' CPU kernels: one base whatever it is loaded in; trained, loaded, merged,
+resumed exactly.
+"""
 
 import json
 import shutil
@@ -14,10 +16,10 @@ from test_train import Interrupt, assert_same_run, recipe
 from transformers import BitsAndBytesConfig
 
 from rematch import ReMatch
+from rematch.backbone.lora import files_fingerprint, fingerprint
 from rematch.errors import ModelError, RecipeError, TrainingError
-from rematch.lora import files_fingerprint, fingerprint
-from rematch.losses import ReMatchLoss
 from rematch.train.collator import Collator
+from rematch.train.loss import ReMatchLoss
 from rematch.train.run import build_model, train
 
 
@@ -31,14 +33,21 @@ def one_thread():
 
 
 def four_bit(compute=torch.float32):  # what training chooses where bfloat16 is not native
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+    )
     return {"quantization_config": config}
 
 
 def four_bit_recipe(path, output, **more):
     lora = {"r": 4, "alpha": 8, "dropout": 0.2}
     model = {"backbone": str(path), "num_tokens": 2, "lora": lora, "four_bit": True}
-    return recipe(path, output, model=model, train={"steps": 3, "save_every": 1, "learning_rate": 1e-2} | more)
+    return recipe(
+        path,
+        output,
+        model=model,
+        train={"steps": 3, "save_every": 1, "learning_rate": 1e-2} | more,
+    )
 
 
 def inputs():
@@ -97,7 +106,9 @@ def test_merged_it_is_an_ordinary_checkpoint(whole, tmp_path, compute):
     tolerance = 1e-5 if compute is torch.float32 else 0.02
     assert np.abs(merged.encode_query(inputs()) - expected).max() <= tolerance
     merged.save_pretrained(str(tmp_path / "merged"))
-    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in json.loads(
+        (tmp_path / "merged" / "config.json").read_text()
+    )
     loaded = ReMatch(tmp_path / "merged")
     assert not linears(loaded, "Linear4bit")
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
@@ -115,8 +126,12 @@ def test_it_resumes_exactly(backbone_path, tmp_path, whole):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_gradients_reach_the_learnable_rows_under_gradient_checkpointing(backbone_path, triplets, tmp_path, cached):
-    """The first layer starts from rows that train and others that do not; what it drops is drawn again."""
+def test_gradients_reach_the_learnable_rows_under_gradient_checkpointing(
+    backbone_path, triplets, tmp_path, cached
+):
+    """The first layer starts from rows that train and others that do not; what it drops is drawn
+    again.
+    """
     results = []
     for checkpointing in (False, True):
         settings = four_bit_recipe(backbone_path, tmp_path, gradient_checkpointing=checkpointing)
@@ -134,7 +149,10 @@ def test_gradients_reach_the_learnable_rows_under_gradient_checkpointing(backbon
 def test_an_evaluation_does_not_change_4_bit_weights(backbone_path):
     """bitsandbytes packs them anew, with rounded scales, on CPUs that have AVX-512 BF16."""
     model = ReMatch.from_backbone(str(backbone_path), 2, model_kwargs=four_bit()).eval()
-    before = [(m.weight.data.clone(), m.weight.quant_state.absmax.clone()) for m in linears(model, "Linear4bit")]
+    before = [
+        (m.weight.data.clone(), m.weight.quant_state.absmax.clone())
+        for m in linears(model, "Linear4bit")
+    ]
     model.encode_query(inputs())
     for module, (data, scales) in zip(linears(model, "Linear4bit"), before, strict=True):
         assert torch.equal(module.weight.data, data)
@@ -154,7 +172,7 @@ def test_fsdp_is_refused(backbone_path, tmp_path, monkeypatch):
         train(four_bit_recipe(backbone_path, tmp_path / "model"), quiet=True)
 
 
-# ---- which base an adapter belongs to -------------------------------------------------------------------------------
+# ---- which base an adapter belongs to -----------------------------------------------------------
 
 
 @pytest.fixture
@@ -171,9 +189,14 @@ def sibling(backbone_path, tmp_path):
 
 def test_a_base_is_known_however_it_is_loaded(backbone_path, sibling, tmp_path):
     options = [{"dtype": torch.float32}, {"dtype": torch.bfloat16}, four_bit()]
-    prints = {ReMatch.from_backbone(str(backbone_path), 2, model_kwargs=o).backbone.fingerprint for o in options}
+    prints = {
+        ReMatch.from_backbone(str(backbone_path), 2, model_kwargs=o).backbone.fingerprint
+        for o in options
+    }
     assert len(prints) == 1
-    model = ReMatch.from_backbone(str(backbone_path), 0, model_kwargs={"dtype": torch.bfloat16}).backbone.model
+    model = ReMatch.from_backbone(
+        str(backbone_path), 0, model_kwargs={"dtype": torch.bfloat16}
+    ).backbone.model
     model.save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     assert {files_fingerprint(str(tmp_path / "sharded"))} == prints

@@ -15,7 +15,9 @@ NEEDS_A_GPU = {"liger"}
 
 def run(*options):
     command = [sys.executable, SCRIPT, "--small", *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -35,7 +37,18 @@ def numbers(value):
 
 def test_every_part_is_measured_or_says_why_not(report):
     assert list(report["parts"]) == [
-        *("steps", "memory", "precision", "flex", "encode", "rerank", "collectives", "qlora", "compile", "liger")
+        *(
+            "steps",
+            "memory",
+            "precision",
+            "flex",
+            "encode",
+            "rerank",
+            "collectives",
+            "qlora",
+            "compile",
+            "liger",
+        )
     ]
     for name, result in report["parts"].items():
         assert result["took"] > 0
@@ -58,7 +71,14 @@ def test_report_says_where_it_was_made(report):
 def test_ratios_are_those_of_the_seconds(report):
     steps = report["parts"]["steps"]
     seconds = steps["seconds"]
-    assert set(seconds) == {"st_contrastive", "contrastive", "multi_token", "unified", "feat", "reuse"}
+    assert set(seconds) == {
+        "st_contrastive",
+        "contrastive",
+        "multi_token",
+        "unified",
+        "feat",
+        "reuse",
+    }
     assert min(seconds.values()) > 0
     expected = {
         "contrastive_over_st": seconds["st_contrastive"] / seconds["contrastive"],
@@ -82,11 +102,18 @@ def test_parts_agree_with_their_references(report):
     assert parts["precision"]["gradient_cosine"] > 0.99
     assert parts["precision"]["gradient_error"] > 0  # else bfloat16 was not on
     assert parts["flex"]["loss"] == pytest.approx(parts["flex"]["reference_loss"], rel=1e-3)
-    assert parts["collectives"]["gradient_error"] < 1e-3  # DDP with one process, as torchrun starts it
-    assert parts["compile"]["loss"]["changed"] == pytest.approx(parts["compile"]["loss"]["plain"], rel=1e-3)
+    assert (
+        parts["collectives"]["gradient_error"] < 1e-3
+    )  # DDP with one process, as torchrun starts it
+    assert parts["compile"]["loss"]["changed"] == pytest.approx(
+        parts["compile"]["loss"]["plain"], rel=1e-3
+    )
 
 
 def test_a_part_that_takes_too_long_is_ended_and_said(tmp_path):
     output = tmp_path / "gpu.json"
     run("--minutes", 0, "--parts", "steps", "--output", output)
-    assert "not done within its 0.1 seconds" in json.loads(output.read_text())["parts"]["steps"]["error"]
+    assert (
+        "not done within its 0.1 seconds"
+        in json.loads(output.read_text())["parts"]["steps"]["error"]
+    )

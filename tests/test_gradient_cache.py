@@ -1,11 +1,13 @@
-"""The gradient cache against the plain loss, in value and gradient; pictures and documents computed once."""
+"""The gradient cache against the plain loss, in value and gradient; pictures and documents
+computed once.
+"""
 
 import pytest
 import torch
 from peft import LoraConfig
 
-from rematch.losses import ReMatchLoss
 from rematch.train.collator import FULL, Collator, cut
+from rematch.train.loss import ReMatchLoss
 
 SMALL = 150  # tokens: many mini-batches
 
@@ -20,7 +22,10 @@ def gradients(model, loss, batches, scale=1.0, seed=0):
         total = torch.stack(list(loss([batch]).values())).sum()
         (total * scale / len(batches)).backward()
         totals.append(total.item())
-    named = [*model.named_parameters(), *[(n, p) for n, p in loss.named_parameters() if not n.startswith("model.")]]
+    named = [
+        *model.named_parameters(),
+        *[(n, p) for n, p in loss.named_parameters() if not n.startswith("model.")],
+    ]
     return totals, {n: p.grad.clone() for n, p in named if p.grad is not None}
 
 
@@ -29,15 +34,22 @@ def assert_equal(plain, cached, tolerance):
     assert cached[1].keys() == plain[1].keys()
     largest = max(gradient.norm() for gradient in plain[1].values())
     for name, gradient in plain[1].items():  # some are zero but for rounding: biases of keys
-        assert (cached[1][name] - gradient).norm() <= tolerance * gradient.norm().clamp(min=1e-4 * largest), name
+        assert (cached[1][name] - gradient).norm() <= tolerance * gradient.norm().clamp(
+            min=1e-4 * largest
+        ), name
 
 
 def both(model, batches, scale=1.0, **options):
-    return [gradients(model, ReMatchLoss(model, gradient_cache=c, **options), batches, scale) for c in (False, True)]
+    return [
+        gradients(model, ReMatchLoss(model, gradient_cache=c, **options), batches, scale)
+        for c in (False, True)
+    ]
 
 
 def test_cached_equals_plain_in_value_and_gradient(model, triplets):
-    """Text-only, picture-only and mixed columns; two batches accumulated; a loss scale as under fp16."""
+    """Text-only, picture-only and mixed columns; two batches accumulated; a loss scale as under
+    fp16.
+    """
     collator = Collator(model, tokens=SMALL)
     batches = [collator(triplets[:6])["batch"], collator(triplets[6:])["batch"]]
     assert all(len(b.embedding) > 3 and len(b.matching) > 2 for b in batches)
@@ -58,7 +70,9 @@ def test_cached_equals_plain_under_dropout(make_model, triplets):
 
 
 def test_cached_is_as_exact_as_plain_in_single_precision(make_model, triplets):
-    """Both round, each in its own order: over all weights together, neither is further from the float64 gradient."""
+    """Both round, each in its own order: over all weights together, neither is further from the
+    float64 gradient.
+    """
     exact, single = make_model(), make_model(dtype=torch.float32)
     batch = Collator(exact, tokens=SMALL)(triplets)["batch"]
     _, truth = gradients(exact, ReMatchLoss(exact), [batch])
@@ -83,14 +97,19 @@ def test_cached_is_as_exact_as_plain_in_single_precision(make_model, triplets):
     ],
 )
 def test_cached_equals_plain_with_options(model, triplets, options):
-    batch = Collator(model, options.get("views", ["raw-raw", "feat-feat"]), SMALL)(triplets)["batch"]
+    batch = Collator(model, options.get("views", ["raw-raw", "feat-feat"]), SMALL)(triplets)[
+        "batch"
+    ]
     options = {"views": ["raw-raw", "feat-feat"]} | options
     assert_equal(*both(model, [batch], scale=8.0, **options), 1e-9)
 
 
 def test_the_cut_into_mini_batches_changes_nothing(model, triplets):
     loss = ReMatchLoss(model)
-    results = [gradients(model, loss, [Collator(model, tokens=n)(triplets)["batch"]]) for n in (SMALL, 100_000)]
+    results = [
+        gradients(model, loss, [Collator(model, tokens=n)(triplets)["batch"]])
+        for n in (SMALL, 100_000)
+    ]
     assert_equal(*results, 1e-6)  # padding moves float32 rotary tables
 
 
@@ -114,7 +133,10 @@ def test_gradient_checkpointing_changes_nothing(make_model, triplets, cached):
     for checkpointing in (False, True):
         model = make_model().train()
         language, vision = model.backbone.base.language_model, model.backbone.base.vision_tower
-        norms = [*(one.input_layernorm for one in language.layers), *(one.layer_norm1 for one in vision.encoder.layers)]
+        norms = [
+            *(one.input_layernorm for one in language.layers),
+            *(one.layer_norm1 for one in vision.encoder.layers),
+        ]
         if checkpointing:
             model.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
         batch = Collator(model, tokens=SMALL)(triplets)["batch"]
@@ -136,7 +158,12 @@ def test_a_frozen_tower_sees_each_distinct_picture_once(model, triplets):
     handle = tower.register_forward_pre_hook(lambda _, args: passed.append(len(args[0])))
     once = gradients(model, loss, [batch])
     handle.remove()
-    pictures = [t[c]["image"] for t in triplets for c in ("query", "positive", "negative") if "image" in t[c]]
+    pictures = [
+        t[c]["image"]
+        for t in triplets
+        for c in ("query", "positive", "negative")
+        if "image" in t[c]
+    ]
     assert sum(passed) == len({p.tobytes() for p in pictures}) == len(batch.pictures)
 
     class Blind(ReMatchLoss):  # the obvious version: every forward looks at its own pictures
@@ -156,8 +183,15 @@ def test_a_tower_in_training_switches_reuse_off(model, triplets):
 
 
 def test_identical_inputs_are_embedded_once(model, triplets):
-    once, twice = (Collator(model, ["feat-feat"], SMALL)(rows)["batch"] for rows in (triplets, [*triplets, *triplets]))
-    assert len(once.keys) == len(twice.keys) == sum(len(s.tensors["input_ids"]) for s in twice.embedding)
+    once, twice = (
+        Collator(model, ["feat-feat"], SMALL)(rows)["batch"]
+        for rows in (triplets, [*triplets, *triplets])
+    )
+    assert (
+        len(once.keys)
+        == len(twice.keys)
+        == sum(len(s.tensors["input_ids"]) for s in twice.embedding)
+    )
     assert torch.equal(twice.inputs[:12], twice.inputs[12:])
 
 
@@ -169,7 +203,9 @@ def test_mini_batches_hold_their_budget_and_little_padding(model, triplets):
     real = sum(int(step.tensors["attention_mask"].sum()) for step in batch.embedding)
     padded = sum(step.tensors["input_ids"].numel() for step in batch.embedding)
     assert real / padded >= FULL
-    last = [step.tensors["owner"] == step.tensors["visible"].shape[1] - 1 for step in batch.matching]
+    last = [
+        step.tensors["owner"] == step.tensors["visible"].shape[1] - 1 for step in batch.matching
+    ]
     assert sum(int(m.sum()) for m in last) <= (1 - FULL) * sum(m.numel() for m in last)
 
 
@@ -183,4 +219,7 @@ def test_training_reads_inputs_as_encoding_does(model, triplets):
         for row in triplets:
             reading = model.backbone.reader.read(row[column])
             own = model.backbone.reader.embedding_batch([reading], [task])
-            assert own["input_ids"].tolist() == model.preprocess([row[column]], task=task)["input_ids"].tolist()
+            assert (
+                own["input_ids"].tolist()
+                == model.preprocess([row[column]], task=task)["input_ids"].tolist()
+            )

@@ -8,13 +8,13 @@ import torch
 from peft import LoraConfig
 from torch.nn.attention.flex_attention import flex_attention
 
+from rematch.backbone.pictures import Pictures
 from rematch.errors import RematchError
-from rematch.losses import ReMatchLoss
 from rematch.matching import VIEWS, block_mask, unified_mask
-from rematch.pictures import Pictures
 from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_QUESTION, MATCH_TASK
 from rematch.tokens import fuse
 from rematch.train.collator import Collator
+from rematch.train.loss import ReMatchLoss
 
 MIXED = (0, 3, 6, 9)
 
@@ -24,9 +24,11 @@ def embed(model, inputs, task):
 
 
 def one_question(model, query, document, query_z, document_z, views, shifted=False):
-    """P(answer) logits of one question in a forward of its own, written out plainly: no segments, no packing.
+    """P(answer) logits of one question in a forward of its own, written out plainly: no segments,
+    no packing.
 
-    ``shifted`` puts it where it stands beside the raw query; but for rounding in float32 rotary tables it is the same.
+    ``shifted`` puts it where it stands beside the raw query; but for rounding in float32 rotary
+    tables it is the same.
     """
     backbone = model.backbone
     tokens = lambda text: backbone.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
@@ -38,18 +40,25 @@ def one_question(model, query, document, query_z, document_z, views, shifted=Fal
     q = raw_query if query_view == "raw" else tokens(MATCH_QUERY) + placeholder
     d = raw_document if document_view == "raw" else tokens(MATCH_DOCUMENT) + placeholder
     slot = tokens(MATCH_QUESTION + backbone.reader.suffix)
-    # a document sees a prompt right before where Z_q stands or would stand, a raw query one of its own
+    # a document sees a prompt right before where Z_q stands or would stand, a raw query one of its
+    # own
     feat_query = tokens(MATCH_QUERY) + placeholder
     ids = torch.tensor([prompt + prompt + q + d + slot])
     n = len(prompt)
     end_q, end_d = 2 * n + len(q), 2 * n + len(q) + len(d)
     before_document = len(q) - len(feat_query)
-    position = [*range(before_document, before_document + n), *range(n), *range(n, n + len(q) + len(d) + len(slot))]
+    position = [
+        *range(before_document, before_document + n),
+        *range(n),
+        *range(n, n + len(q) + len(d) + len(slot)),
+    ]
     if shifted:
         position = [place + len(raw_query) - len(q) for place in position]
     parts = [0] * n + [1] * n + [2] * len(q) + [3] * len(d) + [4] * len(slot)
     sees = {0: {0}, 1: {1}, 2: {1, 2}, 3: {0, 3}, 4: {1, 2, 3, 4}}
-    mask = torch.full((1, 1, ids.shape[1], ids.shape[1]), torch.finfo(torch.float64).min, dtype=torch.float64)
+    mask = torch.full(
+        (1, 1, ids.shape[1], ids.shape[1]), torch.finfo(torch.float64).min, dtype=torch.float64
+    )
     for row in range(ids.shape[1]):
         for column in range(row + 1):
             if parts[column] in sees[parts[row]]:
@@ -61,11 +70,19 @@ def one_question(model, query, document, query_z, document_z, views, shifted=Fal
     if document_view == "feat":
         rows[end_d - 1] = document_z
     embeds = torch.stack(rows)[None]
-    pictures = [x["image"] for x, v in ((query, query_view), (document, document_view)) if v == "raw" and "image" in x]
+    pictures = [
+        x["image"]
+        for x, v in ((query, query_view), (document, document_view))
+        if v == "raw" and "image" in x
+    ]
     if pictures:
-        pixels = backbone.processor.image_processor(pictures, return_tensors="pt")["pixel_values"].double()
+        pixels = backbone.processor.image_processor(pictures, return_tensors="pt")[
+            "pixel_values"
+        ].double()
         features = torch.cat(list(backbone.base.get_image_features(pixels).pooler_output))
-        embeds = embeds.masked_scatter((ids == backbone.model.config.image_token_id)[..., None], features)
+        embeds = embeds.masked_scatter(
+            (ids == backbone.model.config.image_token_id)[..., None], features
+        )
     out = backbone.base.language_model(
         inputs_embeds=embeds, attention_mask=mask, position_ids=torch.tensor([position])
     ).last_hidden_state
@@ -75,10 +92,14 @@ def one_question(model, query, document, query_z, document_z, views, shifted=Fal
 def answer(model, rows, questions, z=None):
     """Logits of questions about inputs, in one packed forward."""
     read = model.backbone.reader.read
-    packed, shown = model.backbone.reader.pack_matching([(read(q), [read(d) for d in ds]) for q, ds in rows], questions)
+    packed, shown = model.backbone.reader.pack_matching(
+        [(read(q), [read(d) for d in ds]) for q, ds in rows], questions
+    )
     features = vars(packed) | {"vectors": None}
     if shown:
-        features["unseen"] = Pictures.collect([r.vision for r in shown], [r.visual_tokens for r in shown])
+        features["unseen"] = Pictures.collect(
+            [r.vision for r in shown], [r.visual_tokens for r in shown]
+        )
     with nothing_projected(model):
         return model(features | {"vectors": z})["answer_logits"]
 
@@ -92,7 +113,9 @@ def nothing_projected(model):
 
 
 def packed_and_separate(model, rows):
-    """Logits of all eight questions of every row: in one packed forward, and in forwards of their own."""
+    """Logits of all eight questions of every row: in one packed forward, and in forwards of their
+    own.
+    """
     queries = embed(model, [r["query"] for r in rows], "query")
     documents = [embed(model, [r[c] for r in rows], "document") for c in ("positive", "negative")]
     z_query = model.fusion.projector(queries)
@@ -126,14 +149,18 @@ def packed_and_separate(model, rows):
 def test_one_forward_equals_eight_in_logits_and_gradients(model, triplets):
     rows = [triplets[i] for i in MIXED]
     torch.manual_seed(0)
-    weights = torch.randn(len(rows), 8, model.backbone.model.config.text_config.vocab_size, dtype=torch.float64)
+    weights = torch.randn(
+        len(rows), 8, model.backbone.model.config.text_config.vocab_size, dtype=torch.float64
+    )
     gradients = []
     logits = packed_and_separate(model, rows)
     assert (logits[0] - logits[1]).abs().max() <= 1e-10
     for which in logits:
         model.zero_grad()
         (which * weights).sum().backward(retain_graph=True)
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        gradients.append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
     assert gradients[0].keys() == gradients[1].keys()
     assert any("embed_tokens" in n for n in gradients[0])
     assert any("projector" in n for n in gradients[0])
@@ -146,7 +173,9 @@ def test_gradient_flows_through_z_into_the_embedding(model, triplets):
     batch = Collator(model, ["feat-feat"])([triplets[i] for i in MIXED])["batch"]
     loss = ReMatchLoss(model, views=["feat-feat"])
     vectors = torch.randn(len(batch.keys), 32, dtype=torch.float64, requires_grad=True)
-    torch.stack([loss.match(step, batch, None, vectors) for step in batch.matching]).sum().backward()
+    torch.stack(
+        [loss.match(step, batch, None, vectors) for step in batch.matching]
+    ).sum().backward()
     assert (vectors.grad.abs().sum(1) > 0).all()
 
 
@@ -163,13 +192,17 @@ def test_no_slot_sees_another_document(model, triplets, views):
         questions = [(query_view, 0, document_view), (query_view, 1, document_view)]
         feats = [z[0]] * (query_view == "feat") + [z[1], last] * (document_view == "feat")
         z_given = torch.stack(feats) if feats else None
-        logits.append(answer(model, [(row["query"], [row["positive"], other])], [questions], z_given)[0])
+        logits.append(
+            answer(model, [(row["query"], [row["positive"], other])], [questions], z_given)[0]
+        )
     assert torch.equal(logits[0][0], logits[1][0])
     assert not torch.equal(logits[0][1], logits[1][1])
 
 
 def test_the_place_of_the_positive_tells_nothing(model, triplets):
-    """Both document slots have the same positions: exchanging the documents exchanges their scores."""
+    """Both document slots have the same positions: exchanging the documents exchanges their
+    scores.
+    """
     row = triplets[2]
     questions = [("raw", 0, "raw"), ("raw", 1, "raw")]
     scores = []
@@ -179,7 +212,10 @@ def test_the_place_of_the_positive_tells_nothing(model, triplets):
 
 
 def test_the_collator_puts_the_positive_first_half_of_the_time(model):
-    rows = [{"query": {"text": f"query {i}"}, "positive": {"text": f"document {i}"}} for i in range(200)]
+    rows = [
+        {"query": {"text": f"query {i}"}, "positive": {"text": f"document {i}"}}
+        for i in range(200)
+    ]
     steps = Collator(model, ["feat-feat"])(rows)["batch"].matching
     first = torch.cat([step.tensors["relevant"][:, 0] for step in steps]).float()
     assert 0.4 < first.mean() < 0.6
@@ -191,7 +227,10 @@ def test_without_hard_negatives_another_samples_document_serves(model, triplets)
     for step in batch.matching:
         for query, *documents in step.tensors["read"].view(-1, 3).tolist():
             row = batch.inputs[:, 0].tolist().index(query)
-            assert set(documents) == {batch.inputs[row, 1].item(), batch.inputs[(row + 1) % 3, 1].item()}
+            assert set(documents) == {
+                batch.inputs[row, 1].item(),
+                batch.inputs[(row + 1) % 3, 1].item(),
+            }
 
 
 def test_match_equals_the_plain_question(model, triplets):
@@ -206,16 +245,26 @@ def test_match_equals_the_plain_question(model, triplets):
         for views in VIEWS:
             logits = one_question(model, row["query"], row["positive"], z[0], z[1], views)
             expected = torch.sigmoid(logits[yes] - logits[no]).item()
-            assert model.match([row["query"]], [row["positive"]], views)[0] == pytest.approx(expected, abs=1e-6)
+            assert model.match([row["query"]], [row["positive"]], views)[0] == pytest.approx(
+                expected, abs=1e-6
+            )
 
 
-def test_match_takes_vectors_packs_neighbours_and_runs_a_query_of_many_documents_once(model, triplets):
+def test_match_takes_vectors_packs_neighbours_and_runs_a_query_of_many_documents_once(
+    model, triplets
+):
     arrays = (
         model.encode_query([t["query"] for t in triplets]),
         model.encode_document([t["positive"] for t in triplets]),
     )
-    assert model.match(*arrays, "feat-feat") == pytest.approx(model.match(*map(list, arrays), "feat-feat"), abs=1e-6)
-    queries = [triplets[0]["query"]] * 20 + [triplets[1]["query"]] * 10 + [t["query"] for t in triplets[:2]]
+    assert model.match(*arrays, "feat-feat") == pytest.approx(
+        model.match(*map(list, arrays), "feat-feat"), abs=1e-6
+    )
+    queries = (
+        [triplets[0]["query"]] * 20
+        + [triplets[1]["query"]] * 10
+        + [t["query"] for t in triplets[:2]]
+    )
     every = [t[side] for side in ("positive", "negative") for t in triplets[:10]]
     documents = every + every[:12]
     q, d = model.encode_query(queries), model.encode_document(documents)
@@ -233,7 +282,9 @@ def test_match_takes_vectors_packs_neighbours_and_runs_a_query_of_many_documents
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("views", VIEWS)
 def test_match_answers_what_training_answers(model, triplets, views, many):
-    """The questions of a training batch, all views in one sequence, scored one view pair at a time."""
+    """The questions of a training batch, all views in one sequence, scored one view pair at a
+    time.
+    """
     rows = [triplets[i] for i in MIXED]
     loss = ReMatchLoss(model)
     batch = Collator(model)(rows)["batch"]
@@ -246,7 +297,9 @@ def test_match_answers_what_training_answers(model, triplets, views, many):
             features = loss._features(step, batch, None)
             logits = model(features | {"vectors": vectors[features["read"]]})["answer_logits"]
             places = features["read"].view(-1, 3)
-            trained += [(*map(int, place), answers) for place, answers in zip(places, logits, strict=True)]
+            trained += [
+                (*map(int, place), answers) for place, answers in zip(places, logits, strict=True)
+            ]
     inputs = {
         int(place): row[c]
         for row, places in zip(rows, batch.inputs, strict=True)
@@ -268,7 +321,9 @@ def test_margins_tell_documents_apart_in_bfloat16(make_model, triplets):
     documents = [t[side] for t in triplets for side in ("positive", "negative")]
     margins = model.match_margins([triplets[0]["query"]] * len(documents), documents)
     assert len(set(margins.tolist())) == len(documents)
-    assert np.array_equal(model.match([triplets[0]["query"]], documents[:1]), 1 / (1 + np.exp(-margins[:1])))
+    assert np.array_equal(
+        model.match([triplets[0]["query"]], documents[:1]), 1 / (1 + np.exp(-margins[:1]))
+    )
 
 
 def test_margins_are_exact_under_autocast(make_model, triplets):
@@ -282,9 +337,13 @@ def test_margins_are_exact_under_autocast(make_model, triplets):
 def test_inputs_of_many_pairs_are_read_and_embedded_once(model, triplets, monkeypatch):
     reads, embedded = [], []
     read, encode = model.backbone.reader.read, model.encode_document
-    monkeypatch.setattr(model.backbone.reader, "read", lambda value, row=0: reads.append(row) or read(value, row))
     monkeypatch.setattr(
-        model, "encode_document", lambda inputs, **k: embedded.append(len(inputs)) or encode(inputs, **k)
+        model.backbone.reader, "read", lambda value, row=0: reads.append(row) or read(value, row)
+    )
+    monkeypatch.setattr(
+        model,
+        "encode_document",
+        lambda inputs, **k: embedded.append(len(inputs)) or encode(inputs, **k),
     )
     queries = [t["query"] for t in triplets[:4] for _ in range(3)]
     documents = [t["positive"] for t in triplets[:3]] * 4
@@ -299,7 +358,8 @@ def test_margins_are_those_of_the_logits(make_model, triplets, lora):
     model = make_model(lora=lora)
     yes, no = model.backbone.answer_ids
     packed, _ = model.backbone.reader.pack_matching(
-        [(model.backbone.reader.read("a dog"), [model.backbone.reader.read("a cat")])], [[("raw", 0, "raw")]]
+        [(model.backbone.reader.read("a dog"), [model.backbone.reader.read("a cat")])],
+        [[("raw", 0, "raw")]],
     )
     logits = model.backbone.answer_logits(vars(packed))
     margins = model.backbone.answer_margins(vars(packed))
@@ -307,7 +367,9 @@ def test_margins_are_those_of_the_logits(make_model, triplets, lora):
 
 
 @pytest.mark.parametrize("matching", ["packed", "reuse"])
-def test_match_keeps_its_budget_and_halves_on_out_of_memory(model, triplets, monkeypatch, matching):
+def test_match_keeps_its_budget_and_halves_on_out_of_memory(
+    model, triplets, monkeypatch, matching
+):
     model.backbone.matching = matching
     every = [t[side] for side in ("positive", "negative") for t in triplets]
     queries = [triplets[0]["query"]] * 20 + [t["query"] for t in triplets for _ in range(2)]
@@ -348,7 +410,9 @@ def test_a_forward_pass_of_match_holds_its_budget(model, triplets, monkeypatch):
     expected = model.match_margins(queries, documents, batch_tokens=100_000)
     assert len(sizes) == 1
     sizes.clear()
-    assert model.match_margins(queries, documents, batch_tokens=500) == pytest.approx(expected, abs=1e-6)
+    assert model.match_margins(queries, documents, batch_tokens=500) == pytest.approx(
+        expected, abs=1e-6
+    )
     assert len(sizes) > 5
     assert max(sizes) <= 500
 
@@ -362,7 +426,9 @@ def test_padding_sees_itself(model, triplets):
 
 @pytest.mark.parametrize("before", [0, 5])
 def test_the_block_mask_is_the_unified_mask(before):
-    """FlexAttention under the one, attention under the other; values, for it has no gradient on CPUs."""
+    """FlexAttention under the one, attention under the other; values, for it has no gradient on
+    CPUs.
+    """
     torch.manual_seed(before)
     owner = torch.randint(0, 4, (2, before + 40)).sort(dim=1).values
     visible = (torch.rand(2, 4, 4) < 0.5) | torch.eye(4, dtype=torch.bool)

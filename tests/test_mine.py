@@ -13,7 +13,7 @@ from PIL import Image
 from rematch.data.images import Checked, Encoded, Zipped, load_image
 from rematch.data.pairs import read_triplets
 from rematch.data.schema import Item
-from rematch.encoder import look_at_picture
+from rematch.encoding.encoder import look_at_picture
 from rematch.errors import DataError, ImageError
 from rematch.train import mine as module
 from rematch.train.mine import Rules, _cell, identity, mine
@@ -23,7 +23,9 @@ from rematch.train.sources import build_dataset
 
 @pytest.fixture
 def data(tmp_path):
-    """Five queries as text, picture and both; one has two positives; positives repeat; a corpus with a twin file."""
+    """Five queries as text, picture and both; one has two positives; positives repeat; a corpus
+    with a twin file.
+    """
     folder = tmp_path / "in"
     folder.mkdir()
     for i, colour in enumerate(("red", "green", "blue", "white", "black")):
@@ -33,7 +35,10 @@ def data(tmp_path):
         {"query": "a card", "positive": "0.png"},
         {"query": "a card", "positive": "1.png"},
         {"query": {"image": "2.png"}, "positive": "a cat", "negative": "a dog"},
-        {"query": {"text": "which", "image": "3.png"}, "positive": {"text": "both", "image": "4.png"}},
+        {
+            "query": {"text": "which", "image": "3.png"},
+            "positive": {"text": "both", "image": "4.png"},
+        },
         {"query": "a cat", "positive": "twin of 0.png"},
         {"query": "the last", "positive": "a cat"},
     ]
@@ -49,7 +54,11 @@ def judged(model, monkeypatch):
     right = {"0.png", "1.png", "twin of 0.png", "a cat", "both"}
 
     def name(document):
-        return document["text"].split(": ")[-1] if "image" not in document else str(document["image"]).split("/")[-1]
+        return (
+            document["text"].split(": ")[-1]
+            if "image" not in document
+            else str(document["image"]).split("/")[-1]
+        )
 
     def match(queries, documents, views):
         names = [name(d) if "both" not in d.get("text", "") else "both" for d in documents]
@@ -73,12 +82,19 @@ def test_everything_is_accounted_for(judged, data, tmp_path):
     output = tmp_path / "out" / "mined.jsonl"
     output.parent.mkdir()
     report = run(judged, data, output)
-    # six positives and a negative in the data, six pictures in the folder; 0 and its twin are one, so are the cats
-    assert (report["queries"], report["documents"], report["duplicates_in_the_corpus"]) == (5, 8, 5)
+    # six positives and a negative in the data, six pictures in the folder; 0 and its twin are one,
+    # so are the cats
+    assert (report["queries"], report["documents"], report["duplicates_in_the_corpus"]) == (
+        5,
+        8,
+        5,
+    )
     counts = report["candidates"]
     assert sum(counts.values()) == 5 * 8
     assert counts["positive"] == 6
-    assert counts["query"] == 2  # the pictures that are asked with, and the text "a cat" against itself
+    assert (
+        counts["query"] == 2
+    )  # the pictures that are asked with, and the text "a cat" against itself
     assert counts["kept"] == report["negatives"]
     assert not (tmp_path / "out" / "mined.jsonl.partial").exists()
     page = output.with_suffix(".html").read_text()
@@ -103,7 +119,9 @@ def test_false_negatives_are_dropped_and_the_hardest_of_the_others_kept(judged, 
     assert all(triplet.negative for triplet in triplets)
 
 
-def test_a_cut_off_run_goes_on_and_ends_like_an_undisturbed_one(judged, data, tmp_path, monkeypatch):
+def test_a_cut_off_run_goes_on_and_ends_like_an_undisturbed_one(
+    judged, data, tmp_path, monkeypatch
+):
     monkeypatch.setattr(module, "QUERIES_AT_ONCE", 2)
     monkeypatch.setattr(module, "INPUTS_AT_ONCE", 3)
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
@@ -137,7 +155,9 @@ def test_unfinished_work_of_another_run_is_not_mixed_in(judged, data, tmp_path, 
 
 
 @pytest.mark.parametrize("part", ["projector", "token rows", "matching", "configuration"])
-def test_work_of_a_model_that_would_judge_otherwise_is_not_mixed_in(judged, data, tmp_path, monkeypatch, part):
+def test_work_of_a_model_that_would_judge_otherwise_is_not_mixed_in(
+    judged, data, tmp_path, monkeypatch, part
+):
     output = tmp_path / "mined.jsonl"
     monkeypatch.setattr(module, "_write", lambda *_: None)
     run(judged, data, output)
@@ -160,9 +180,15 @@ def test_pictures_inside_a_file_become_files_that_training_reads(judged, data, t
     folder = data.parent
     Image.new("RGB", (40, 30), "orange").save(tmp_path / "a.jpg")
     Image.new("RGB", (40, 30), "purple").save(tmp_path / "b.png")
-    contents = [(tmp_path / "a.jpg").read_bytes(), (tmp_path / "b.png").read_bytes(), (folder / "1.png").read_bytes()]
+    contents = [
+        (tmp_path / "a.jpg").read_bytes(),
+        (tmp_path / "b.png").read_bytes(),
+        (folder / "1.png").read_bytes(),
+    ]
     pictures = [{"bytes": content, "path": None} for content in contents]
-    pq.write_table(pa.table({"image": pictures, "text": ["", "with text", ""]}), tmp_path / "corpus.parquet")
+    pq.write_table(
+        pa.table({"image": pictures, "text": ["", "with text", ""]}), tmp_path / "corpus.parquet"
+    )
     output = tmp_path / "out" / "mined.jsonl"
     output.parent.mkdir()
     rules = Rules(negatives=20, candidates=20, views="raw-raw")
@@ -173,9 +199,15 @@ def test_pictures_inside_a_file_become_files_that_training_reads(judged, data, t
     assert {path.read_bytes() for path in written} == set(contents[:2])
     negatives = [triplet.negative for triplet in read_triplets(output)]
     assert {n.text for n in negatives if n.image in written} == {"", "with text"}
-    recipe = load_recipe("recipes/picto.yaml", [f"data.source={output}", "train.batch_size=2", "train.steps=1"])
+    recipe = load_recipe(
+        "recipes/picto.yaml", [f"data.source={output}", "train.batch_size=2", "train.steps=1"]
+    )
     row = build_dataset(recipe)[0]
-    assert load_image(row["negative"]["image"]) if "image" in row["negative"] else row["negative"]["text"]
+    assert (
+        load_image(row["negative"]["image"])
+        if "image" in row["negative"]
+        else row["negative"]["text"]
+    )
     assert not (tmp_path / "out" / "mined.jsonl.partial").exists()
 
 
@@ -185,7 +217,12 @@ def test_a_picture_is_the_same_wherever_it_lies(tmp_path):
     with ZipFile(tmp_path / "z.zip", "w") as archive:
         archive.writestr("a.png", content)
     path = tmp_path / "a.png"
-    same = [path, Encoded("e", content), Zipped(tmp_path / "z.zip", "a.png"), Checked(path, *look_at_picture(path))]
+    same = [
+        path,
+        Encoded("e", content),
+        Zipped(tmp_path / "z.zip", "a.png"),
+        Checked(path, *look_at_picture(path)),
+    ]
     assert len({identity(Item("text", picture)) for picture in same}) == 1
     assert identity(Item("text", same[0])) != identity(Item("other", same[0]))
     assert identity(Item("text", [path])) != identity(Item("text", [path, path]))
@@ -203,7 +240,10 @@ def test_feature_views_read_vectors_alone(model, data, tmp_path):
     report = run(model, data, output, views="feat-feat", yes=1.0, margin=0.0)
     assert report["queries"] == 5
     model.truncate_dim = 8
-    assert run(model, data, tmp_path / "truncated.jsonl", views="feat-feat", yes=1.0, margin=0.0) == report
+    assert (
+        run(model, data, tmp_path / "truncated.jsonl", views="feat-feat", yes=1.0, margin=0.0)
+        == report
+    )
     row = json.loads(output.read_text().splitlines()[0]) if report["negatives"] else None
     assert row is None or {"cosine", "p_yes", "positive_p_yes"} < row.keys()
 

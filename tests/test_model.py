@@ -1,4 +1,6 @@
-"""The model as an ordinary checkpoint: saved, loaded by both classes, merged; the same vectors whatever the batch."""
+"""The model as an ordinary checkpoint: saved, loaded by both classes, merged; the same vectors
+whatever the batch.
+"""
 
 import numpy as np
 import pytest
@@ -9,8 +11,8 @@ from sentence_transformers import SentenceTransformer
 
 from rematch import ReMatch
 from rematch.errors import ModelError, RematchError
-from rematch.losses import ReMatchLoss
 from rematch.train.collator import Collator
+from rematch.train.loss import ReMatchLoss
 
 SINGLE = torch.float32
 
@@ -60,7 +62,9 @@ def test_queries_and_documents_have_tokens_of_their_own(model):
 def test_the_embedding_is_the_mean_of_the_token_vectors(model, triplets):
     features = model(model.preprocess(inputs(triplets)[:5], task="query"))
     mean = features["multi_vector"].mean(1)
-    assert torch.allclose(features["sentence_embedding"], mean / mean.norm(dim=1, keepdim=True), atol=1e-12)
+    assert torch.allclose(
+        features["sentence_embedding"], mean / mean.norm(dim=1, keepdim=True), atol=1e-12
+    )
     vectors = model.encode_query(inputs(triplets)[:5], multi_vector=True)
     assert vectors.shape == (5, 4, 32)
     assert np.linalg.norm(vectors, axis=-1) == pytest.approx(np.ones((5, 4)), abs=1e-6)
@@ -104,7 +108,9 @@ def test_a_rematch_model_is_no_backbone():
         ReMatch.from_backbone("rematch-tiny")
 
 
-def test_an_adapter_on_a_bfloat16_base_trains_in_float32_and_its_base_is_known_in_any_dtype(make_model):
+def test_an_adapter_on_a_bfloat16_base_trains_in_float32_and_its_base_is_known_in_any_dtype(
+    make_model,
+):
     model = make_model(dtype=torch.bfloat16, lora=LoraConfig(r=2))
     assert {p.dtype for p in model.backbone.parameters() if p.requires_grad} == {torch.float32}
     assert model.backbone.fingerprint == make_model(dtype=SINGLE).backbone.fingerprint
@@ -116,7 +122,10 @@ def test_multi_vectors_refuse_what_would_break_their_shape(model):
 
 
 def test_text_that_holds_a_placeholder_is_an_error(model):
-    with pytest.raises(RematchError, match="input 0: its text holds <image>, which the model reads as a control token"):
+    with pytest.raises(
+        RematchError,
+        match="input 0: its text holds <image>, which the model reads as a control token",
+    ):
         model.encode_query(["look at <image>"])
 
 
@@ -130,9 +139,9 @@ def test_save_and_load_through_both_classes(make_model, triplets, tmp_path):
     model.save_pretrained(str(tmp_path / "m"))
     loaded = ReMatch(tmp_path / "m")
     assert np.abs(loaded.encode_query(inputs(triplets)) - expected[0]).max() <= 1e-6
-    assert loaded.match([triplets[0]["query"]], [triplets[0]["positive"]], "feat-feat") == pytest.approx(
-        expected[1], abs=1e-6
-    )
+    assert loaded.match(
+        [triplets[0]["query"]], [triplets[0]["positive"]], "feat-feat"
+    ) == pytest.approx(expected[1], abs=1e-6)
     plain = SentenceTransformer(str(tmp_path / "m"), trust_remote_code=True)
     assert type(plain) is SentenceTransformer
     assert "trust_remote_code=True" in (tmp_path / "m/README.md").read_text()
@@ -144,12 +153,18 @@ def test_an_adapter_is_saved_loaded_and_merged(lora_model, triplets, tmp_path):
     lora_model.save_pretrained(str(tmp_path / "adapter"))
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     for load in (ReMatch, lambda p: SentenceTransformer(p, trust_remote_code=True)):
-        assert np.abs(load(str(tmp_path / "adapter")).encode_query(inputs(triplets)) - expected).max() <= 1e-5
+        assert (
+            np.abs(load(str(tmp_path / "adapter")).encode_query(inputs(triplets)) - expected).max()
+            <= 1e-5
+        )
     merged = ReMatch(tmp_path / "adapter").merge_lora()
     assert np.abs(merged.encode_query(inputs(triplets)) - expected).max() <= 1e-5
     merged.save_pretrained(str(tmp_path / "merged"))
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
-    assert np.abs(ReMatch(tmp_path / "merged").encode_query(inputs(triplets)) - expected).max() <= 1e-5
+    assert (
+        np.abs(ReMatch(tmp_path / "merged").encode_query(inputs(triplets)) - expected).max()
+        <= 1e-5
+    )
 
 
 def test_under_lora_the_learnable_rows_train_and_the_vocabulary_stays(make_model, triplets):
@@ -157,7 +172,13 @@ def test_under_lora_the_learnable_rows_train_and_the_vocabulary_stays(make_model
     rows = torch.arange(model.backbone.model.get_input_embeddings().weight.shape[0])
     before = model.backbone.model.get_input_embeddings()(rows).detach().clone()
     a_step(model, triplets)
-    changed = (model.backbone.model.get_input_embeddings()(rows) != before).any(1).nonzero().flatten().tolist()
+    changed = (
+        (model.backbone.model.get_input_embeddings()(rows) != before)
+        .any(1)
+        .nonzero()
+        .flatten()
+        .tolist()
+    )
     names = [f"<|{kind}_emb_{i}|>" for kind in ("query", "doc") for i in range(4)]
     assert changed == model.backbone.tokenizer.convert_tokens_to_ids(names)
 
@@ -168,7 +189,9 @@ def test_lora_reaches_the_language_model_and_the_vision_tower_only_if_asked(make
     leaves = {n.split(".lora_")[0].rpartition(".")[2] for n in usual}
     assert leaves == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert all("language_model" in n for n in usual)
-    assert any("vision_tower" in n for n in trained(make_model(lora=LoraConfig(r=2), lora_vision=True)))
+    assert any(
+        "vision_tower" in n for n in trained(make_model(lora=LoraConfig(r=2), lora_vision=True))
+    )
 
 
 def test_no_learnable_tokens_means_the_last_token(make_model):

@@ -1,13 +1,15 @@
-"""Qwen2-VL's three-dimensional positions in packed matching, on a tiny model (its processor would need torchvision)."""
+"""Qwen2-VL's three-dimensional positions in packed matching, on a tiny model (its processor would
+need torchvision).
+"""
 
 import pytest
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from rematch.backbone import Backbone
+from rematch.backbone.module import Backbone
+from rematch.backbone.pictures import Pictures, as_inputs, see
+from rematch.backbone.reading import Reader
 from rematch.matching import Segment, lay_out, pack
-from rematch.pictures import Pictures, as_inputs, see
-from rematch.reading import Reader
 
 IMAGE, START, END = 5, 3, 4
 
@@ -32,9 +34,20 @@ def backbone():
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [1, 1, 2],
+            "rope_theta": 10000.0,
+        },
     }
-    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
+    vision = {
+        "depth": 2,
+        "embed_dim": 16,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "patch_size": 4,
+        "mlp_ratio": 2,
+    }
     config = Qwen2VLConfig(
         text_config=text,
         vision_config=vision,
@@ -50,7 +63,11 @@ def picture_segment(backbone, before, height, width, after):
     ids = torch.tensor([*before, START, *[IMAGE] * (height * width), END, *after])
     grid = torch.tensor([1, 2 * height, 2 * width])
     pixels = torch.randn(4 * height * width, 3 * 2 * 4 * 4, dtype=torch.float64)
-    tokens = {"input_ids": ids, "mm_token_type_ids": (ids == IMAGE).int(), "image_grid_thw": grid[None]}
+    tokens = {
+        "input_ids": ids,
+        "mm_token_type_ids": (ids == IMAGE).int(),
+        "image_grid_thw": grid[None],
+    }
     positions = backbone.reader._positions(tokens)
     return Segment(ids, positions), pixels, grid
 
@@ -67,7 +84,9 @@ def test_segment_positions_join_to_those_of_the_whole_sequence(backbone):
     segments = lay_out(prompt, {"raw": query}, [{"raw": document}], slot, [("raw", 0, "raw")], 1)
     packed = pack([segments[1:]], 0)  # without the documents' prompt, an ordinary sequence
     ids = packed.input_ids
-    whole, _ = backbone.base.get_rope_index(ids, (ids == IMAGE).int(), image_grid_thw=torch.stack([grid_q, grid_d]))
+    whole, _ = backbone.base.get_rope_index(
+        ids, (ids == IMAGE).int(), image_grid_thw=torch.stack([grid_q, grid_d])
+    )
     assert torch.equal(packed.position_ids, whole)
 
 
@@ -75,13 +94,20 @@ def test_packed_documents_equal_one_at_a_time(backbone):
     torch.manual_seed(1)
     prompt, slot = text_segment(backbone, 10, 11), text_segment(backbone, 12, 13)
     query, *query_picture = picture_segment(backbone, [20], 2, 2, [21])
-    documents = [picture_segment(backbone, [30], 2, 3, [31]), picture_segment(backbone, [33, 34], 1, 2, [35])]
+    documents = [
+        picture_segment(backbone, [30], 2, 3, [31]),
+        picture_segment(backbone, [33, 34], 1, 2, [35]),
+    ]
 
     def logits(chosen):
         views = [{"raw": segment} for segment, _, _ in chosen]
-        segments = lay_out(prompt, {"raw": query}, views, slot, [("raw", i, "raw") for i in range(len(chosen))], 1)
+        segments = lay_out(
+            prompt, {"raw": query}, views, slot, [("raw", i, "raw") for i in range(len(chosen))], 1
+        )
         pictures = [query_picture, *[(pixels, grid) for _, pixels, grid in chosen]]
-        visions = [{"pixel_values": pixels, "image_grid_thw": grid[None]} for pixels, grid in pictures]
+        visions = [
+            {"pixel_values": pixels, "image_grid_thw": grid[None]} for pixels, grid in pictures
+        ]
         tokens = [int(grid.prod()) // 4 for _, grid in pictures]
         with torch.no_grad():
             seen = see(backbone.base, Pictures.collect(visions, tokens))
@@ -89,5 +115,7 @@ def test_packed_documents_equal_one_at_a_time(backbone):
 
     together = logits(documents)
     separate = torch.stack([logits([document])[0] for document in documents])
-    assert (together - separate).abs().max() <= 1e-6  # the rotary tables and norms of Qwen2-VL are float32
+    assert (
+        together - separate
+    ).abs().max() <= 1e-6  # the rotary tables and norms of Qwen2-VL are float32
     assert (together[0] - together[1]).abs().max() > 1e-3

@@ -11,9 +11,9 @@ from PIL import Image
 from test_search import picture
 
 from rematch import ReMatch
-from rematch.encoder import Encoder
+from rematch.data.corpus import open_corpus
+from rematch.encoding.encoder import Encoder
 from rematch.search.build import build
-from rematch.search.corpus import open_corpus
 from rematch.search.index import Index
 from rematch.serve.app import create_app
 from rematch.serve.engine import Engine
@@ -30,14 +30,23 @@ def served(saved_model, tmp_path_factory):
     rows = []
     for i, colour in enumerate(COLOURS):
         Image.new("RGB", (90, 60), colour).save(folder / f"{colour}.png")
-        rows.append({"id": f"{colour} card", "image": f"{colour}.png", "text": f"a {colour} card", "year": 2000 + i})
+        rows.append(
+            {
+                "id": f"{colour} card",
+                "image": f"{colour}.png",
+                "text": f"a {colour} card",
+                "year": 2000 + i,
+            }
+        )
     rows.append({"id": "words", "text": "a card without a picture"})
     (folder / "cards.jsonl").write_text("\n".join(map(json.dumps, rows)))
     model = ReMatch(str(saved_model))
     index = Index.create(folder / "cards.idx", model, name=str(saved_model))
     build(index, open_corpus(folder / "cards.jsonl"), Encoder(model, workers=0))
     engine = Engine(str(folder / "cards.idx"))
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, Limits(pixels=100_000)), port=0, log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(engine, Limits(pixels=100_000)), port=0, log_level="warning")
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -54,7 +63,9 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        found = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
         yield found
         found.close()
 
@@ -64,9 +75,19 @@ def page(browser, served):
     """The page, opened; whatever it asks of other machines or logs as an error fails the test."""
     found = browser.new_page(viewport={"width": 1000, "height": 800})
     wrong = []
-    found.on("request", lambda r: wrong.append(r.url) if not r.url.startswith((served[0], "data:", "blob:")) else None)
+    found.on(
+        "request",
+        lambda r: (
+            wrong.append(r.url) if not r.url.startswith((served[0], "data:", "blob:")) else None
+        ),
+    )
     found.on("pageerror", lambda error: wrong.append(str(error)))
-    found.on("console", lambda m: wrong.append(m.text) if m.type == "error" and "status of 4" not in m.text else None)
+    found.on(
+        "console",
+        lambda m: (
+            wrong.append(m.text) if m.type == "error" and "status of 4" not in m.text else None
+        ),
+    )
     found.goto(served[0])
     found.wait_for_function("() => document.querySelectorAll('#examples button').length === 4")
     yield found
@@ -75,9 +96,14 @@ def page(browser, served):
 
 
 def results(page, status="result"):
-    page.wait_for_function(f"() => document.getElementById('status').textContent.includes({status!r})")
+    page.wait_for_function(
+        f"() => document.getElementById('status').textContent.includes({status!r})"
+    )
     page.wait_for_function("() => !document.getElementById('results').classList.contains('busy')")
-    return [card.get_attribute("aria-label").split(": ", 1)[1] for card in page.query_selector_all(".card")]
+    return [
+        card.get_attribute("aria-label").split(": ", 1)[1]
+        for card in page.query_selector_all(".card")
+    ]
 
 
 def test_text_picture_and_both(page, served):
@@ -88,7 +114,8 @@ def test_text_picture_and_both(page, served):
     found = results(page)
     assert found == [hit.text for hit in engine.index.search("a red card", 12)]
     page.wait_for_function(
-        "() => [...document.querySelectorAll('.card img')].every((i) => i.complete && i.naturalWidth)"
+        "() => [...document.querySelectorAll('.card img')].every((i) => i.complete && "
+        "i.naturalWidth)"
     )
     page.fill("#text", "")
     page.set_input_files("#file", folder / "blue.png")
@@ -99,7 +126,10 @@ def test_text_picture_and_both(page, served):
     page.click("#form button[type=submit]")
     page.wait_for_timeout(300)
     both = results(page)
-    assert both == [hit.text for hit in engine.index.search({"text": "a green card", "image": folder / "blue.png"}, 12)]
+    assert both == [
+        hit.text
+        for hit in engine.index.search({"text": "a green card", "image": folder / "blue.png"}, 12)
+    ]
     page.click("#clear")
     assert page.is_hidden("#thumb")
 
@@ -110,7 +140,9 @@ def test_reranking_says_what_it_moved(page, served):
     page.keyboard.press("Enter")
     results(page)
     page.check("#rerank")
-    page.wait_for_function("() => document.getElementById('status').textContent.includes('reranking')")
+    page.wait_for_function(
+        "() => document.getElementById('status').textContent.includes('reranking')"
+    )
     hits = engine.index.search("a brown card", 12, rerank="raw:12")
     moved = sum(hit.nearest != place for place, hit in enumerate(hits, 1))
     assert f"reranking moved {moved} of them" in page.inner_text("#status")
@@ -133,21 +165,28 @@ def test_filter_nothing_found_and_errors(page):
     assert "error" in page.get_attribute("#status", "class")
     page.fill("#text", "")
     page.keyboard.press("Enter")
-    page.wait_for_function("() => document.getElementById('status').textContent.includes('Type something')")
+    page.wait_for_function(
+        "() => document.getElementById('status').textContent.includes('Type something')"
+    )
 
 
 def test_bad_uploads(page, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     page.set_input_files("#file", tmp_path / "notes.txt")
-    page.wait_for_function("() => document.getElementById('status').textContent.includes('is no picture')")
+    page.wait_for_function(
+        "() => document.getElementById('status').textContent.includes('is no picture')"
+    )
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     page.set_input_files("#file", tmp_path / "broken.png")
     page.wait_for_function(
-        "() => document.getElementById('status').textContent.includes('no picture that can be read')"
+        "() => document.getElementById('status').textContent.includes('no picture that can be "
+        "read')"
     )
     picture(tmp_path / "large.png", 1, 400)
     page.set_input_files("#file", tmp_path / "large.png")
-    page.wait_for_function("() => document.getElementById('status').textContent.includes('400×400')")
+    page.wait_for_function(
+        "() => document.getElementById('status').textContent.includes('400×400')"
+    )
     assert "100,000 at most" in page.inner_text("#status")
 
 
@@ -179,20 +218,26 @@ def test_the_querys_own_attention(page, served):
 
 
 def test_examples_and_a_phone_in_the_dark(browser, served):
-    phone = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme="dark", has_touch=True)
+    phone = browser.new_context(
+        viewport={"width": 360, "height": 740}, color_scheme="dark", has_touch=True
+    )
     page = phone.new_page()
     page.goto(served[0])
     page.wait_for_selector("#examples button")
     page.tap("#examples button >> nth=0")
     assert results(page)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360, "nothing stands out at the side"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360, (
+        "nothing stands out at the side"
+    )
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(28, 25, 23)"
     phone.close()
 
 
 def test_a_key_is_asked_for(browser, served):
     engine = served[1]
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, keys=["word"]), port=0, log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(engine, keys=["word"]), port=0, log_level="warning")
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

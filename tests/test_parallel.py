@@ -1,4 +1,6 @@
-"""Two processes against one with the same global batch: DDP and FSDP2, plain and cached, unified and reuse."""
+"""Two processes against one with the same global batch: DDP and FSDP2, plain and cached, unified
+and reuse.
+"""
 
 import gc
 import json
@@ -24,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from rematch import ReMatch
-from rematch.losses import ReMatchLoss
 from rematch.train.collator import Collator
+from rematch.train.loss import ReMatchLoss
 from rematch.train.recipe import load_recipe
 from rematch.train.run import train
 
@@ -33,7 +35,11 @@ ROOT = Path(__file__).parents[1]
 CASES = [
     (kind, pictures, frozen)
     for kind in ("ddp", "fsdp2")
-    for pictures, frozen in (("everywhere", False), ("on one process", False), ("on one process", True))
+    for pictures, frozen in (
+        ("everywhere", False),
+        ("on one process", False),
+        ("on one process", True),
+    )
 ]
 MODES = [(cached, reuse) for cached in (False, True) for reuse in (False, True)]
 
@@ -56,18 +62,22 @@ def step(model, wrapped, rows, cached, reuse, options):
 
 
 def worker(rank, port, backbone, shares, results):
-    """Everything that two processes are compared in, in one pair of them: starting one takes longer than its steps."""
+    """Everything that two processes are compared in, in one pair of them: starting one takes
+    longer than its steps.
+    """
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=2))
     measured = {}
     for kind, pictures, frozen in CASES:
-        measured[kind, pictures, frozen] = run_modes(kind, frozen, backbone, shares[pictures][rank])
+        measured[kind, pictures, frozen] = run_modes(
+            kind, frozen, backbone, shares[pictures][rank]
+        )
         if rank == 0:
             torch.save(measured, results)
     gc.collect()
-    # DDP is gone by now: were it the last to hold the group, freeing it would wait, with the interpreter's lock, for
-    # gloo's thread, which waits for that lock
+    # DDP is gone by now: were it the last to hold the group, freeing it would wait, with the
+    # interpreter's lock, for gloo's thread, which waits for that lock
     dist.destroy_process_group()
 
 
@@ -115,7 +125,10 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def rows(triplets):
-    texts = [{c: {"text": f"{c} number {i}"} for c in ("query", "positive", "negative")} for i in range(4)]
+    texts = [
+        {c: {"text": f"{c} number {i}"} for c in ("query", "positive", "negative")}
+        for i in range(4)
+    ]
     return {"everywhere": triplets[:8], "on one process": triplets[:4] + texts}
 
 
@@ -143,7 +156,11 @@ def test_two_processes_equal_one(backbone_path, rows, two_processes, kind, pictu
         largest = max(g.norm() for g in gradients.values())
         for name, gradient in gradients.items():
             difference = (theirs[1][name] - gradient).norm()
-            assert difference <= 1e-6 * gradient.norm().clamp(min=1e-3 * largest), (cached, reuse, name)
+            assert difference <= 1e-6 * gradient.norm().clamp(min=1e-3 * largest), (
+                cached,
+                reuse,
+                name,
+            )
 
 
 FSDP2 = {
@@ -157,21 +174,46 @@ FSDP2 = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "matching"), [("ddp", "unified"), ("fsdp2", "unified"), ("fsdp2", "feat"), ("fsdp2", "reuse")]
+    ("kind", "matching"),
+    [("ddp", "unified"), ("fsdp2", "unified"), ("fsdp2", "feat"), ("fsdp2", "reuse")],
 )
 def test_two_processes_train_and_save_what_one_does(backbone_path, tmp_path, kind, matching):
     """The whole command under torchrun; the model of a sharded run is put together at the end."""
-    settings = [f"model.backbone={backbone_path}", "model.num_tokens=2", "train.steps=2", "train.batch_size=4"]
-    settings += ["train.bf16=false", "train.workers=0", "train.save_every=1", "loss.gradient_cache=true"]
-    settings += ["train.learning_rate=1e-3", "train.mini_batch_tokens=300", f"loss.matching={matching}"]
+    settings = [
+        f"model.backbone={backbone_path}",
+        "model.num_tokens=2",
+        "train.steps=2",
+        "train.batch_size=4",
+    ]
+    settings += [
+        "train.bf16=false",
+        "train.workers=0",
+        "train.save_every=1",
+        "loss.gradient_cache=true",
+    ]
+    settings += [
+        "train.learning_rate=1e-3",
+        "train.mini_batch_tokens=300",
+        f"loss.matching={matching}",
+    ]
     recipe = ROOT / "recipes" / "picto.yaml"
     one, two = tmp_path / "one", tmp_path / "two"
     train(load_recipe(recipe, [*settings, f"train.output={one}"]), quiet=True)
-    program = ["-m", "rematch.cli"] if kind == "ddp" else [Path(__file__).with_name("sharded_on_cpu.py")]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    program = (
+        ["-m", "rematch.cli"] if kind == "ddp" else [Path(__file__).with_name("sharded_on_cpu.py")]
+    )
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        f"--master_port={free_port()}",
+    ]
     done = subprocess.run(
         [*launch, *program, "train", recipe, *settings, f"train.output={two}"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (FSDP2 if kind == "fsdp2" else {}),
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        | (FSDP2 if kind == "fsdp2" else {}),
         capture_output=True,
         text=True,
         timeout=240,
@@ -179,32 +221,47 @@ def test_two_processes_train_and_save_what_one_does(backbone_path, tmp_path, kin
     assert done.returncode == 0, done.stderr[-3000:]
     base, single, shared = (load_file(p / "model.safetensors") for p in (backbone_path, one, two))
     assert single.keys() == shared.keys()
-    moved = max(float((single[n] - base[n]).abs().max()) for n in base if base[n].shape == single[n].shape)
+    moved = max(
+        float((single[n] - base[n]).abs().max()) for n in base if base[n].shape == single[n].shape
+    )
     apart = max(float((single[n] - shared[n]).abs().max()) for n in single)
     assert moved > 1e-3
     assert apart < moved / 10  # Adam turns rounding into steps where a gradient is nearly zero
     trained, together = ReMatch(one), ReMatch(two)
-    assert together.backbone.matching == trained.backbone.matching == ("reuse" if matching == "reuse" else "packed")
+    assert (
+        together.backbone.matching
+        == trained.backbone.matching
+        == ("reuse" if matching == "reuse" else "packed")
+    )
     pair = (["a dog"], [Image.new("RGB", (96, 96), "red")])
     assert together.match(*pair) == pytest.approx(trained.match(*pair), abs=0.02)
-    pairs_apart = (trained.fusion.projector.linear_1.weight - together.fusion.projector.linear_1.weight).abs().max()
+    pairs_apart = (
+        (trained.fusion.projector.linear_1.weight - together.fusion.projector.linear_1.weight)
+        .abs()
+        .max()
+    )
     assert pairs_apart < moved / 10
 
 
-# ---- a process group that serves one device only --------------------------------------------------------------------
+# ---- a process group that serves one device only ------------------------------------------------
 
 
 @pytest.fixture
 def one_device_group(monkeypatch):
-    """A group of two that serves the device type ``meta`` alone, as NCCL serves ``cuda`` alone: gloo would reduce a
-    tensor on the CPU without a word. Collectives return at once, and numbers read off the device are 3.
+    """A group of two that serves the device type ``meta`` alone, as NCCL serves ``cuda`` alone:
+    gloo would reduce a tensor on the CPU without a word. Collectives return at once, and numbers
+    read off the device are 3.
     """
     dist.init_process_group("meta:fake", rank=0, world_size=2, store=FakeStore())
     to_list = torch.Tensor.tolist
     monkeypatch.setattr(
-        torch.Tensor, "tolist", lambda t: [3, 0][: t.numel()] if t.device.type == "meta" else to_list(t)
+        torch.Tensor,
+        "tolist",
+        lambda t: [3, 0][: t.numel()] if t.device.type == "meta" else to_list(t),
     )
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no such device
+    monkeypatch.setattr(
+        torch, "autocast", lambda *_, **__: nullcontext()
+    )  # it knows no such device
     yield
     dist.destroy_process_group()
 
@@ -218,31 +275,58 @@ def test_the_group_refuses_other_devices():
 @pytest.mark.parametrize("reuse", [False, True])
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_collectives_stay_on_the_device_of_the_model(make_model, one_device_group, cached, reuse, frozen):
+def test_collectives_stay_on_the_device_of_the_model(
+    make_model, one_device_group, cached, reuse, frozen
+):
     model = make_model().to("meta")
     model.backbone.model.set_attn_implementation("eager")  # sdpa looks at the mask's values
     if frozen:
         model.backbone.freeze_vision()
     rows = [{c: f"{c} number {i}" for c in ("query", "positive", "negative")} for i in range(4)]
-    loss = ReMatchLoss(model, gradient_cache=cached, learn_temperature=True, mask_duplicates=True, symmetric=True)
+    loss = ReMatchLoss(
+        model, gradient_cache=cached, learn_temperature=True, mask_duplicates=True, symmetric=True
+    )
     batch = Collator(model, tokens=SMALL, reuse=reuse)(rows)["batch"]
     torch.stack(list(loss.to("meta")([batch]).values())).sum().backward()
     assert loss.log_temperature.grad.device.type == "meta"
 
 
 def test_all_processes_stop_after_the_same_step_when_one_gets_sigterm(backbone_path, tmp_path):
-    """Only the second process gets the signal; alone it would write a checkpoint and wait for the first one forever."""
+    """Only the second process gets the signal; alone it would write a checkpoint and wait for the
+    first one forever.
+    """
     (tmp_path / "recipe.json").write_text(
         json.dumps(
             {
-                "model": {"backbone": str(backbone_path), "num_tokens": 2, "lora": {"r": 2, "dropout": 0.2}},
-                "train": {"steps": 5, "batch_size": 4, "save_every": 100, "log_every": 1, "workers": 0},
+                "model": {
+                    "backbone": str(backbone_path),
+                    "num_tokens": 2,
+                    "lora": {"r": 2, "dropout": 0.2},
+                },
+                "train": {
+                    "steps": 5,
+                    "batch_size": 4,
+                    "save_every": 100,
+                    "log_every": 1,
+                    "workers": 0,
+                },
             }
         )
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        f"--master_port={free_port()}",
+    ]
     done = subprocess.run(
-        [*launch, Path(__file__).with_name("sigterm_to_one.py"), tmp_path / "recipe.json", tmp_path],
+        [
+            *launch,
+            Path(__file__).with_name("sigterm_to_one.py"),
+            tmp_path / "recipe.json",
+            tmp_path,
+        ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -252,5 +336,7 @@ def test_all_processes_stop_after_the_same_step_when_one_gets_sigterm(backbone_p
     for rank in (0, 1):
         assert "stopped after step 3 of 5" in (tmp_path / f"error-{rank}.txt").read_text()
         assert (tmp_path / f"checkpoint-{rank}.txt").read_text() == "checkpoint-3"
-    whole, stopped = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "stopped"))
+    whole, stopped = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "stopped")
+    )
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)

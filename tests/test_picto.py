@@ -1,4 +1,6 @@
-"""Picto: the same from the same seed, tests of unseen combinations, balanced answers, MMEB's layouts."""
+"""Picto: the same from the same seed, tests of unseen combinations, balanced answers, MMEB's
+layouts.
+"""
 
 import json
 import random
@@ -24,7 +26,10 @@ def test_scenes_and_pictures_follow_from_their_seeds():
         first, second = (picto.render(s, "noto", 7, augment=augment) for s in scenes)
         assert first.tobytes() == second.tobytes()
         assert first.size == (96, 96)
-    assert picto.render(scenes[0], "noto", 8).tobytes() != picto.render(scenes[0], "noto", 9).tobytes()
+    assert (
+        picto.render(scenes[0], "noto", 8).tobytes()
+        != picto.render(scenes[0], "noto", 9).tobytes()
+    )
 
 
 def test_every_object_has_art_in_every_style():
@@ -40,7 +45,15 @@ def test_the_art_is_small_and_its_licences_lie_beside_it():
     assert sum(f.stat().st_size for f in folder.iterdir()) < 6e6
     text = (folder / "LICENSES.md").read_text()
     assert all(
-        word in text for word in ("Apache License 2.0", "CC-BY 4.0", "MIT", "noto.png", "twemoji.png", "fluent.png")
+        word in text
+        for word in (
+            "Apache License 2.0",
+            "CC-BY 4.0",
+            "MIT",
+            "noto.png",
+            "twemoji.png",
+            "fluent.png",
+        )
     )
 
 
@@ -69,7 +82,9 @@ def test_a_near_miss_differs_in_exactly_one_thing_and_stays_in_its_split():
 
 
 def test_captions_tell_scenes_apart():
-    """Two scenes have one caption only if they differ in nothing but the free row or column of one or two objects."""
+    """Two scenes have one caption only if they differ in nothing but the free row or column of one
+    or two objects.
+    """
     rng = random.Random(2)
     seen = {}
     for _ in range(4000):
@@ -90,7 +105,9 @@ def test_the_test_set_has_its_size_and_is_fixed():
             assert len({task.documents[i].key for i in own}) == CANDIDATES
         assert [q.text for q in task.queries] == [q.text for q in again.queries]
     small = evaluation_tasks(queries=50)
-    assert [q.text for t in small for q in t.queries] == [q.text for t in first for q in t.queries[:50]]
+    assert [q.text for t in small for q in t.queries] == [
+        q.text for t in first for q in t.queries[:50]
+    ]
     with pytest.raises(ValueError, match="blocks of 50"):
         evaluation_tasks(queries=60)
 
@@ -111,11 +128,15 @@ def test_ood_questions_are_drawn_in_the_unseen_style_only(monkeypatch):
     monkeypatch.setattr(
         picto,
         "render",
-        lambda s, style, seed, augment=False: styles.update([style]) or render(s, style, seed, augment=augment),
+        lambda s, style, seed, augment=False: (
+            styles.update([style]) or render(s, style, seed, augment=augment)
+        ),
     )
     evaluation_tasks(ood=True, queries=50)
     assert styles[picto.OOD_STYLE] > 0
-    assert sum(styles[s] for s in picto.TRAIN_STYLES) == 100  # the documents of the style-to-style task
+    assert (
+        sum(styles[s] for s in picto.TRAIN_STYLES) == 100
+    )  # the documents of the style-to-style task
     styles.clear()
     for i in range(200):
         training_triplet(0, i)
@@ -130,7 +151,9 @@ def test_training_triplets_follow_from_seed_and_index():
 
 
 def test_export_in_mmeb_eval_form_reads_back_as_the_same_test(tmp_path, monkeypatch):
-    monkeypatch.setattr("rematch.data.picto_tasks.TASKS", {n: TASKS[n] for n in ("Picto-Count", "Picto-T2I")})
+    monkeypatch.setattr(
+        "rematch.data.picto_tasks.TASKS", {n: TASKS[n] for n in ("Picto-Count", "Picto-T2I")}
+    )
     export_picto(tmp_path / "eval", "mmeb-eval")
     table = pq.read_table(tmp_path / "eval/Picto-T2I/test-00000-of-00001.parquet").to_pylist()
     assert list(table[0]) == ["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"]
@@ -148,7 +171,9 @@ def test_export_in_mmeb_eval_form_reads_back_as_the_same_test(tmp_path, monkeypa
             assert task.queries[i].as_input().get("text") == read.queries[i].as_input().get("text")
             ours, theirs = (t.documents[t.candidates[i][0]] for t in (task, read))
             assert ours.as_input().get("text") == theirs.as_input().get("text")
-            assert ours.as_input(instruction=False).get("text") == theirs.as_input(instruction=False).get("text")
+            assert ours.as_input(instruction=False).get("text") == theirs.as_input(
+                instruction=False
+            ).get("text")
             if ours.image is not None:
                 assert Image.open(theirs.image).tobytes() == ours.image.tobytes()
 
@@ -156,8 +181,17 @@ def test_export_in_mmeb_eval_form_reads_back_as_the_same_test(tmp_path, monkeypa
 def test_export_in_mmeb_train_form_reads_back(tmp_path):
     samples = 40
     export_picto(tmp_path / "train", "mmeb-train", samples=samples)
-    table = pq.read_table(tmp_path / "train/Picto_Edit/original-00000-of-00001.parquet").to_pylist()
-    assert list(table[0]) == ["qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"]
+    table = pq.read_table(
+        tmp_path / "train/Picto_Edit/original-00000-of-00001.parquet"
+    ).to_pylist()
+    assert list(table[0]) == [
+        "qry",
+        "qry_image_path",
+        "pos_text",
+        "pos_image_path",
+        "neg_text",
+        "neg_image_path",
+    ]
     assert [len(config) for config in read_train(tmp_path / "train")] == [samples] * len(TASKS)
     names = [name.replace("_", "-") for name in sorted(n.replace("-", "_") for n in TASKS)]
     made = [training_triplet(0, i, name) for name in names for i in range(samples)]

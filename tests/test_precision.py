@@ -19,9 +19,13 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 def test_a_cpu_without_avx_512_has_no_native_bfloat16():
     """Asked in a process of its own: torch reads the capability when it is loaded."""
     program = "from rematch.train.precision import native_bfloat16; print(native_bfloat16('cpu'))"
-    environment = {name: value for name, value in os.environ.items() if name != "REMATCH_NATIVE_BF16"}
+    environment = {
+        name: value for name, value in os.environ.items() if name != "REMATCH_NATIVE_BF16"
+    }
     environment |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
     assert result.stdout == "False\n", result.stderr
 
 
@@ -54,17 +58,28 @@ def test_what_auto_means(monkeypatch):
     assert choose(True, "auto", "cpu") == (True, "eager")
 
 
-@pytest.mark.parametrize("name", ["picto.yaml", *(path.name for path in sorted(RECIPES.glob("ladder-*.yaml")))])
+@pytest.mark.parametrize(
+    "name", ["picto.yaml", *(path.name for path in sorted(RECIPES.glob("ladder-*.yaml")))]
+)
 def test_recipes_for_cpus_leave_it_to_the_hardware(name):
     recipe = load_recipe(RECIPES / name)
     assert recipe.train.bf16 == "auto"
     assert recipe.model.attention == "auto"
 
 
-@pytest.mark.parametrize(("native", "chosen"), [("1", ("bfloat16 autocast", "eager")), ("0", ("float32", "sdpa"))])
-def test_the_log_says_what_was_chosen(backbone_path, tmp_path, monkeypatch, capsys, native, chosen):
+@pytest.mark.parametrize(
+    ("native", "chosen"), [("1", ("bfloat16 autocast", "eager")), ("0", ("float32", "sdpa"))]
+)
+def test_the_log_says_what_was_chosen(
+    backbone_path, tmp_path, monkeypatch, capsys, native, chosen
+):
     monkeypatch.setenv("REMATCH_NATIVE_BF16", native)
-    settings = [f"model.backbone={backbone_path}", "model.num_tokens=2", "train.steps=2", "train.batch_size=4"]
+    settings = [
+        f"model.backbone={backbone_path}",
+        "model.num_tokens=2",
+        "train.steps=2",
+        "train.batch_size=4",
+    ]
     settings += ["train.workers=0", f"train.output={tmp_path / 'model'}", "train.report_to=[none]"]
     train(load_recipe(RECIPES / "picto.yaml", settings))
     first, *_ = json.loads((tmp_path / "model/log.json").read_text())

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from rematch import ReMatch, RematchError
-from rematch.backbone import Backbone
+from rematch.backbone.module import Backbone
 from rematch.errors import ModelError
 
 
@@ -26,7 +26,9 @@ def changed(backbone_path, tmp_path):
 
 
 def test_a_template_that_reads_queries_otherwise_in_encoding_is_refused_with_both_strings(changed):
-    path = changed("chat_template.jinja", lambda text: "{% if task == 'query' %}Find: {% endif %}" + text)
+    path = changed(
+        "chat_template.jinja", lambda text: "{% if task == 'query' %}Find: {% endif %}" + text
+    )
     with pytest.raises(ModelError) as refused:
         Backbone(path)
     assert "training would read a query as '<|user|>" in str(refused.value)
@@ -40,11 +42,14 @@ def test_a_tokenizer_that_ends_with_a_token_of_its_own_is_refused(changed):
         settings = json.loads(text)
         processor = settings["post_processor"]
         processor["single"].append({"SpecialToken": {"id": "<|end|>", "type_id": 0}})
-        processor["special_tokens"] = {"<|end|>": {"id": "<|end|>", "ids": [5], "tokens": ["<|end|>"]}}
+        processor["special_tokens"] = {
+            "<|end|>": {"id": "<|end|>", "ids": [5], "tokens": ["<|end|>"]}
+        }
         return json.dumps(settings)
 
     with pytest.raises(
-        ModelError, match=re.escape("<|end|><|query_emb_0|>") + ".*" + re.escape("<|query_emb_0|><|end|>")
+        ModelError,
+        match=re.escape("<|end|><|query_emb_0|>") + ".*" + re.escape("<|query_emb_0|><|end|>"),
     ):
         ReMatch.from_backbone(changed("tokenizer.json", add_end), 1)
 
@@ -52,15 +57,18 @@ def test_a_tokenizer_that_ends_with_a_token_of_its_own_is_refused(changed):
 def test_pictures_of_another_size_in_encoding_are_refused(backbone_path):
     smaller = {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}}
     settings = {"chat_template": {"add_generation_prompt": True}, "image": smaller}
-    with pytest.raises(ModelError, match=r"training would read a document as .*96, 96.* against .*48, 48"):
+    with pytest.raises(
+        ModelError, match=r"training would read a document as .*96, 96.* against .*48, 48"
+    ):
         Backbone(str(backbone_path), processing_kwargs=settings)
 
 
 def test_what_stands_around_the_content_depends_on_pictures_and_text(make_model):
     backbone = make_model().backbone
     backbone.processor.chat_template = (
-        "{% for m in messages %}USER: {% for p in m.content %}{% if p.type == 'image' %}<image> {% endif %}{% endfor %}"
-        "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }} {% endif %}{% endfor %}ASSISTANT:{% endfor %}"
+        "{% for m in messages %}USER: {% for p in m.content %}{% if p.type == 'image' %}<image> "
+        "{% endif %}{% endfor %}{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }} {% "
+        "endif %}{% endfor %}ASSISTANT:{% endfor %}"
     )
     frames = backbone.reader.turns.read_template()
     assert {key: (frame.prefix, frame.suffix) for key, frame in frames.items()} == {
@@ -72,7 +80,9 @@ def test_what_stands_around_the_content_depends_on_pictures_and_text(make_model)
 
 @pytest.mark.parametrize("text", ["a dog", " a dog ", "\na dog\n\n"])
 @pytest.mark.parametrize("pictures", [0, 1, 2])
-def test_a_turn_is_read_in_training_as_in_encoding_and_its_content_is_what_was_given(model, text, pictures):
+def test_a_turn_is_read_in_training_as_in_encoding_and_its_content_is_what_was_given(
+    model, text, pictures
+):
     reader = model.backbone.reader
     value = {"text": text, "image": [Image.new("RGB", (40, 30 + i)) for i in range(pictures)]}
     reading = reader.read(value)
@@ -84,9 +94,13 @@ def test_a_turn_is_read_in_training_as_in_encoding_and_its_content_is_what_was_g
     assert reading.content.positions[0].tolist() == list(range(len(reading.content.ids)))
 
 
-@pytest.mark.parametrize("token", ["<|end|>", "<|user|>", "<image>", "<|pad|>", "<|query_emb_0|>", "<|doc_emb_3|>"])
+@pytest.mark.parametrize(
+    "token", ["<|end|>", "<|user|>", "<image>", "<|pad|>", "<|query_emb_0|>", "<|doc_emb_3|>"]
+)
 def test_a_control_token_in_a_text_is_an_error_that_names_the_input(model, token):
-    said = re.escape(f"input 1: its text holds {token}, which the model reads as a control token. Take it out.")
+    said = re.escape(
+        f"input 1: its text holds {token}, which the model reads as a control token. Take it out."
+    )
     text = f"a dog {token} a cat"
     with pytest.raises(RematchError, match=said):
         model.encode_document(["a cat", text])

@@ -6,20 +6,32 @@ from test_gradient_cache import SMALL, assert_equal, both, gradients
 from transformers import DynamicCache
 
 from rematch import ReMatch
-from rematch.losses import ReMatchLoss
 from rematch.matching import VIEWS
 from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_TASK
 from rematch.tokens import fuse
 from rematch.train.collator import Collator
+from rematch.train.loss import ReMatchLoss
 
 
 def embed_with_cache(model, value, task):
-    """One input alone: its multi-vector, and the keys and values of every layer, (1, heads, L, width)."""
+    """One input alone: its multi-vector, and the keys and values of every layer, (1, heads, L,
+    width).
+    """
     features, cache = model.preprocess([value], task=task), DynamicCache()
-    features["pixel_values"] = features["pixel_values"].double() if "pixel_values" in features else None
-    accepted = {k: features[k] for k in ("input_ids", "attention_mask", "pixel_values") if features.get(k) is not None}
-    states = model.backbone.base(**accepted, past_key_values=cache, use_cache=True).last_hidden_state
-    multi = model.fusion({"token_embeddings": states, "attention_mask": features["attention_mask"]})["multi_vector"]
+    features["pixel_values"] = (
+        features["pixel_values"].double() if "pixel_values" in features else None
+    )
+    accepted = {
+        k: features[k]
+        for k in ("input_ids", "attention_mask", "pixel_values")
+        if features.get(k) is not None
+    }
+    states = model.backbone.base(
+        **accepted, past_key_values=cache, use_cache=True
+    ).last_hidden_state
+    multi = model.fusion(
+        {"token_embeddings": states, "attention_mask": features["attention_mask"]}
+    )["multi_vector"]
     return multi, [(layer.keys, layer.values) for layer in cache.layers], states.shape[1]
 
 
@@ -37,14 +49,28 @@ def one_question(model, query, document, views):
     slot = tokens(reader.suffix)
     ids = prompt + q_feat + d_feat + slot
     p, a, b = len(prompt), len(prompt) + len(q_feat), len(prompt) + len(q_feat) + len(d_feat)
-    end_q, end_d = (p + len(q_feat) if q_feat else q_length), (p + len(d_feat) if d_feat else d_length)
+    end_q, end_d = (
+        (p + len(q_feat) if q_feat else q_length),
+        (p + len(d_feat) if d_feat else d_length),
+    )
     start = max(p, end_q, end_d)
-    position = [*range(p), *range(p, p + len(q_feat)), *range(p, p + len(d_feat)), *range(start, start + len(slot))]
+    position = [
+        *range(p),
+        *range(p, p + len(q_feat)),
+        *range(p, p + len(d_feat)),
+        *range(start, start + len(slot)),
+    ]
     context = q_length + d_length
-    mask = torch.full((len(ids), context + len(ids)), torch.finfo(torch.float64).min, dtype=torch.float64)
+    mask = torch.full(
+        (len(ids), context + len(ids)), torch.finfo(torch.float64).min, dtype=torch.float64
+    )
     for row in range(len(ids)):
         for column in range(row + 1):
-            same = (row < p) == (column < p) and (row < a) == (column < a) and (row < b) == (column < b)
+            same = (
+                (row < p) == (column < p)
+                and (row < a) == (column < a)
+                and (row < b) == (column < b)
+            )
             if column < p or same or row >= b:
                 mask[row, context + column] = 0.0
     if query_view == "raw":
@@ -81,7 +107,11 @@ def test_reuse_equals_one_question_at_a_time_in_value_and_gradient(model, triple
         for row in rows:
             for column, answer in (("positive", yes), ("negative", no)):
                 for views in VIEWS:
-                    terms.append(-one_question(model, row["query"], row[column], views).log_softmax(-1)[answer])
+                    terms.append(
+                        -one_question(model, row["query"], row[column], views).log_softmax(-1)[
+                            answer
+                        ]
+                    )
         return 0.1 * torch.stack(terms).mean()
 
     results = []
@@ -89,12 +119,19 @@ def test_reuse_equals_one_question_at_a_time_in_value_and_gradient(model, triple
         model.zero_grad()
         value = version()
         value.backward()
-        results.append(([value.item()], {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        results.append(
+            (
+                [value.item()],
+                {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+            )
+        )
     assert_equal(*results, 1e-6)  # rows alone are not padded: the rotary tables are float32
 
 
 def test_vectors_are_those_of_ordinary_embedding(model, triplets):
-    plain, reuse = (Collator(model, reuse=flag, tokens=SMALL)(triplets)["batch"] for flag in (False, True))
+    plain, reuse = (
+        Collator(model, reuse=flag, tokens=SMALL)(triplets)["batch"] for flag in (False, True)
+    )
     parts = [ReMatchLoss(model)([batch]) for batch in (plain, reuse)]
     for name in ("contrastive", "orthogonality"):
         assert parts[0][name].item() == pytest.approx(parts[1][name].item(), rel=1e-6)
@@ -118,7 +155,9 @@ def test_a_frozen_tower_serves_reuse(model, triplets):
 
 def test_reuse_without_hard_negatives_finds_another_document(model, triplets):
     rows = [{"query": t["query"], "positive": t["positive"]} for t in triplets[:4]]
-    batch = Collator(model, tokens=1, reuse=True)(rows)["batch"]  # every sample a mini-batch of its own
+    batch = Collator(model, tokens=1, reuse=True)(rows)[
+        "batch"
+    ]  # every sample a mini-batch of its own
     assert len(batch.embedding) == 4
     assert all(step.tensors["relevant"].sum() == 1 for step in batch.embedding)
 
@@ -129,11 +168,15 @@ def test_match_answers_as_training_asked(model, triplets, views):
     queries, documents = [t["query"] for t in triplets[:4]], [t["positive"] for t in triplets[:4]]
     yes, no = model.backbone.answer_ids
     with torch.no_grad():
-        logits = [one_question(model, q, d, views) for q, d in zip(queries, documents, strict=True)]
+        logits = [
+            one_question(model, q, d, views) for q, d in zip(queries, documents, strict=True)
+        ]
     expected = [torch.sigmoid(x[yes] - x[no]).item() for x in logits]
     assert model.match(queries, documents, views) == pytest.approx(expected, abs=1e-6)
     same_query = model.match([queries[0]] * 4, documents, views)
-    assert same_query == pytest.approx([model.match([queries[0]], [d], views)[0] for d in documents], abs=1e-6)
+    assert same_query == pytest.approx(
+        [model.match([queries[0]], [d], views)[0] for d in documents], abs=1e-6
+    )
 
 
 def test_the_way_of_matching_is_saved(model, tmp_path):

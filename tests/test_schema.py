@@ -1,4 +1,6 @@
-"""The API against its own description: requests made up from the schema never crash it, and its answers fit."""
+"""The API against its own description: requests made up from the schema never crash it, and its
+answers fit.
+"""
 
 import pytest
 import schemathesis

@@ -18,18 +18,19 @@ import torch
 from PIL import Image
 
 from rematch import ReMatch, cli
-from rematch.encoder import Encoder
+from rematch.data.corpus import Corpus, Document, open_corpus
+from rematch.encoding.encoder import Encoder
 from rematch.errors import DataError, ModelError, RematchError
 from rematch.search import build as building
 from rematch.search import index as indexing
 from rematch.search.build import build
 from rematch.search.cascade import Stage, maxsim, parse
 from rematch.search.columns import OWN
-from rematch.search.corpus import Corpus, Document, open_corpus
 from rematch.search.index import EXACT_UP_TO, Index
 
-# float32 sums in another order (batches, threads, other vector instructions) move the parts of a unit vector, and
-# cosines of two of them, by less than this: some hundred terms, two normalised layers.
+# float32 sums in another order (batches, threads, other vector instructions) move the parts of a
+# unit vector, and cosines of two of them, by less than this: some hundred terms, two normalised
+# layers.
 ROUNDING = 1e-5
 NAMES = ("plain", "with space", "ünï-コード", "it's", 'quo"te', "new\nline", "semi;colon--")
 
@@ -54,7 +55,9 @@ def photos(tmp_path) -> Path:
         picture(folder / "deep" / f"{name}.png", i)
     shutil.copy(folder / "deep" / "plain.png", folder / "copy.png")
     (folder / "deep" / "plain.txt").write_text("a caption\n")
-    (folder / "deep" / "it's.json").write_text(json.dumps({"caption": "told", "year": 1999, "place": "Rome", "l": [1]}))
+    (folder / "deep" / "it's.json").write_text(
+        json.dumps({"caption": "told", "year": 1999, "place": "Rome", "l": [1]})
+    )
     (folder / "deep" / "with space.json").write_text(json.dumps({"year": 2010, "good": True}))
     (folder / "._hidden.png").write_bytes(b"what macOS leaves")
     (folder / "circle").symlink_to(folder)
@@ -67,7 +70,9 @@ def make(model: ReMatch, corpus: Path, output: Path, **settings):
     if (output / "documents.lance").exists():
         index = Index.open(output, model)
     else:
-        index = Index.create(output, model, name=model.model_card_data.base_model or "model", **made)
+        index = Index.create(
+            output, model, name=model.model_card_data.base_model or "model", **made
+        )
     encoder = Encoder(model, batch_tokens=settings.pop("batch_tokens", 200), workers=0)
     return index, build(index, open_corpus(corpus), encoder, **settings)
 
@@ -77,7 +82,7 @@ def contents(uri: Path) -> list[dict]:
     return sorted(rows, key=lambda row: row["id"])
 
 
-# ---- corpora --------------------------------------------------------------------------------------------------------
+# ---- corpora ------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_read_with_what_lies_beside_its_pictures(photos):
@@ -109,16 +114,22 @@ def test_rows_of_files_and_data_sets_are_read(tmp_path):
     assert "neither text" in str(rows[3][1])
     assert rows[4].text == "bare text"
     content = path.read_bytes()
-    pq.write_table(pa.table({"image": [{"bytes": content, "path": None}], "k": ["v"]}), tmp_path / "c.parquet")
+    pq.write_table(
+        pa.table({"image": [{"bytes": content, "path": None}], "k": ["v"]}), tmp_path / "c.parquet"
+    )
     (inside,) = open_corpus(tmp_path / "c.parquet")
     assert inside.read()["image"].content == content
     assert inside.metadata == {"k": "v"}
     features = datasets.Features(
-        {"image": datasets.Image(), "caption": datasets.Value("string"), "n": datasets.Value("int64")}
+        {
+            "image": datasets.Image(),
+            "caption": datasets.Value("string"),
+            "n": datasets.Value("int64"),
+        }
     )
-    datasets.Dataset.from_dict({"image": [str(path)], "caption": ["c"], "n": [7]}, features).save_to_disk(
-        tmp_path / "hf"
-    )
+    datasets.Dataset.from_dict(
+        {"image": [str(path)], "caption": ["c"], "n": [7]}, features
+    ).save_to_disk(tmp_path / "hf")
     (one,) = open_corpus(tmp_path / "hf")
     assert one.text == "c"
     assert one.metadata["n"] == 7.0
@@ -144,7 +155,7 @@ def test_what_is_no_corpus_is_refused(tmp_path, name, content, said):
         list(open_corpus(path))
 
 
-# ---- building -------------------------------------------------------------------------------------------------------
+# ---- building -----------------------------------------------------------------------------------
 
 
 def test_only_what_changed_is_encoded(searcher, photos, tmp_path):
@@ -155,7 +166,9 @@ def test_only_what_changed_is_encoded(searcher, photos, tmp_path):
     assert len(index) == len(NAMES) + 1
     for row in contents(tmp_path / "i"):
         document = next(d for d in open_corpus(photos) if d.id == row["id"])
-        expected = searcher.encode_document([document.item().as_input()], show_progress_bar=False)[0]
+        expected = searcher.encode_document([document.item().as_input()], show_progress_bar=False)[
+            0
+        ]
         assert np.allclose(row["vector"], expected, atol=ROUNDING)
 
     _, again = make(searcher, photos, tmp_path / "i")
@@ -184,19 +197,30 @@ def same_rows(these: list[dict], those: list[dict]):
         assert np.allclose(a.pop("vector"), b.pop("vector"), atol=ROUNDING)
         assert ("tokens" in a) == ("tokens" in b)
         if "tokens" in a:
-            # float16: a part near a rounding edge falls to the other side, and they are 2**-11 apart below 1
-            assert np.allclose(np.array(a.pop("tokens")), np.array(b.pop("tokens")), atol=2**-11 + ROUNDING)
-        assert {k: v for k, v in a.items() if v is not None} == {k: v for k, v in b.items() if v is not None}
+            # float16: a part near a rounding edge falls to the other side, and they are 2**-11
+            # apart below 1
+            assert np.allclose(
+                np.array(a.pop("tokens")), np.array(b.pop("tokens")), atol=2**-11 + ROUNDING
+            )
+        assert {k: v for k, v in a.items() if v is not None} == {
+            k: v for k, v in b.items() if v is not None
+        }
 
 
-def test_what_cannot_be_read_is_named_and_the_rest_is_indexed(searcher, photos, tmp_path, monkeypatch):
+def test_what_cannot_be_read_is_named_and_the_rest_is_indexed(
+    searcher, photos, tmp_path, monkeypatch
+):
     (photos / "broken.png").write_bytes((photos / "copy.png").read_bytes()[:400])
     (photos / "no picture.jpg").write_text("text")
     (photos / "dangling.png").symlink_to(photos / "gone.png")
     (photos / "deep" / 'quo"te.json').write_text("{")
     Image.new("1", (30_000, 20_000)).save(photos / "huge.png")  # 600 megapixels in a few kilobytes
     index, report = make(searcher, photos, tmp_path / "i")
-    why = {"broken.png": "cut off", "no picture.jpg": "not a picture", "dangling.png": "No such file"}
+    why = {
+        "broken.png": "cut off",
+        "no picture.jpg": "not a picture",
+        "dangling.png": "No such file",
+    }
     why |= {"huge.png": "decompression bomb", 'deep/quo"te.png': "not valid JSON"}
     assert report.failures.keys() == why.keys()
     for name, part in why.items():
@@ -206,9 +230,14 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_indexed(searcher, photos, 
     assert written["last_run"]["failures"] == report.failures
     assert written["documents"] == len(NAMES)
     monkeypatch.setattr(building, "_ENOUGH_TO_JUDGE", 10)
-    with pytest.raises(DataError, match=r"4 of 12 documents cannot be read, such as .*--max-failures"):
+    with pytest.raises(
+        DataError, match=r"4 of 12 documents cannot be read, such as .*--max-failures"
+    ):
         make(searcher, photos, tmp_path / "other")
-    assert len(json.loads((tmp_path / "other" / "report.json").read_text())["last_run"]["failures"]) == 4
+    assert (
+        len(json.loads((tmp_path / "other" / "report.json").read_text())["last_run"]["failures"])
+        == 4
+    )
     for path in photos.rglob("*.png"):
         path.unlink()
     with pytest.raises(DataError, match="1 of 1 documents cannot be read"):
@@ -216,7 +245,9 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_indexed(searcher, photos, 
 
 
 def test_an_id_that_stands_twice_counts_once(searcher, tmp_path):
-    (tmp_path / "c.jsonl").write_text('{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n{"id": 2, "text": "a"}\n')
+    (tmp_path / "c.jsonl").write_text(
+        '{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n{"id": 2, "text": "a"}\n'
+    )
     index, report = make(searcher, tmp_path / "c.jsonl", tmp_path / "i")
     assert len(index) == 2
     assert "stands twice" in report.failures["1"]
@@ -239,27 +270,72 @@ def test_metadata_of_another_kind_is_refused_by_name(searcher, tmp_path):
     assert index.metadata_columns == ["year", "new"]
 
 
-PARTS = [*"aBé漢😀_0 -;,:/?#%&=$@!|~^+<>{}[]()'\"\\", *"*.`", "\t", "\n", "\0", "\x7f", "\u200b", "\ud800", "or", "--"]
+PARTS = [
+    *"aBé漢😀_0 -;,:/?#%&=$@!|~^+<>{}[]()'\"\\",
+    *"*.`",
+    "\t",
+    "\n",
+    "\0",
+    "\x7f",
+    "\u200b",
+    "\ud800",
+    "or",
+    "--",
+]
 
 
 def awkward_names() -> list[str]:
     rng = random.Random(0)
-    names = ["", " ", "*", "a.b", "a`b", "year", "Year", "YEAR", "Text", "_distance", "select", "true", "null", "case"]
+    names = [
+        "",
+        " ",
+        "*",
+        "a.b",
+        "a`b",
+        "year",
+        "Year",
+        "YEAR",
+        "Text",
+        "_distance",
+        "select",
+        "true",
+        "null",
+        "case",
+    ]
     names += [*OWN, *map(str.upper, OWN), *PARTS]
-    return list(dict.fromkeys(names + ["".join(rng.choices(PARTS, k=rng.randint(1, 4))) for _ in range(60)]))
+    return list(
+        dict.fromkeys(
+            names + ["".join(rng.choices(PARTS, k=rng.randint(1, 4))) for _ in range(60)]
+        )
+    )
 
 
 def test_any_name_of_metadata_is_refused_or_works(searcher, tmp_path):
-    """Refused by name before anything is written; or stored, found by a filter, and the index goes on."""
+    """Refused by name before anything is written; or stored, found by a filter, and the index goes
+    on.
+    """
     names = awkward_names()
     path = tmp_path / "c.jsonl"
-    corpus = Corpus("c", None, lambda: (Document(str(i), "words", None, {n: "v"}) for i, n in enumerate(names)))
+    corpus = Corpus(
+        "c", None, lambda: (Document(str(i), "words", None, {n: "v"}) for i, n in enumerate(names))
+    )
     index = Index.create(tmp_path / "i", searcher, name="m")
     report = build(index, corpus, Encoder(searcher, workers=0), most_failures=1.0)
     for i, why in report.failures.items():
         assert repr(names[int(i)]) in why
     refused = {names[int(i)] for i in report.failures}
-    assert refused >= {"", " ", "*", "a.b", "a`b", "Year", "YEAR", "Text", *OWN, *map(str.upper, OWN)}
+    assert refused >= {
+        "",
+        " ",
+        "*",
+        "a.b",
+        "a`b",
+        "Year",
+        "YEAR",
+        "Text",
+        *OWN,
+        *map(str.upper, OWN),
+    }
     assert refused.isdisjoint({"year", "select", "a", "é", "漢", "-", "'", '"', "\\", "--"})
     stored = [name for name in names if name not in refused]
     assert len(stored) > 40
@@ -278,10 +354,16 @@ def test_any_name_of_metadata_is_refused_or_works(searcher, tmp_path):
 
 
 def test_metadata_that_differs_in_case_within_a_document_is_refused(searcher, tmp_path):
-    (tmp_path / "c.jsonl").write_text('{"text": "a", "Year": 1, "year": 2}\n{"text": "b", "year of birth": 3}\n')
+    (tmp_path / "c.jsonl").write_text(
+        '{"text": "a", "Year": 1, "year": 2}\n{"text": "b", "year of birth": 3}\n'
+    )
     index, report = make(searcher, tmp_path / "c.jsonl", tmp_path / "i")
-    assert report.failures == {"1": "metadata 'year' differs from 'Year' only in case. Spell them alike."}
-    assert index.metadata_columns == ["year of birth"], "nothing was written of the one that was refused"
+    assert report.failures == {
+        "1": "metadata 'year' differs from 'Year' only in case. Spell them alike."
+    }
+    assert index.metadata_columns == ["year of birth"], (
+        "nothing was written of the one that was refused"
+    )
     with pytest.raises(DataError, match="in SQL on id, text, path, `year of birth`"):
         index.search("a", where="year of birth > 1")
     with pytest.raises(DataError, match=r"--filter \? > 1"):  # LanceDB's parser panics
@@ -290,7 +372,9 @@ def test_metadata_that_differs_in_case_within_a_document_is_refused(searcher, tm
 
 
 def test_a_corpus_may_change_while_it_is_read(searcher, photos, tmp_path):
-    """A file that vanishes between listing and reading is reported; one that changes is found again by the next run."""
+    """A file that vanishes between listing and reading is reported; one that changes is found
+    again by the next run.
+    """
     corpus = open_corpus(photos)
 
     def documents():
@@ -302,7 +386,10 @@ def test_a_corpus_may_change_while_it_is_read(searcher, photos, tmp_path):
     index = Index.create(tmp_path / "i", searcher, name="m")
     changing = type(corpus)(corpus.name, corpus.size, documents)
     report = build(index, changing, Encoder(searcher, workers=0))
-    assert list(report.failures) in ([], ["deep/with space.png"])  # sixteen are listed before the first is read
+    assert list(report.failures) in (
+        [],
+        ["deep/with space.png"],
+    )  # sixteen are listed before the first is read
     _, report = make(searcher, photos, tmp_path / "i")
     assert "deep/with space.png" not in [row["id"] for row in contents(tmp_path / "i")]
 
@@ -313,9 +400,9 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from rematch import ReMatch
-from rematch.encoder import Encoder
+from rematch.encoding.encoder import Encoder
 from rematch.search import build as building
-from rematch.search.corpus import open_corpus
+from rematch.data.corpus import open_corpus
 from rematch.search.index import Index, exists
 model, corpus, output, workers, kills, seconds = sys.argv[1:]
 model = ReMatch(model)
@@ -344,7 +431,9 @@ while True:
 QUIET = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def killed_and_finished(model: Path, corpus: Path, output: Path, workers: int, kills: int) -> list[str]:
+def killed_and_finished(
+    model: Path, corpus: Path, output: Path, workers: int, kills: int
+) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-c", CHILD, model, corpus, output, str(workers), str(kills), "0.8"],
         env=os.environ | QUIET,
@@ -387,7 +476,7 @@ def test_workers_make_the_same_index(searcher, tmp_path):
     same_rows(contents(tmp_path / "alone"), contents(tmp_path / "helped"))
 
 
-# ---- what can go wrong ----------------------------------------------------------------------------------------------
+# ---- what can go wrong --------------------------------------------------------------------------
 
 
 def test_a_second_writer_is_refused_and_readers_are_not(searcher, photos, tmp_path):
@@ -405,23 +494,34 @@ def test_another_models_index_is_refused(searcher, saved_model, photos, tmp_path
     other = make_model(dtype=torch.float32, num_tokens=3)
     with pytest.raises(ModelError, match="made by another model"):
         Index.open(tmp_path / "i", other)
-    Index.open(tmp_path / "i", ReMatch(str(saved_model)).to(torch.bfloat16))  # the same weights in another precision
+    Index.open(
+        tmp_path / "i", ReMatch(str(saved_model)).to(torch.bfloat16)
+    )  # the same weights in another precision
     with pytest.raises(DataError, match="no index there"):
         Index.open(tmp_path)
 
 
-def test_an_index_of_an_earlier_version_is_refused_as_such(searcher, photos, tmp_path, monkeypatch):
+def test_an_index_of_an_earlier_version_is_refused_as_such(
+    searcher, photos, tmp_path, monkeypatch
+):
     monkeypatch.setattr(indexing, "fingerprint", lambda _: "0123456789abcdef" * 2)  # as they were
     make(searcher, photos, tmp_path / "i")
     monkeypatch.undo()
-    with pytest.raises(ModelError, match=r"made by an earlier version of rematch.*another --output"):
+    with pytest.raises(
+        ModelError, match=r"made by an earlier version of rematch.*another --output"
+    ):
         make(searcher, photos, tmp_path / "i")
 
 
-def test_an_index_of_a_model_with_another_configuration_is_refused(searcher, saved_model, photos, tmp_path):
+def test_an_index_of_a_model_with_another_configuration_is_refused(
+    searcher, saved_model, photos, tmp_path
+):
     make(searcher, photos, tmp_path / "i")
     other = ReMatch(str(saved_model))
-    other.backbone.model.config.text_config.rope_parameters = {"rope_theta": 5e5, "rope_type": "default"}
+    other.backbone.model.config.text_config.rope_parameters = {
+        "rope_theta": 5e5,
+        "rope_type": "default",
+    }
     with pytest.raises(ModelError, match="made by another model"):
         Index.open(tmp_path / "i", other)
 
@@ -431,7 +531,9 @@ def test_a_models_truncate_dim_is_the_indexs_width(searcher, saved_model, photos
     index, _ = make(short, photos, tmp_path / "short", tokens=True)
     same, _ = make(searcher, photos, tmp_path / "same", tokens=True, dimensions=8)
     assert index.about["dimensions"] == 8
-    assert scores_of(index.search("a", 9)) == pytest.approx(scores_of(same.search("a", 9)), abs=ROUNDING)
+    assert scores_of(index.search("a", 9)) == pytest.approx(
+        scores_of(same.search("a", 9)), abs=ROUNDING
+    )
     tokens = [scores_of(i.search("a", 9, rerank="maxsim:9")) for i in (index, same)]
     assert tokens[0] == pytest.approx(tokens[1], abs=1e-3)
     with pytest.raises(RematchError, match="reads whole vectors only"):
@@ -448,7 +550,11 @@ def scores_of(hits) -> dict[str, float]:
 @contextmanager
 def small_disk(path: Path, size: str):
     path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
     try:
@@ -486,7 +592,7 @@ def test_a_read_only_index_can_be_searched_and_not_written(searcher, photos, tmp
             make(searcher, photos, tmp_path / "disk" / "another")
 
 
-# ---- search ---------------------------------------------------------------------------------------------------------
+# ---- search -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -517,7 +623,9 @@ def test_search_is_exact_for_text_pictures_and_both(searcher, library, tmp_path)
         cosines = vectors @ searcher.encode_query([query], show_progress_bar=False)[0]
         for results in (hits, library.search(query, 7)):  # with others, and alone
             assert len(results) == 7
-            assert_best(scores_of(results), {f"d{i}": cosine for i, cosine in enumerate(cosines)}, ROUNDING)
+            assert_best(
+                scores_of(results), {f"d{i}": cosine for i, cosine in enumerate(cosines)}, ROUNDING
+            )
     hit = library.search("number 3", 40)[0]
     assert hit.metadata.keys() == {"year"}
     assert hit.by == "cosine"
@@ -526,7 +634,9 @@ def test_search_is_exact_for_text_pictures_and_both(searcher, library, tmp_path)
 def test_filters_choose_before_the_search(library):
     hits = library.search("number 3", 40, where="year >= 2000 AND year < 2005")
     assert {hit.id for hit in hits} == {f"d{i}" for i in range(20, 25)}
-    with pytest.raises(DataError, match=r"--filter yeer > 1.*condition in SQL on id, text, path, year"):
+    with pytest.raises(
+        DataError, match=r"--filter yeer > 1.*condition in SQL on id, text, path, year"
+    ):
         library.search("number 3", where="yeer > 1")
 
 
@@ -535,7 +645,10 @@ def assert_best(ranked: dict[str, float], scores: dict[str, float], tolerance: f
     listed = [scores[name] for name in ranked]
     assert list(ranked.values()) == pytest.approx(listed, abs=tolerance)
     assert all(after <= before + 2 * tolerance for before, after in pairwise(listed))
-    assert max((s for name, s in scores.items() if name not in ranked), default=-1) <= min(listed) + 2 * tolerance
+    assert (
+        max((s for name, s in scores.items() if name not in ranked), default=-1)
+        <= min(listed) + 2 * tolerance
+    )
 
 
 @pytest.mark.parametrize("views", ["raw-raw", "feat-feat", "raw-feat"])
@@ -545,18 +658,25 @@ def test_reranking_is_match_of_each_pair(searcher, library, views):
     judged = {f"d{i}": searcher.match(["number 3"], [inputs[i]], views)[0] for i in nearest[:10]}
     hits = library.search("number 3", 12, rerank=f"{views}:10")
     assert_best(scores_of(hits[:10]), judged, ROUNDING)
-    assert [hit.id for hit in hits[10:]] == [f"d{i}" for i in nearest[10:]], "behind them the order stays"
+    assert [hit.id for hit in hits[10:]] == [f"d{i}" for i in nearest[10:]], (
+        "behind them the order stays"
+    )
     assert [hit.by for hit in hits] == [views] * 10 + ["cosine"] * 2
 
 
 def test_the_cascade_goes_from_stage_to_stage(searcher, library):
-    tokens = searcher.encode_document(inputs_of(library), multi_vector=True, show_progress_bar=False)
+    tokens = searcher.encode_document(
+        inputs_of(library), multi_vector=True, show_progress_bar=False
+    )
     query = searcher.encode_query(["number 3"], multi_vector=True, show_progress_bar=False)[0]
     nearest = np.array([int(hit.id[1:]) for hit in library.search("number 3", 20)])
     by_tokens = nearest[np.argsort(-maxsim(query, tokens[nearest]), kind="stable")]
     hits = library.search("number 3", 20, rerank="maxsim:20")
-    # stored in float16: a part is off by 2**-12 at most, a cosine by the length of that, 2**-12 * sqrt(32) = 1.4e-3
-    assert [hit.score for hit in hits] == pytest.approx(maxsim(query, tokens[by_tokens]).tolist(), abs=2e-3)
+    # stored in float16: a part is off by 2**-12 at most, a cosine by the length of that, 2**-12 *
+    # sqrt(32) = 1.4e-3
+    assert [hit.score for hit in hits] == pytest.approx(
+        maxsim(query, tokens[by_tokens]).tolist(), abs=2e-3
+    )
     staged = library.search("number 3", 20, rerank="maxsim:20,feat:10,raw:3")
     assert [hit.by for hit in staged] == ["raw-raw"] * 3 + ["feat-feat"] * 7 + ["maxsim"] * 10
     assert {hit.id for hit in staged[:10]} == {hit.id for hit in hits[:10]}
@@ -588,7 +708,9 @@ def test_fewer_dimensions_and_pictures_out_of_a_data_set(searcher, tmp_path):
     table = pa.table({"image": [{"bytes": content, "path": None}] * 2, "text": ["one", "two"]})
     pq.write_table(table, tmp_path / "c.parquet")
     index, _ = make(searcher, tmp_path / "c.parquet", tmp_path / "i", dimensions=8)
-    whole = searcher.encode_document([d.read() for d in open_corpus(tmp_path / "c.parquet")], show_progress_bar=False)
+    whole = searcher.encode_document(
+        [d.read() for d in open_corpus(tmp_path / "c.parquet")], show_progress_bar=False
+    )
     short = whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True)
     rows = contents(tmp_path / "i")
     assert np.allclose([row["vector"] for row in rows], short, atol=ROUNDING)
@@ -635,7 +757,10 @@ def test_an_approximate_index_finds_nearly_what_a_scan_finds(searcher, tmp_path,
     vectors = centres[rng.integers(0, 40, 3000)] + 0.5 * rng.normal(size=(3000, 32))
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     index = Index.create(tmp_path / "i", searcher, name="m")
-    rows = [{"id": str(i), "vector": v, "content_hash": "0" * 32, "stamp": i} for i, v in enumerate(vectors)]
+    rows = [
+        {"id": str(i), "vector": v, "content_hash": "0" * 32, "stamp": i}
+        for i, v in enumerate(vectors)
+    ]
     index.add(rows, new=True)
     assert index.build_ann("auto") == "none", f"below {EXACT_UP_TO} rows a scan is enough"
     index.build_ann(kind)
@@ -646,7 +771,9 @@ def test_an_approximate_index_finds_nearly_what_a_scan_finds(searcher, tmp_path,
     cosines = queries / np.linalg.norm(queries, axis=1, keepdims=True) @ vectors.T
     assert len(truth[0]) == 10
     best = {name: cosines[0][int(name)] for name in truth[0]}
-    assert_best(best, {str(i): cosine for i, cosine in enumerate(cosines[0])}, 32 * 2**-24)  # sums of 32 products
+    assert_best(
+        best, {str(i): cosine for i, cosine in enumerate(cosines[0])}, 32 * 2**-24
+    )  # sums of 32 products
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, truth, strict=True)]) > 0.9
     with pytest.raises(DataError, match="--ann ivf is unknown"):
         index.build_ann("ivf")
@@ -656,10 +783,20 @@ def test_another_kind_replaces_an_approximate_index_and_none_drops_it(searcher, 
     vectors = np.random.default_rng(0).normal(size=(300, 32)).astype(np.float32)
     index = Index.create(tmp_path / "i", searcher, name="m")
     index.add(
-        [{"id": str(i), "vector": v, "content_hash": "0" * 32, "stamp": i} for i, v in enumerate(vectors)], new=True
+        [
+            {"id": str(i), "vector": v, "content_hash": "0" * 32, "stamp": i}
+            for i, v in enumerate(vectors)
+        ],
+        new=True,
     )
     (tmp_path / "c.jsonl").write_text('{"id": "new", "text": "a"}')
-    for asked, kind in (("int8", "int8"), ("auto", "int8"), ("float", "float"), ("none", "none"), ("auto", "none")):
+    for asked, kind in (
+        ("int8", "int8"),
+        ("auto", "int8"),
+        ("float", "float"),
+        ("none", "none"),
+        ("auto", "none"),
+    ):
         index, _ = make(searcher, tmp_path / "c.jsonl", tmp_path / "i", keep=True, ann=asked)
         assert index.ann == Index.open(tmp_path / "i").ann == kind
         assert len(index.table.list_indices()) == (kind != "none")
@@ -668,10 +805,12 @@ def test_another_kind_replaces_an_approximate_index_and_none_drops_it(searcher, 
     assert index._nearest(vectors[0], 1, "", [], False, 1)["id"].to_pylist() == ["0"]
 
 
-# ---- Ray, adapters, the commands ------------------------------------------------------------------------------------
+# ---- Ray, adapters, the commands ----------------------------------------------------------------
 
 
-def test_ray_makes_the_same_index_though_a_worker_is_killed(saved_model, searcher, tmp_path, monkeypatch):
+def test_ray_makes_the_same_index_though_a_worker_is_killed(
+    saved_model, searcher, tmp_path, monkeypatch
+):
     ray = pytest.importorskip("ray")
     from rematch.search import ray as spread
 
@@ -735,8 +874,12 @@ def test_langchain_and_llama_index_retrieve(library, tmp_path):
     nodes = LlamaIndexRetriever(library, **settings).retrieve("number 3")
     assert [n.node.node_id for n in nodes] == [hit.id for hit in hits]
     path = picture(tmp_path / "q.png", 9)
-    nodes = LlamaIndexRetriever(library, top=3).retrieve(QueryBundle("like this", image_path=str(path)))
-    assert [n.node.node_id for n in nodes] == [h.id for h in library.search({"text": "like this", "image": path}, 3)]
+    nodes = LlamaIndexRetriever(library, top=3).retrieve(
+        QueryBundle("like this", image_path=str(path))
+    )
+    assert [n.node.node_id for n in nodes] == [
+        h.id for h in library.search({"text": "like this", "image": path}, 3)
+    ]
 
 
 def test_the_commands(saved_model, photos, tmp_path, monkeypatch, capfd):
@@ -751,14 +894,26 @@ def test_the_commands(saved_model, photos, tmp_path, monkeypatch, capfd):
         return code, out.out, out.err
 
     (photos / "broken.png").write_text("x")
-    code, out, err = rematch("index", saved_model, photos, "--output", tmp_path / "i", "--workers", 0)
+    code, out, err = rematch(
+        "index", saved_model, photos, "--output", tmp_path / "i", "--workers", 0
+    )
     assert code == 0, err
     assert f"{len(NAMES) + 1} documents in" in out
     assert "'broken.png': " in err
-    code, out, _ = rematch("index", saved_model, photos, "--output", tmp_path / "i", "--workers", 0)
+    code, out, _ = rematch(
+        "index", saved_model, photos, "--output", tmp_path / "i", "--workers", 0
+    )
     assert f"0 encoded, {len(NAMES) + 1} unchanged" in out
     code, out, _ = rematch(
-        "search", tmp_path / "i", "--text", "a", "--json", "--filter", "year > 2000", "--rerank", "raw:3"
+        "search",
+        tmp_path / "i",
+        "--text",
+        "a",
+        "--json",
+        "--filter",
+        "year > 2000",
+        "--rerank",
+        "raw:3",
     )
     (line,) = out.splitlines()
     assert json.loads(line)["id"] == "deep/with space.png"
@@ -771,16 +926,37 @@ def test_the_commands(saved_model, photos, tmp_path, monkeypatch, capfd):
     picture(other / "o.png", 4)
     for arguments, said in (
         (("index", saved_model, other, "--output", tmp_path / "i"), "To add"),
-        (("index", saved_model, photos, "--output", tmp_path / "i", "--tokens"), "made without --tokens"),
-        (("index", saved_model, photos, "--output", tmp_path / "i", "--dimensions", 8), "keeps 32 dimensions"),
-        (("index", saved_model, photos, "--output", tmp_path / "j", "--ann", "fast"), "--ann fast is unknown"),
-        (("index", saved_model, photos, "--output", tmp_path / "j", "--engine", "spark"), "--engine spark is unknown"),
-        (("index", saved_model, tmp_path / "nope", "--output", tmp_path / "j"), "no such folder or file"),
+        (
+            ("index", saved_model, photos, "--output", tmp_path / "i", "--tokens"),
+            "made without --tokens",
+        ),
+        (
+            ("index", saved_model, photos, "--output", tmp_path / "i", "--dimensions", 8),
+            "keeps 32 dimensions",
+        ),
+        (
+            ("index", saved_model, photos, "--output", tmp_path / "j", "--ann", "fast"),
+            "--ann fast is unknown",
+        ),
+        (
+            ("index", saved_model, photos, "--output", tmp_path / "j", "--engine", "spark"),
+            "--engine spark is unknown",
+        ),
+        (
+            ("index", saved_model, tmp_path / "nope", "--output", tmp_path / "j"),
+            "no such folder or file",
+        ),
         (("search", tmp_path / "i"), "no query"),
         (("search", tmp_path / "nope", "--text", "a"), "no index there. Make one with"),
-        (("search", tmp_path / "i", "--text", "a", "--model", "rematch-tiny"), "made by another model"),
+        (
+            ("search", tmp_path / "i", "--text", "a", "--model", "rematch-tiny"),
+            "made by another model",
+        ),
         (("search", tmp_path / "i", "--image", "nope.png"), "nope.png: no such picture"),
-        (("search", tmp_path / "i", "--text", "a", "--rerank", "maxsim:3"), "Make it with --tokens"),
+        (
+            ("search", tmp_path / "i", "--text", "a", "--rerank", "maxsim:3"),
+            "Make it with --tokens",
+        ),
     ):
         code, _, err = rematch(*arguments)
         assert code == 2, arguments
@@ -795,7 +971,9 @@ def test_the_commands(saved_model, photos, tmp_path, monkeypatch, capfd):
     assert code == 2
     assert "its model is not where it was. Say where with --model" in err
     assert rematch("search", tmp_path / "k", "--text", "a", "--model", saved_model)[0] == 0
-    code, out, _ = rematch("index", saved_model, other, "--output", tmp_path / "i", "--add", "--workers", 0)
+    code, out, _ = rematch(
+        "index", saved_model, other, "--output", tmp_path / "i", "--add", "--workers", 0
+    )
     assert f"{len(NAMES) + 2} documents in" in out
 
 

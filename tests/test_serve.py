@@ -25,9 +25,9 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from rematch import ReMatch, cli
-from rematch.encoder import Encoder
+from rematch.data.corpus import open_corpus
+from rematch.encoding.encoder import Encoder
 from rematch.search.build import build
-from rematch.search.corpus import open_corpus
 from rematch.search.index import Index
 from rematch.serve import limits as guarding
 from rematch.serve.app import create_app
@@ -57,7 +57,9 @@ def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shop")
     for i, colour in enumerate(COLOURS):
         Image.new("RGB", (48, 40), colour).save(folder / f"{colour}.png")
-        (folder / f"{colour}.json").write_text(json.dumps({"text": f"a {colour} card", "year": 2000 + i}))
+        (folder / f"{colour}.json").write_text(
+            json.dumps({"text": f"a {colour} card", "year": 2000 + i})
+        )
     return folder
 
 
@@ -79,7 +81,9 @@ def client(engine) -> TestClient:
 @contextmanager
 def running(engine: Engine, **settings):
     """The address of a real server in a thread."""
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, **settings), port=0, log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(engine, **settings), port=0, log_level="warning")
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until = time.time() + 30
@@ -92,22 +96,29 @@ def running(engine: Engine, **settings):
         thread.join(30)
 
 
-# ---- what is computed -----------------------------------------------------------------------------------------------
+# ---- what is computed ---------------------------------------------------------------------------
 
 
 def test_embeddings_are_those_of_encode(client, engine):
     texts = ["a dog", "a longer text about a dog", "x"]
-    for task, encode in (("query", engine.model.encode_query), ("document", engine.model.encode_document)):
+    for task, encode in (
+        ("query", engine.model.encode_query),
+        ("document", engine.model.encode_document),
+    ):
         expected = encode([{"text": t} for t in texts], show_progress_bar=False)
         for settings in ({"task": task}, {"input_type": task}, {"input_type": f"search_{task}"}):
             found = client.post("/v1/embeddings", json={"input": texts} | settings).json()
             assert np.allclose([d["embedding"] for d in found["data"]], expected, atol=1e-5)
         assert [d["index"] for d in found["data"]] == [0, 1, 2]
         assert found["usage"]["prompt_tokens"] > 3
-    packed = client.post("/v1/embeddings", json={"input": texts, "encoding_format": "base64"}).json()
+    packed = client.post(
+        "/v1/embeddings", json={"input": texts, "encoding_format": "base64"}
+    ).json()
     vectors = [np.frombuffer(base64.b64decode(d["embedding"]), "<f4") for d in packed["data"]]
     assert np.allclose(vectors, expected, atol=1e-5)
-    short = client.post("/v1/embeddings", json={"input": "a dog", "dimensions": 8}).json()["data"][0]["embedding"]
+    short = client.post("/v1/embeddings", json={"input": "a dog", "dimensions": 8}).json()["data"][
+        0
+    ]["embedding"]
     assert np.allclose(short, expected[0][:8] / np.linalg.norm(expected[0][:8]), atol=1e-5)
 
 
@@ -119,14 +130,20 @@ def test_messages_with_pictures_are_embedded(client, engine):
     body = {"messages": [{"role": "user", "content": content}], "task": "query"}
     found = client.post("/v1/embeddings", json=body).json()
     assert "data" in found, found
-    expected = engine.model.encode_query([{"text": "what is this?", "image": NOISE}], show_progress_bar=False)[0]
+    expected = engine.model.encode_query(
+        [{"text": "what is this?", "image": NOISE}], show_progress_bar=False
+    )[0]
     assert np.allclose(found["data"][0]["embedding"], expected, atol=1e-5)
 
 
 def test_a_text_that_looks_like_a_path_is_text(client, corpus, engine):
     path = str(corpus / "red.png")
     found = client.post("/v1/embeddings", json={"input": path}).json()["data"][0]["embedding"]
-    assert np.allclose(found, engine.model.encode_document([{"text": path}], show_progress_bar=False)[0], atol=1e-5)
+    assert np.allclose(
+        found,
+        engine.model.encode_document([{"text": path}], show_progress_bar=False)[0],
+        atol=1e-5,
+    )
     answer = client.post("/v1/search", json={"image": path})
     assert answer.status_code == 400
     assert "data URL" in answer.json()["error"]["message"]
@@ -161,12 +178,23 @@ def test_rerank_is_match(client, engine):
 
 
 def test_search_is_the_indexs(client, engine):
-    body = {"text": "a red card", "image": data_url(file_of(NOISE)), "top": 4, "rerank": "feat:4,raw:2"}
+    body = {
+        "text": "a red card",
+        "image": data_url(file_of(NOISE)),
+        "top": 4,
+        "rerank": "feat:4,raw:2",
+    }
     found = client.post("/v1/search", json=body).json()["hits"]
-    expected = engine.index.search({"text": "a red card", "image": NOISE}, 4, rerank="feat:4,raw:2")
-    assert [(h["id"], h["by"], h["nearest"]) for h in found] == [(h.id, h.by, h.nearest) for h in expected]
+    expected = engine.index.search(
+        {"text": "a red card", "image": NOISE}, 4, rerank="feat:4,raw:2"
+    )
+    assert [(h["id"], h["by"], h["nearest"]) for h in found] == [
+        (h.id, h.by, h.nearest) for h in expected
+    ]
     assert found[0]["has_picture"]
-    only = client.post("/v1/search", json={"text": "a card", "filter": "year = 2003"}).json()["hits"]
+    only = client.post("/v1/search", json={"text": "a card", "filter": "year = 2003"}).json()[
+        "hits"
+    ]
     assert [(h["id"], h["metadata"]) for h in only] == [("white.png", {"year": 2003.0})]
     for wrong, said in (
         ({"text": "a", "filter": "yeer = 3"}, "condition in SQL on id, text, path, year"),
@@ -187,7 +215,9 @@ def test_pictures_and_where_tokens_look(client):
     maps = client.post("/v1/attention", json={"id": "red.png"}).json()
     assert maps["together"].startswith("data:image/png;base64,")
     assert len(maps["tokens"]) == 4
-    assert client.post("/v1/attention", json={"image": data_url(file_of(NOISE))}).status_code == 200
+    assert (
+        client.post("/v1/attention", json={"image": data_url(file_of(NOISE))}).status_code == 200
+    )
     assert client.post("/v1/attention", json={"text": "no picture"}).status_code == 400
     assert set(client.get("/v1/examples").json()) <= {
         f"a {c} card" for c in ("red", "green", "blue", "white", "black", "orange")
@@ -210,10 +240,12 @@ def test_what_is_served_is_told(client, engine, saved_model):
 
 def test_the_committed_openapi_is_this_one(client):
     path = ROOT / "docs/openapi.json"
-    assert json.loads(path.read_text()) == client.get("/openapi.json").json(), "scripts/openapi.py writes it anew"
+    assert json.loads(path.read_text()) == client.get("/openapi.json").json(), (
+        "scripts/openapi.py writes it anew"
+    )
 
 
-# ---- other people's clients -----------------------------------------------------------------------------------------
+# ---- other people's clients ---------------------------------------------------------------------
 
 
 def test_the_openai_client(engine):
@@ -221,9 +253,13 @@ def test_the_openai_client(engine):
     with running(engine, keys=["secret"]) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0)
         found = client.embeddings.create(model="any", input=["a dog", "a cat"])
-        expected = engine.model.encode_document([{"text": "a dog"}, {"text": "a cat"}], show_progress_bar=False)
+        expected = engine.model.encode_document(
+            [{"text": "a dog"}, {"text": "a cat"}], show_progress_bar=False
+        )
         assert np.allclose([d.embedding for d in found.data], expected, atol=1e-5)
-        query = client.embeddings.create(model="any", input="a dog", dimensions=8, extra_body={"task": "query"})
+        query = client.embeddings.create(
+            model="any", input="a dog", dimensions=8, extra_body={"task": "query"}
+        )
         assert len(query.data[0].embedding) == 8
         assert [m.id for m in client.models.list().data] == [engine.name]
         with pytest.raises(openai.AuthenticationError):
@@ -237,13 +273,18 @@ def test_the_cohere_client(engine):
     documents = ["a red card", "a blue card", "nothing"]
     expected = engine.model.match([{"text": "a card"}] * 3, [{"text": d} for d in documents])
     with running(engine, keys=["secret"]) as address:
-        for client in (cohere.Client("secret", base_url=address), cohere.ClientV2("secret", base_url=address)):
+        for client in (
+            cohere.Client("secret", base_url=address),
+            cohere.ClientV2("secret", base_url=address),
+        ):
             found = client.rerank(model="any", query="a card", documents=documents, top_n=2)
-            assert [r.index for r in found.results] == np.argsort(-expected, kind="stable")[:2].tolist()
+            assert [r.index for r in found.results] == np.argsort(-expected, kind="stable")[
+                :2
+            ].tolist()
             assert found.results[0].relevance_score == pytest.approx(expected.max(), abs=1e-5)
 
 
-# ---- what is refused ------------------------------------------------------------------------------------------------
+# ---- what is refused ----------------------------------------------------------------------------
 
 
 def test_keys_and_headers(engine):
@@ -273,7 +314,12 @@ def test_limits(engine):
             ("embeddings", {"input": "a", "dimensions": 64}, 400, "the vectors have 32"),
             ("embeddings", {"input": ""}, 400, "an empty text"),
             ("embeddings", {}, 400, "send either input or messages"),
-            ("embeddings", {"input": "a", "input_type": "image"}, 400, "input_type 'image' is unknown"),
+            (
+                "embeddings",
+                {"input": "a", "input_type": "image"},
+                400,
+                "input_type 'image' is unknown",
+            ),
             ("embeddings", {"messages": [{"content": parts}]}, 413, "2 pictures"),
             ("rerank", {"query": "a", "documents": ["b"] * 4}, 413, "4 documents"),
             ("rerank", {"query": "a", "documents": []}, 422, "documents"),
@@ -286,7 +332,9 @@ def test_limits(engine):
             assert answer.status_code == status, answer.text
             assert said in answer.json()["error"]["message"]
         chunks = (b'{"text": "' + b"a" * 5_000 for _ in range(10))
-        assert tight.post("/v1/search", content=chunks).status_code == 413, "without a content-length"
+        assert tight.post("/v1/search", content=chunks).status_code == 413, (
+            "without a content-length"
+        )
         assert tight.post("/v1/search", content=b"{").status_code == 422
         assert tight.get("/nowhere").json()["error"]["code"] == 404
 
@@ -295,10 +343,17 @@ def png_of(width: int, height: int) -> bytes:
     """A PNG whose header claims a size that its few bytes do not hold."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 def test_pictures_that_are_none_are_refused_and_the_server_lives(client):
@@ -323,11 +378,15 @@ def test_pictures_that_are_none_are_refused_and_the_server_lives(client):
         bad[f"spoiled {i}"] = bytes(spoiled)
     for name, content in bad.items():
         answer = client.post("/v1/search", json={"image": data_url(content)})
-        assert answer.status_code in ((200, 400, 413) if name.startswith("spoiled") else (400, 413)), name
+        assert answer.status_code in (
+            (200, 400, 413) if name.startswith("spoiled") else (400, 413)
+        ), name
         if answer.status_code != 200:
             assert "Traceback" not in answer.text
             assert str(ROOT) not in answer.text
-    polyglot = whole + b"PK\x03\x04" + b"<script>"  # a whole picture with something behind it is a picture
+    polyglot = (
+        whole + b"PK\x03\x04" + b"<script>"
+    )  # a whole picture with something behind it is a picture
     assert client.post("/v1/search", json={"image": data_url(polyglot)}).status_code == 200
     for url in (
         "file:///etc/passwd",
@@ -342,9 +401,9 @@ def test_pictures_that_are_none_are_refused_and_the_server_lives(client):
 
 @pytest.mark.parametrize(
     "address",
-    "127.0.0.1 0.0.0.0 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 224.0.0.1 255.255.255.255 ::1 :: "
-    "fe80::1 fe80::1%eth0 fc00::1 ff02::1 ::ffff:10.0.0.1 ::ffff:127.0.0.1 ::127.0.0.1 64:ff9b::a00:1 2002:7f00:1:: "
-    "2001:0:53aa:64c:0:fbff:80ff:fffe".split(),
+    "127.0.0.1 0.0.0.0 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 224.0.0.1 "
+    "255.255.255.255 ::1 :: fe80::1 fe80::1%eth0 fc00::1 ff02::1 ::ffff:10.0.0.1 ::ffff:127.0.0.1 "
+    "::127.0.0.1 64:ff9b::a00:1 2002:7f00:1:: 2001:0:53aa:64c:0:fbff:80ff:fffe".split(),
 )
 def test_addresses_that_are_not_public(address):
     assert not is_public(address)
@@ -352,19 +411,34 @@ def test_addresses_that_are_not_public(address):
 
 def test_public_addresses():
     assert all(
-        is_public(a) for a in ("8.8.8.8", "93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946", "::ffff:8.8.8.8")
+        is_public(a)
+        for a in (
+            "8.8.8.8",
+            "93.184.216.34",
+            "2606:2800:220:1:248:1893:25c8:1946",
+            "::ffff:8.8.8.8",
+        )
     )
 
 
 def test_pictures_by_url(monkeypatch):
-    """Off by default; when on, only allowed hosts at public addresses, redirects included, bounded in size and time."""
+    """Off by default; when on, only allowed hosts at public addresses, redirects included, bounded
+    in size and time.
+    """
     with pytest.raises(ClientError, match="does not fetch pictures by URL"):
         picture_from("http://example.test/a.png", Limits())
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            routes = {"/loop": "/loop", "/inside": "http://inside.test/a.png", "/file": "file:///etc/passwd"}
-            routes |= {"/other": "http://other.test/", "/metadata": "http://169.254.169.254/latest"}
+            routes = {
+                "/loop": "/loop",
+                "/inside": "http://inside.test/a.png",
+                "/file": "file:///etc/passwd",
+            }
+            routes |= {
+                "/other": "http://other.test/",
+                "/metadata": "http://169.254.169.254/latest",
+            }
             if self.path in routes:
                 self.send_response(302)
                 self.send_header("Location", routes[self.path])
@@ -397,13 +471,23 @@ def test_pictures_by_url(monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     bounds = Limits(
-        hosts=("good.test", "inside.test", "private.test", "169.254.169.254", "127.0.0.1", "[::1]", "::1"),
+        hosts=(
+            "good.test",
+            "inside.test",
+            "private.test",
+            "169.254.169.254",
+            "127.0.0.1",
+            "[::1]",
+            "::1",
+        ),
         remote_seconds=2.0,
     )
     base = f"http://good.test:{port}"
     with pytest.raises(ClientError, match="not on the open internet"):
         fetch(f"{base}/a.png", bounds)  # the name leads to loopback
-    monkeypatch.setattr(guarding, "is_public", lambda address: address == "127.0.0.1" or is_public(address))
+    monkeypatch.setattr(
+        guarding, "is_public", lambda address: address == "127.0.0.1" or is_public(address)
+    )
     assert picture_from(f"{base}/a.png", bounds).size == NOISE.size
     for url, said in (
         (f"{base}/inside", "inside.test is not on the open internet"),
@@ -424,7 +508,7 @@ def test_pictures_by_url(monkeypatch):
     server.shutdown()
 
 
-# ---- under load -----------------------------------------------------------------------------------------------------
+# ---- under load ---------------------------------------------------------------------------------
 
 
 def batcher_of(seen: list, seconds: float = 0.0, **settings) -> Batcher:
@@ -445,9 +529,15 @@ def test_calls_that_wait_are_computed_together():
         calls = [("a", str(i), 10) for i in range(6)]
         first = asyncio.create_task(batcher([("a", "first", 10)]))
         await asyncio.sleep(0.01)  # it is being computed; the others wait
-        rest = [asyncio.create_task(batcher([call])) for call in [*calls, ("b", "other", 10), ("a", "long", 60)]]
+        rest = [
+            asyncio.create_task(batcher([call]))
+            for call in [*calls, ("b", "other", 10), ("a", "long", 60)]
+        ]
         assert await first == ["a:first"]
-        assert [await task for task in rest] == [[f"a:{i}"] for i in range(6)] + [["b:other"], ["a:long"]]
+        assert [await task for task in rest] == [[f"a:{i}"] for i in range(6)] + [
+            ["b:other"],
+            ["a:long"],
+        ]
         assert seen == [
             ("a", ["first"]),
             ("a", [str(i) for i in range(6)]),  # seven times 60 tokens would be too many
@@ -498,7 +588,11 @@ def test_many_at_once_get_their_own_vectors(engine):
     """Texts, pictures and a text that is refused, all at the same time."""
     texts = [f"text number {i} " * (1 + i % 5) for i in range(60)]
     expected = engine.model.encode_document([{"text": t} for t in texts], show_progress_bar=False)
-    picture_ = {"messages": [{"content": [{"type": "image_url", "image_url": {"url": data_url(file_of(NOISE))}}]}]}
+    picture_ = {
+        "messages": [
+            {"content": [{"type": "image_url", "image_url": {"url": data_url(file_of(NOISE))}}]}
+        ]
+    }
     seen = engine.model.encode_document([{"image": NOISE}], show_progress_bar=False)[0]
     answers: dict[int, object] = {}
     with running(engine) as address:
@@ -506,7 +600,9 @@ def test_many_at_once_get_their_own_vectors(engine):
         def ask(i):
             body = picture_ if i % 10 == 9 else {"input": "<image>" if i % 10 == 4 else texts[i]}
             request = urllib.request.Request(
-                f"{address}/v1/embeddings", json.dumps(body).encode(), {"Content-Type": "application/json"}
+                f"{address}/v1/embeddings",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
             )
             try:
                 with urllib.request.urlopen(request, timeout=60) as answer:
@@ -528,7 +624,9 @@ def test_many_at_once_get_their_own_vectors(engine):
 
 def test_busy_and_late_answers(engine, monkeypatch):
     slow = engine.run
-    monkeypatch.setattr(engine, "run", lambda kind, values: (time.sleep(1.5), slow(kind, values))[1])
+    monkeypatch.setattr(
+        engine, "run", lambda kind, values: (time.sleep(1.5), slow(kind, values))[1]
+    )
     with TestClient(create_app(engine, timeout=0.3)) as impatient:
         answer = impatient.post("/v1/embeddings", json={"input": "a"})
         assert answer.status_code == 504
@@ -538,7 +636,9 @@ def test_busy_and_late_answers(engine, monkeypatch):
 
         def ask():
             body = json.dumps({"input": "a"}).encode()
-            request = urllib.request.Request(f"{address}/v1/embeddings", body, {"Content-Type": "application/json"})
+            request = urllib.request.Request(
+                f"{address}/v1/embeddings", body, {"Content-Type": "application/json"}
+            )
             try:
                 with urllib.request.urlopen(request, timeout=30) as answer:
                     statuses.append((answer.status, None))
@@ -550,7 +650,9 @@ def test_busy_and_late_answers(engine, monkeypatch):
             thread.start()
         with urllib.request.urlopen(f"{address}/health", timeout=10) as answer:
             assert answer.status == 200
-        assert (200, None) not in statuses, "the event loop answers while the model's thread computes"
+        assert (200, None) not in statuses, (
+            "the event loop answers while the model's thread computes"
+        )
         for thread in threads:
             thread.join()
         assert (429, "1") in statuses
@@ -562,13 +664,17 @@ def test_killed_and_started_again(engine, saved_model, tmp_path):
     quiet = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     answers = []
     for end in (signal.SIGKILL, signal.SIGTERM):
-        process = subprocess.Popen(command, env=quiet, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, env=quiet, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         line = process.stdout.readline()
         address = line.split(" on ")[1].split(";")[0]
         body = json.dumps({"text": "a red card", "rerank": "feat:3"}).encode()
         for _ in range(100):
             try:
-                request = urllib.request.Request(f"{address}/v1/search", body, {"Content-Type": "application/json"})
+                request = urllib.request.Request(
+                    f"{address}/v1/search", body, {"Content-Type": "application/json"}
+                )
                 with urllib.request.urlopen(request, timeout=30) as answer:
                     answers.append([hit["id"] for hit in json.load(answer)["hits"]])
                 break

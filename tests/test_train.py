@@ -45,9 +45,20 @@ def one_thread():
 
 def recipe(path, output, **changes):
     settings = {
-        "model": {"backbone": str(path), "num_tokens": 2, "lora": {"r": 4, "alpha": 8, "dropout": 0.2}},
+        "model": {
+            "backbone": str(path),
+            "num_tokens": 2,
+            "lora": {"r": 4, "alpha": 8, "dropout": 0.2},
+        },
         "loss": {"learn_temperature": True, "gradient_cache": True},
-        "train": {"output": str(output), "steps": 8, "batch_size": 4, "save_every": 2, "log_every": 1, "workers": 0},
+        "train": {
+            "output": str(output),
+            "steps": 8,
+            "batch_size": 4,
+            "save_every": 2,
+            "log_every": 1,
+            "workers": 0,
+        },
     }
     for name, change in changes.items():
         settings[name] = settings.get(name, {}) | change
@@ -102,10 +113,14 @@ def test_a_killed_run_goes_on_exactly(backbone_path, tmp_path, whole):
     output = tmp_path / "model"
     partial = output.with_name("model.partial")
     settings = recipe(backbone_path, output)
-    _, code = run_and_signal(settings, tmp_path, lambda: newest_checkpoint(partial), signal.SIGKILL)
+    _, code = run_and_signal(
+        settings, tmp_path, lambda: newest_checkpoint(partial), signal.SIGKILL
+    )
     assert code == -signal.SIGKILL
     before = set(partial.glob("checkpoint-*"))
-    _, code = run_and_signal(settings, tmp_path, lambda: set(partial.glob("checkpoint-*")) - before, signal.SIGKILL)
+    _, code = run_and_signal(
+        settings, tmp_path, lambda: set(partial.glob("checkpoint-*")) - before, signal.SIGKILL
+    )
     assert code == -signal.SIGKILL
     train(settings, quiet=True)
     assert_same_run(output, whole)
@@ -115,7 +130,9 @@ def test_sigterm_writes_a_checkpoint_and_leaves(backbone_path, tmp_path, whole):
     output = tmp_path / "model"
     settings = recipe(backbone_path, output)
     partial = output.with_name("model.partial")
-    message, code = run_and_signal(settings, tmp_path, lambda: newest_checkpoint(partial), signal.SIGTERM)
+    message, code = run_and_signal(
+        settings, tmp_path, lambda: newest_checkpoint(partial), signal.SIGTERM
+    )
     assert code == 1
     assert "Start the same command again" in message
     assert not output.exists()
@@ -186,7 +203,8 @@ def test_a_checkpoint_without_its_recipe_is_named(backbone_path, unfinished, tmp
             (partial / "recipe.json").write_text(content)
 
     with pytest.raises(
-        RecipeError, match=r"model\.partial: holds checkpoint-2 .* recipe\.json .* remove the directory"
+        RecipeError,
+        match=r"model\.partial: holds checkpoint-2 .* recipe\.json .* remove the directory",
     ):
         resume(backbone_path, unfinished, tmp_path, damage)
 
@@ -233,8 +251,12 @@ def test_a_best_checkpoint_that_cannot_be_loaded_is_an_error(backbone_path, tmp_
         def on_save(self, args, state, control, **_):
             (Path(state.best_model_checkpoint) / "adapter_model.safetensors").write_bytes(b"cut")
 
-    settings = recipe(backbone_path, tmp_path / "model", data={"validation": 4}, train={"steps": 2})
-    with pytest.raises(TrainingError, match=r"checkpoint-2/adapter_model\.safetensors: has 3 bytes"):
+    settings = recipe(
+        backbone_path, tmp_path / "model", data={"validation": 4}, train={"steps": 2}
+    )
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-2/adapter_model\.safetensors: has 3 bytes"
+    ):
         train(settings, callbacks=(Damage(),), quiet=True)
     assert not (tmp_path / "model").exists()
 
@@ -260,7 +282,11 @@ def test_deepspeed_is_refused(backbone_path, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_no_number_names_step_and_samples(backbone_path, tmp_path):
-    settings = recipe(backbone_path, tmp_path / "model", train={"learning_rate": 1e30, "save_every": 0, "steps": 6})
+    settings = recipe(
+        backbone_path,
+        tmp_path / "model",
+        train={"learning_rate": 1e30, "save_every": 0, "steps": 6},
+    )
     with pytest.raises(TrainingError, match=r"step [2-6]: the loss is .*picto, sample \d+"):
         train(settings, quiet=True)
     assert not list(tmp_path.iterdir())
@@ -272,7 +298,13 @@ def test_validation_chooses_the_checkpoint_and_the_card_tells_the_recipe(backbon
     history = json.loads((output / "log.json").read_text())
     assert [row["step"] for row in history if "eval_loss" in row] == [2, 4]
     logged = [row for row in history if "loss" in row][-1]
-    assert {"token_cosine", "samples_per_second", "tokens_per_second", "grad_norm", "contrastive"} <= logged.keys()
+    assert {
+        "token_cosine",
+        "samples_per_second",
+        "tokens_per_second",
+        "grad_norm",
+        "contrastive",
+    } <= logged.keys()
     card = (output / "README.md").read_text()
     assert "steps: 4" in card
     assert f"torch {torch.__version__.partition('+')[0]}" in card
@@ -304,21 +336,35 @@ def test_sources_and_validation_do_not_overlap(tmp_path, backbone_path):
     for name in ("one", "two"):
         lines = [{"query": f"{name} {i}", "positive": f"answer {name} {i}"} for i in range(12)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    sources = [{"path": str(tmp_path / "one.jsonl"), "weight": 5}, {"path": str(tmp_path / "two.jsonl")}]
+    sources = [
+        {"path": str(tmp_path / "one.jsonl"), "weight": 5},
+        {"path": str(tmp_path / "two.jsonl")},
+    ]
     settings = recipe(backbone_path, tmp_path / "m", data={"source": sources, "validation": 2})
     rows, kept = build_dataset(settings), build_validation(settings)
     seen, kept_out = ({row["query"]["text"] for row in part} for part in (rows, kept))
     assert kept_out == {"one 10", "one 11", "two 10", "two 11"}
     assert not seen & kept_out
-    assert {row["id"].rpartition("/")[2].partition(",")[0] for row in rows} == {"one.jsonl", "two.jsonl"}
+    assert {row["id"].rpartition("/")[2].partition(",")[0] for row in rows} == {
+        "one.jsonl",
+        "two.jsonl",
+    }
 
 
 def test_a_source_can_have_its_own_temperature(tmp_path, backbone_path):
     (tmp_path / "own.jsonl").write_text(
-        "".join(json.dumps({"query": f"q {i}", "positive": f"p {i}", "negative": f"n {i}"}) + "\n" for i in range(8))
+        "".join(
+            json.dumps({"query": f"q {i}", "positive": f"p {i}", "negative": f"n {i}"}) + "\n"
+            for i in range(8)
+        )
     )
-    sources = [{"path": str(tmp_path / "own.jsonl"), "temperature": 0.1}, {"path": "picto", "samples": 8}]
-    settings = recipe(backbone_path, tmp_path / "m", data={"source": sources}, loss={"learn_temperature": False})
+    sources = [
+        {"path": str(tmp_path / "own.jsonl"), "temperature": 0.1},
+        {"path": "picto", "samples": 8},
+    ]
+    settings = recipe(
+        backbone_path, tmp_path / "m", data={"source": sources}, loss={"learn_temperature": False}
+    )
     rows = [build_dataset(settings)[i] for i in range(8)]
     told = {row["id"].rpartition("/")[2].partition(",")[0]: row["temperature"] for row in rows}
     assert told == {"own.jsonl": 0.1, "picto": 0.02}
@@ -330,15 +376,22 @@ def test_a_source_can_have_its_own_temperature(tmp_path, backbone_path):
     batch.temperatures = None
     assert loss([batch])["contrastive"].item() != pytest.approx(own, rel=1e-3)
     with pytest.raises(ValueError, match="temperature of its own"):
-        recipe(backbone_path, tmp_path / "m", data={"source": sources}, loss={"learn_temperature": True})
+        recipe(
+            backbone_path,
+            tmp_path / "m",
+            data={"source": sources},
+            loss={"learn_temperature": True},
+        )
 
 
-# ---- samples that cannot be used ------------------------------------------------------------------------------------
+# ---- samples that cannot be used ----------------------------------------------------------------
 
 
 @pytest.fixture
 def broken_data(tmp_path):
-    """Twelve samples: the third has a broken picture, the fourth a missing one, the sixth is too long."""
+    """Twelve samples: the third has a broken picture, the fourth a missing one, the sixth is too
+    long.
+    """
     rows = [{"query": f"query {i}", "positive": f"document {i}"} for i in range(12)]
     (tmp_path / "broken.png").write_bytes(b"no picture")
     rows[2]["positive"], rows[3]["positive"] = "broken.png", "missing.png"
@@ -363,14 +416,24 @@ def broken_recipe(backbone, output, data, **settings):
     return recipe(backbone, output, data={"source": str(data)} | settings, train=changes)
 
 
-def test_by_default_a_sample_that_cannot_be_used_stops_the_run(short_backbone, tmp_path, broken_data):
-    with pytest.raises(DataError, match=r"data.jsonl:4: positive names the picture .*missing.png, which is not there"):
+def test_by_default_a_sample_that_cannot_be_used_stops_the_run(
+    short_backbone, tmp_path, broken_data
+):
+    with pytest.raises(
+        DataError,
+        match=r"data.jsonl:4: positive names the picture .*missing.png, which is not there",
+    ):
         train(broken_recipe(short_backbone, tmp_path / "m", broken_data), quiet=True)
     with pytest.raises(TooLongError, match="longer than the 128 tokens"):
-        train(broken_recipe(short_backbone, tmp_path / "m", broken_data, unreadable="skip"), quiet=True)
+        train(
+            broken_recipe(short_backbone, tmp_path / "m", broken_data, unreadable="skip"),
+            quiet=True,
+        )
     (tmp_path / "missing.png").write_bytes(b"no picture either")
     with pytest.raises(ImageError, match="not a picture that Pillow can read"):
-        train(broken_recipe(short_backbone, tmp_path / "m", broken_data, too_long="skip"), quiet=True)
+        train(
+            broken_recipe(short_backbone, tmp_path / "m", broken_data, too_long="skip"), quiet=True
+        )
     assert not (tmp_path / "m").exists()
 
 
@@ -380,7 +443,11 @@ def test_samples_are_skipped_counted_and_named(short_backbone, tmp_path, broken_
     skip = {"unreadable": "skip", "too_long": "skip"}
     train(broken_recipe(short_backbone, tmp_path / "m", broken_data, **skip), quiet=True)
     named = sorted((tmp_path / "m/skipped.txt").read_text().splitlines())
-    assert {line.split(": ")[0].rpartition(", ")[2] for line in named} == {"sample 3", "sample 4", "sample 6"}
+    assert {line.split(": ")[0].rpartition(", ")[2] for line in named} == {
+        "sample 3",
+        "sample 4",
+        "sample 6",
+    }
     assert any("broken.png: not a picture" in line for line in named)
     assert any("missing.png: no such picture" in line for line in named)
     assert any("longer than the 128 tokens" in line for line in named)
@@ -389,21 +456,31 @@ def test_samples_are_skipped_counted_and_named(short_backbone, tmp_path, broken_
     assert "skipped, another sample takes its place" in caplog.text
 
 
-def test_a_substitute_is_the_same_in_every_run_and_there_may_be_none(short_backbone, tmp_path, broken_data):
-    settings = broken_recipe(short_backbone, tmp_path / "m", broken_data, unreadable="skip", too_long="skip")
+def test_a_substitute_is_the_same_in_every_run_and_there_may_be_none(
+    short_backbone, tmp_path, broken_data
+):
+    settings = broken_recipe(
+        short_backbone, tmp_path / "m", broken_data, unreadable="skip", too_long="skip"
+    )
     model = build_model(settings)
     samples = [build_dataset(settings)[i] for i in range(12)]
     ids = [build_collator(settings, model)(samples)["batch"].ids for _ in range(2)]
     assert ids[0] == ids[1]
     assert len(ids[0]) == 12
-    broken_data.write_text("".join(json.dumps({"query": f"a {i}", "positive": "no.png"}) + "\n" for i in range(6)))
+    broken_data.write_text(
+        "".join(json.dumps({"query": f"a {i}", "positive": "no.png"}) + "\n" for i in range(6))
+    )
     rows = [build_dataset(settings)[i] for i in range(4)]
-    with pytest.raises(DataError, match=r"sample \d: it cannot be used, and neither can those of its source"):
+    with pytest.raises(
+        DataError, match=r"sample \d: it cannot be used, and neither can those of its source"
+    ):
         build_collator(settings, model)(rows)
 
 
 def test_a_substitute_is_no_sample_of_the_batch(short_backbone, tmp_path, broken_data):
-    settings = broken_recipe(short_backbone, tmp_path / "m", broken_data, unreadable="skip", too_long="skip")
+    settings = broken_recipe(
+        short_backbone, tmp_path / "m", broken_data, unreadable="skip", too_long="skip"
+    )
     collator = build_collator(settings, build_model(settings))
     samples = sorted((build_dataset(settings)[i] for i in range(12)), key=lambda row: row["id"])
     broken = [row for row in samples if row["id"].endswith(("sample 3", "sample 4", "sample 6"))]

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rematch.errors import RematchError
-    from rematch.losses import ReMatchLoss
     from rematch.model import ReMatch
     from rematch.search.index import Index
+    from rematch.train.loss import ReMatchLoss
 
 __version__ = "0.1.0"
 __all__ = ["Index", "ReMatch", "ReMatchLoss", "RematchError"]
 
 _HOME = {
     "ReMatch": "rematch.model",
-    "ReMatchLoss": "rematch.losses",
+    "ReMatchLoss": "rematch.train.loss",
     "RematchError": "rematch.errors",
     "Index": "rematch.search.index",
 }

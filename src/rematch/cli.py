@@ -29,7 +29,8 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     pass
@@ -39,11 +40,16 @@ def _options(
 def demo(
     output: Annotated[Path, typer.Option(help="Directory of the report.")] = Path("rematch-demo"),
     steps: Annotated[
-        int | None, typer.Option(min=2, help="Training steps per arm; by default as many as five minutes allow.")
+        int | None,
+        typer.Option(
+            min=2, help="Training steps per arm; by default as many as five minutes allow."
+        ),
     ] = None,
 ) -> None:
-    """Fine-tune the tiny base twice, evaluate, search, and write an HTML report; under five minutes on two cores."""
-    from rematch.demo import run_demo
+    """Fine-tune the tiny base twice, evaluate, search, and write an HTML report; under five
+    minutes on two cores.
+    """
+    from rematch.demo.run import run_demo
 
     report = run_demo(output, steps)
     typer.echo(f"\nReport: {report}")
@@ -52,22 +58,42 @@ def demo(
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML; see recipes/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, such as train.steps=200.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, such as train.steps=200.")
+    ] = None,
     estimate: Annotated[
         bool,
-        typer.Option("--estimate", help="Only print memory and time of a step; reads the backbone's config alone."),
+        typer.Option(
+            "--estimate",
+            help="Only print memory and time of a step; reads the backbone's config alone.",
+        ),
     ] = False,
-    gpus: Annotated[int, typer.Option(min=1, help="With --estimate: GPUs that share the batch.")] = 1,
-    fsdp: Annotated[bool, typer.Option("--fsdp", help="With --estimate: they share the weights too.")] = False,
+    gpus: Annotated[
+        int, typer.Option(min=1, help="With --estimate: GPUs that share the batch.")
+    ] = 1,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="With --estimate: they share the weights too.")
+    ] = False,
     gpu_memory: Annotated[
-        float | None, typer.Option(min=0.1, help="With --estimate: GB of one GPU; exit with 2 if they do not suffice.")
+        float | None,
+        typer.Option(
+            min=0.1, help="With --estimate: GB of one GPU; exit with 2 if they do not suffice."
+        ),
     ] = None,
     tflops: Annotated[
         float | None,
-        typer.Option(min=0.1, help="With --estimate: TFLOP/s that one GPU really does, say 40 % of its peak."),
+        typer.Option(
+            min=0.1,
+            help="With --estimate: TFLOP/s that one GPU really does, say 40 % of its peak.",
+        ),
     ] = None,
     pictures: Annotated[
-        int, typer.Option(min=0, max=3, help="With --estimate: pictures in query, positive and negative together.")
+        int,
+        typer.Option(
+            min=0,
+            max=3,
+            help="With --estimate: pictures in query, positive and negative together.",
+        ),
     ] = 3,
 ) -> None:
     """Train a retriever from a recipe."""
@@ -80,7 +106,9 @@ def train(
         report(settings, gpus, fsdp, gpu_memory, tflops, pictures)
         return
     if (gpus, fsdp, gpu_memory, tflops, pictures) != (1, False, None, None, 3):
-        raise RematchError("--gpus, --fsdp, --gpu-memory, --tflops and --pictures go with --estimate. Add it.")
+        raise RematchError(
+            "--gpus, --fsdp, --gpu-memory, --tflops and --pictures go with --estimate. Add it."
+        )
     from rematch.train.run import train as run
 
     run(settings)
@@ -90,20 +118,33 @@ def train(
 @app.command()
 def mine(
     model: Annotated[str, typer.Argument(help="Checkpoint directory, hub name, or rematch-tiny.")],
-    data: Annotated[Path, typer.Argument(help="A .jsonl or .parquet file with query and positive.")],
-    output: Annotated[Path, typer.Option(help="Training data with hard negatives, .jsonl; a report lies beside it.")],
-    corpus: Annotated[Path | None, typer.Option(help="Further documents: a folder of pictures, or a file.")] = None,
+    data: Annotated[
+        Path, typer.Argument(help="A .jsonl or .parquet file with query and positive.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(help="Training data with hard negatives, .jsonl; a report lies beside it."),
+    ],
+    corpus: Annotated[
+        Path | None, typer.Option(help="Further documents: a folder of pictures, or a file.")
+    ] = None,
     negatives: Annotated[int, typer.Option(min=1, help="Negatives for each query, at most.")] = 4,
     candidates: Annotated[int, typer.Option(min=1, help="Nearest documents looked at.")] = 30,
-    yes: Annotated[float, typer.Option(min=0, max=1, help="P(yes) from which a candidate is a right answer.")] = 0.5,
-    margin: Annotated[float, typer.Option(min=0, max=1, help="Least distance to the positive's P(yes).")] = 0.0,
+    yes: Annotated[
+        float, typer.Option(min=0, max=1, help="P(yes) from which a candidate is a right answer.")
+    ] = 0.5,
+    margin: Annotated[
+        float, typer.Option(min=0, max=1, help="Least distance to the positive's P(yes).")
+    ] = 0.0,
     views: Annotated[
         str, typer.Option(help="What the matching head reads: feat-feat (vectors), …, raw-raw.")
     ] = "feat-feat",
 ) -> None:
     """Find hard negatives for own data; the matching head takes out false ones."""
     if not data.is_file():
-        raise RematchError(f"{data}: no such file. Give a .jsonl or .parquet file with query and positive.")
+        raise RematchError(
+            f"{data}: no such file. Give a .jsonl or .parquet file with query and positive."
+        )
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
     from rich.table import Table
@@ -116,7 +157,9 @@ def mine(
     if views not in VIEWS:
         raise RematchError(f"--views {views} is unknown; choose one of {', '.join(VIEWS)}.")
     rules = Rules(negatives, candidates, yes, margin, views)  # type: ignore[arg-type]
-    with Progress(*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn()) as shown:
+    with Progress(
+        *Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn()
+    ) as shown:
         bars: dict[str, TaskID] = {}
 
         def progress(what: str, done: int, total: int) -> None:
@@ -131,13 +174,21 @@ def mine(
     Console().print(table)
     if report["positives_answered_yes"] < 0.6:
         typer.echo(
-            f"warning: the model says Yes to only {100 * report['positives_answered_yes']:.0f} % of the labelled "
-            "positives; its filter is not to be trusted on this data. Fine-tune it first.",
+            f"warning: the model says Yes to only {100 * report['positives_answered_yes']:.0f} % "
+            "of the labelled positives; its filter is not to be trusted on this data. Fine-tune "
+            "it first.",
             err=True,
         )
     if lost := report["queries_without_negatives"]:
-        typer.echo(f"{lost} of {report['queries']} queries have no negative left and are not in the output.", err=True)
-    typer.echo(f"{report['negatives']:,} negatives: {output}\nWhat was dropped and why: {output.with_suffix('.html')}")
+        typer.echo(
+            f"{lost} of {report['queries']} queries have no negative left and are not in the "
+            "output.",
+            err=True,
+        )
+    typer.echo(
+        f"{report['negatives']:,} negatives: {output}\nWhat was dropped and why: "
+        f"{output.with_suffix('.html')}"
+    )
 
 
 @app.command()
@@ -146,32 +197,59 @@ def evaluate(
         str, typer.Argument(help="Checkpoint, hub name, or rematch-tiny; any SentenceTransformer.")
     ] = "rematch-tiny",
     benchmark: Annotated[
-        str, typer.Option(help="picto, mmeb, zeroshot; or own data: .yaml, .jsonl, .parquet, a BEIR folder.")
+        str,
+        typer.Option(
+            help="picto, mmeb, zeroshot; or own data: .yaml, .jsonl, .parquet, a BEIR folder."
+        ),
     ] = "picto",
     output: Annotated[
-        Path | None, typer.Option(help="Directory for scores.json, predictions.parquet and report.html.")
+        Path | None,
+        typer.Option(help="Directory for scores.json, predictions.parquet and report.html."),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of the benchmark; without it MMEB is downloaded.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the benchmark; without it MMEB is downloaded.")
+    ] = None,
     tasks: Annotated[str, typer.Option(help="Only these, with commas between.")] = "",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many queries of each task.")] = None,
-    skip_missing: Annotated[bool, typer.Option(help="Leave out what is missing or broken, and say so.")] = False,
-    document_instructions: Annotated[
-        bool | None, typer.Option(help="Instructions before documents; by default as the model was trained.")
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many queries of each task.")
     ] = None,
-    rerank: Annotated[int, typer.Option(min=0, help="Let the matching head reorder the first so many besides.")] = 0,
-    views: Annotated[str, typer.Option(help="What it reads: raw-raw, feat-feat, …; several with commas.")] = "raw-raw",
-    maxsim: Annotated[bool, typer.Option(help="Score by MaxSim over the token vectors besides.")] = False,
-    cache: Annotated[Path | None, typer.Option(help="Where vectors are kept; by default OUTPUT/vectors.")] = None,
-    save_vectors: Annotated[bool, typer.Option(help="Write each task's vectors to OUTPUT/arrays.")] = False,
-    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a forward pass.")] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes that prepare batches.")] = None,
+    skip_missing: Annotated[
+        bool, typer.Option(help="Leave out what is missing or broken, and say so.")
+    ] = False,
+    document_instructions: Annotated[
+        bool | None,
+        typer.Option(help="Instructions before documents; by default as the model was trained."),
+    ] = None,
+    rerank: Annotated[
+        int, typer.Option(min=0, help="Let the matching head reorder the first so many besides.")
+    ] = 0,
+    views: Annotated[
+        str, typer.Option(help="What it reads: raw-raw, feat-feat, …; several with commas.")
+    ] = "raw-raw",
+    maxsim: Annotated[
+        bool, typer.Option(help="Score by MaxSim over the token vectors besides.")
+    ] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where vectors are kept; by default OUTPUT/vectors.")
+    ] = None,
+    save_vectors: Annotated[
+        bool, typer.Option(help="Write each task's vectors to OUTPUT/arrays.")
+    ] = False,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a forward pass.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that prepare batches.")
+    ] = None,
     min_pixels: Annotated[
         int | None, typer.Option(min=1, help="Least pixels of a picture, where a model takes it.")
     ] = None,
     max_pixels: Annotated[
         int | None, typer.Option(min=1, help="Most pixels of a picture, where a model takes it.")
     ] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with a foreign model.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run code that comes with a foreign model.")
+    ] = False,
 ) -> None:
     """Score a model on a benchmark: Hit@1 per task, per meta-task, in and out of distribution."""
     from rematch.evaluate.command import Options, run
@@ -204,25 +282,49 @@ def evaluate(
 
 @app.command()
 def index(
-    model: Annotated[str, typer.Argument(help="Checkpoint directory or hub name; left out: rematch-tiny.")],
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint directory or hub name; left out: rematch-tiny.")
+    ],
     corpus: Annotated[
-        str | None, typer.Argument(help="A folder of pictures, a .jsonl/.parquet file, or a Hugging Face data set.")
+        str | None,
+        typer.Argument(
+            help="A folder of pictures, a .jsonl/.parquet file, or a Hugging Face data set."
+        ),
     ] = None,
     output: Annotated[
         str,
-        typer.Option(help="Directory or object store's URI; an index that is there is brought up to date."),
+        typer.Option(
+            help="Directory or object store's URI; an index that is there is brought up to date."
+        ),
     ] = "rematch.idx",
-    tokens: Annotated[bool, typer.Option(help="Keep the K token vectors, for --rerank maxsim.")] = False,
-    dimensions: Annotated[int, typer.Option(min=0, help="Keep only so many dimensions; 0 for all.")] = 0,
+    tokens: Annotated[
+        bool, typer.Option(help="Keep the K token vectors, for --rerank maxsim.")
+    ] = False,
+    dimensions: Annotated[
+        int, typer.Option(min=0, help="Keep only so many dimensions; 0 for all.")
+    ] = 0,
     ann: Annotated[
-        str, typer.Option(help="Approximate index: auto (int8 above 100,000), none, float, int8, binary, pq, hnsw.")
+        str,
+        typer.Option(
+            help="Approximate index: auto (int8 above 100,000), none, float, int8, binary, pq, hnsw."
+        ),
     ] = "auto",
-    add: Annotated[bool, typer.Option(help="Leave documents in the index that are not in CORPUS.")] = False,
-    max_failures: Annotated[float, typer.Option(min=0, max=1, help="Share of documents that may be broken.")] = 0.2,
-    engine: Annotated[str, typer.Option(help="local, or ray for many processes or machines.")] = "local",
+    add: Annotated[
+        bool, typer.Option(help="Leave documents in the index that are not in CORPUS.")
+    ] = False,
+    max_failures: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of documents that may be broken.")
+    ] = 0.2,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray for many processes or machines.")
+    ] = "local",
     actors: Annotated[int, typer.Option(min=1, help="With ray: how many encoders.")] = 2,
-    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a forward pass.")] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes that prepare batches.")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a forward pass.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that prepare batches.")
+    ] = None,
 ) -> None:
     """Encode a corpus into an index; run it again after changes, or if it was cut off."""
     if corpus is None:
@@ -253,9 +355,15 @@ def search(
     text: Annotated[str | None, typer.Option(help="Query text.")] = None,
     image: Annotated[Path | None, typer.Option(help="Query picture.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Results.")] = 10,
-    where: Annotated[str, typer.Option("--filter", help='Condition in SQL on metadata, such as "year > 2000".')] = "",
-    rerank: Annotated[str, typer.Option(help="Stages such as feat:100,raw:10; also maxsim:200.")] = "",
-    exact: Annotated[bool, typer.Option(help="Scan all vectors even if there is an approximate index.")] = False,
+    where: Annotated[
+        str, typer.Option("--filter", help='Condition in SQL on metadata, such as "year > 2000".')
+    ] = "",
+    rerank: Annotated[
+        str, typer.Option(help="Stages such as feat:100,raw:10; also maxsim:200.")
+    ] = "",
+    exact: Annotated[
+        bool, typer.Option(help="Scan all vectors even if there is an approximate index.")
+    ] = False,
     model: Annotated[str | None, typer.Option(help="Where the index's model lies now.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
@@ -267,23 +375,42 @@ def search(
         raise RematchError("no query. Give --text, --image, or both.")
     from rematch.search.command import run_search
 
-    run_search(index, query, top=top, where=where, rerank=rerank, exact=exact, model=model, as_json=as_json)
+    run_search(
+        index,
+        query,
+        top=top,
+        where=where,
+        rerank=rerank,
+        exact=exact,
+        model=model,
+        as_json=as_json,
+    )
 
 
 @app.command()
 def serve(
-    target: Annotated[str, typer.Argument(help="An index (then there is a search page, too), or a model.")],
+    target: Annotated[
+        str, typer.Argument(help="An index (then there is a search page, too), or a model.")
+    ],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any free one.")] = 8000,
-    host: Annotated[str, typer.Option(help="Address to listen on; by default this machine only.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; by default this machine only.")
+    ] = "127.0.0.1",
     model: Annotated[str | None, typer.Option(help="Where an index's model lies now.")] = None,
     api_keys: Annotated[
-        Path | None, typer.Option(help="File with one API key a line; also REMATCH_API_KEYS with commas.")
+        Path | None,
+        typer.Option(help="File with one API key a line; also REMATCH_API_KEYS with commas."),
     ] = None,
     image_hosts: Annotated[
-        str, typer.Option(help="Hosts whose pictures may be fetched by URL, with commas; none by default.")
+        str,
+        typer.Option(
+            help="Hosts whose pictures may be fetched by URL, with commas; none by default."
+        ),
     ] = "",
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a batch.")] = 4096,
-    waiting: Annotated[int, typer.Option(min=1, help="Calls in the queue; more are refused.")] = 512,
+    waiting: Annotated[
+        int, typer.Option(min=1, help="Calls in the queue; more are refused.")
+    ] = 512,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request.")] = 60.0,
     batching: Annotated[bool, typer.Option(help="Compute together what waits together.")] = True,
 ) -> None:
@@ -310,7 +437,9 @@ def serve(
 def export(
     benchmark: Annotated[str, typer.Argument(help="picto.")],
     directory: Annotated[Path, typer.Argument(help="Created; must not exist.")],
-    layout: Annotated[str, typer.Option("--format", help="mmeb-train or mmeb-eval.")] = "mmeb-eval",
+    layout: Annotated[
+        str, typer.Option("--format", help="mmeb-train or mmeb-eval.")
+    ] = "mmeb-eval",
     samples: Annotated[int, typer.Option(min=1, help="Training samples per task.")] = 2000,
 ) -> None:
     """Write a benchmark to disk in one of MMEB's layouts."""
@@ -324,12 +453,19 @@ def export(
 
 def main() -> None:
     """Entry point: errors a user can mend are one line and exit code 2, never a traceback."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPUs it warns of kernels that nothing here uses
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # on CPUs it warns of kernels that nothing here uses
     try:
         app()
     except RematchError as error:
         # one that was raised in a data worker comes wrapped in that worker's traceback
-        message = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+        message = (
+            str(error)
+            .strip()
+            .splitlines()[-1]
+            .removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+        )
         typer.echo(f"error: {message}", err=True)
         sys.exit(2)
 

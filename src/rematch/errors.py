@@ -2,7 +2,9 @@
 
 
 class RematchError(ValueError):
-    """Base of every error that input, data or settings can cause. The command line prints it and exits with 2."""
+    """Base of every error that input, data or settings can cause. The command line prints it and
+    exits with 2.
+    """
 
 
 class ImageError(RematchError):

@@ -1,21 +1,24 @@
-"""Generative matching (MVQDM, paper.md "Idea" 2): many Yes/No questions in one forward pass under one mask.
+"""Generative matching (MVQDM, paper.md "Idea" 2): many Yes/No questions in one forward pass under
+one mask.
 
-A question is *prompt, query view, document view, answer slot*. Views are shared by questions, so all are laid out once,
-as **segments** of one sequence, and a 4-D mask decides who sees whom:
+A question is *prompt, query view, document view, answer slot*. Views are shared by questions, so
+all are laid out once, as **segments** of one sequence, and a 4-D mask decides who sees whom:
 
 1. a prompt (the chat template up to the content) sees itself;
-2. a view (raw tokens, or one token that is replaced by ``Z* = MLP(E*)``) sees its prompt and itself;
-3. an answer slot (the question and the template's start of the assistant's turn) sees the prompt of its query view, its
-   own query view, its own document view and itself, and nothing else.
+2. a view (raw tokens, or one token that is replaced by ``Z* = MLP(E*)``) sees its prompt and
+   itself;
+3. an answer slot (the question and the template's start of the assistant's turn) sees the prompt
+   of its query view, its own query view, its own document view and itself, and nothing else.
 
-So the eight questions ``{q, Z_q} × {d+, Z_d+, d-, Z_d-}`` share one forward, and each equals, to rounding, a forward of
-its own. Choices that the paper leaves open, and why:
+So the eight questions ``{q, Z_q} × {d+, Z_d+, d-, Z_d-}`` share one forward, and each equals, to
+rounding, a forward of its own. Choices that the paper leaves open, and why:
 
 - A document does not see the query. Then one document segment serves both query views.
-- Positions: a document starts where its query ends, a slot where its own document ends. A raw query and ``Z_q`` end at
-  the same position, and each has a prompt right before it; documents see that of ``Z_q``. So nothing but a common shift
-  depends on what else is in the sequence, and rotary positions do not show a shift: a question has the same score with
-  vectors alone as beside the raw views of training. The slot of d+ tells nothing because both documents have the *same*
+- Positions: a document starts where its query ends, a slot where its own document ends. A raw
+  query and ``Z_q`` end at the same position, and each has a prompt right before it; documents see
+  that of ``Z_q``. So nothing but a common shift depends on what else is in the sequence, and
+  rotary positions do not show a shift: a question has the same score with vectors alone as beside
+  the raw views of training. The slot of d+ tells nothing because both documents have the *same*
   positions: exchanging them changes no score, which sequential positions give only on average.
 
 Shapes: B sequences, T tokens, A answer slots, D width.
@@ -37,13 +40,14 @@ class Segment:
 
     Attributes:
         ids: Token ids, (L,).
-        positions: Positions relative to the segment's start, (P, L): P = 1, or 3 for M-RoPE backbones.
+        positions: Positions relative to the segment's start, (P, L): P = 1, or 3 for M-RoPE
+            backbones.
         sees: Indices of the earlier segments that it attends to.
         start: Position of its first token in the whole.
         is_slot: Its last token predicts the answer.
         is_feature: Its last token is a placeholder whose input embedding is replaced by ``Z*``.
-        source: Of a segment whose keys and values are there already (:func:`lay_out_reuse`): the numbers of its tokens
-            among those that were embedded, (L,).
+        source: Of a segment whose keys and values are there already (:func:`lay_out_reuse`): the
+            numbers of its tokens among those that were embedded, (L,).
     """
 
     ids: Tensor
@@ -67,11 +71,14 @@ class Packed:
     Attributes:
         input_ids: (B, T).
         position_ids: (P, B, T).
-        owner: Number of the segment that each token belongs to, (B, C + T); padding is a segment of its own.
+        owner: Number of the segment that each token belongs to, (B, C + T); padding is a segment
+            of its own.
         visible: True where a segment (row) sees another (column), (B, S, S).
-        slots: Column of each answer slot's last token, (B, A); -1 where a sequence has fewer slots.
+        slots: Column of each answer slot's last token, (B, A); -1 where a sequence has fewer
+            slots.
         features: True where the input embedding is to be replaced by a ``Z*``, (B, T).
-        context: Numbers of the tokens whose keys and values stand before the sequence, (B, C); C = 0 but for reuse.
+        context: Numbers of the tokens whose keys and values stand before the sequence, (B, C); C =
+            0 but for reuse.
     """
 
     input_ids: Tensor
@@ -127,7 +134,8 @@ def pack(sequences: Sequence[Sequence[Segment]], pad_id: int) -> Packed:
 
 
 def unified_mask(owner: Tensor, visible: Tensor, before: int = 0) -> Tensor:
-    """True where a token (row) sees another (column): its segment sees the other's, and the other is not later.
+    """True where a token (row) sees another (column): its segment sees the other's, and the other
+    is not later.
 
     Args:
         owner: (B, C + T), as in :class:`Packed`.
@@ -172,7 +180,8 @@ def lay_out(
         queries: The query's views, ``"raw"`` and/or ``"feat"``.
         documents: Each document's views.
         slot: The question and the start of the assistant's turn.
-        questions: (query view, index of the document, document view) of each answer slot, in order.
+        questions: (query view, index of the document, document view) of each answer slot, in
+            order.
         gap: Positions of a query's ``"feat"`` view, whether or not it is there.
     """
     query_end = prompt.end + max([gap, *map(_extent, queries.values())])
@@ -194,17 +203,27 @@ def lay_out(
             place["document", i, name] = add(view, query_end, 0)
     for query_view, i, document_view in questions:
         query, document = place["query", 0, query_view], place["document", i, document_view]
-        add(replace(slot, is_slot=True), segments[document].end, prompts[query_view], query, document)
+        add(
+            replace(slot, is_slot=True),
+            segments[document].end,
+            prompts[query_view],
+            query,
+            document,
+        )
     return segments
 
 
-def lay_out_prefix(prompt: Segment, query: Segment, head: Segment, gap: int, is_raw: bool) -> list[Segment]:
-    """What all questions about one query have in common: prompt, query view, the documents' prompt, and their head.
+def lay_out_prefix(
+    prompt: Segment, query: Segment, head: Segment, gap: int, is_raw: bool
+) -> list[Segment]:
+    """What all questions about one query have in common: prompt, query view, the documents'
+    prompt, and their head.
 
     Args:
         prompt: As for :func:`lay_out`.
         query: The query's one view.
-        head: The tokens before a document's content; :func:`lay_out` has them in each document's view.
+        head: The tokens before a document's content; :func:`lay_out` has them in each document's
+            view.
         gap: As for :func:`lay_out`.
         is_raw: Whether the view is raw; ``Z_q`` shares the documents' prompt.
     """
@@ -215,8 +234,11 @@ def lay_out_prefix(prompt: Segment, query: Segment, head: Segment, gap: int, is_
     return [*segments, replace(head, sees=(len(segments) - 1 if is_raw else 0,), start=query.end)]
 
 
-def lay_out_behind(prefix: Sequence[Segment], documents: Sequence[Segment], slot: Segment) -> list[Segment]:
-    """Documents and their questions behind a prefix that was run before; scores are those of :func:`lay_out`.
+def lay_out_behind(
+    prefix: Sequence[Segment], documents: Sequence[Segment], slot: Segment
+) -> list[Segment]:
+    """Documents and their questions behind a prefix that was run before; scores are those of
+    :func:`lay_out`.
 
     Args:
         prefix: Of :func:`lay_out_prefix`, with :attr:`Segment.source`.
@@ -240,16 +262,18 @@ def lay_out_reuse(
     slot: Segment,
     questions: Sequence[tuple[str, int, str]],
 ) -> list[Segment]:
-    """The segments of one sequence whose raw views and prompt are read off the embedding pass (docs/reuse.md).
+    """The segments of one sequence whose raw views and prompt are read off the embedding pass
+    (docs/reuse.md).
 
-    A query or document stands in its own chat turn, learnable tokens included, at positions from 0; so does the prompt.
-    An answer slot starts after the longest of what it sees. Whatever else is in the sequence, a question's positions
-    are those that it has alone.
+    A query or document stands in its own chat turn, learnable tokens included, at positions from
+    0; so does the prompt. An answer slot starts after the longest of what it sees. Whatever else
+    is in the sequence, a question's positions are those that it has alone.
 
     Args:
         prompt: As for :func:`lay_out`, with :attr:`Segment.source`.
         heads: "Query:" and "Document:" behind the prompt, for vectors, with their ``source``.
-        embedded: The query and the documents, with their ``source``; ``None`` for one without a raw view.
+        embedded: The query and the documents, with their ``source``; ``None`` for one without a
+            raw view.
         feat: The placeholder of a vector.
         slot: What a question is closed with.
         questions: As for :func:`lay_out`.
@@ -274,7 +298,8 @@ def lay_out_reuse(
 
 
 def token_numbers(masks: Sequence[Tensor]) -> list[Tensor]:
-    """For each input of some padded batches the numbers of its tokens, counted through all of them, padding included.
+    """For each input of some padded batches the numbers of its tokens, counted through all of
+    them, padding included.
 
     Args:
         masks: Attention mask of each batch, (B, L).
@@ -295,7 +320,8 @@ def _extent(view: Segment) -> int:
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as numbers to add to attention scores (a bool mask would be silently wrong under eager attention).
+    """The mask as numbers to add to attention scores (a bool mask would be silently wrong under
+    eager attention).
 
     >>> additive(torch.tensor([[True, False]]), torch.float16)
     tensor([[     0., -65504.]], dtype=torch.float16)

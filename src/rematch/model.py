@@ -1,8 +1,8 @@
 """ReMatch: one MLLM that embeds (``encode_query``, ``encode_document``) and judges (``match``).
 
-A :class:`ReMatch` *is* a ``SentenceTransformer`` of two modules, :class:`~rematch.backbone.Backbone` and
-:class:`~rematch.tokens.MultiTokenFusion`; what this file adds is building one from a backbone, several vectors per
-input, and matching.
+A :class:`ReMatch` *is* a ``SentenceTransformer`` of two modules,
+:class:`~rematch.backbone.module.Backbone` and :class:`~rematch.tokens.MultiTokenFusion`; what this
+file adds is building one from a backbone, several vectors per input, and matching.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from rematch.backbone import Backbone, resize_vocabulary, resolve
+from rematch.backbone.lora import inject, merge
+from rematch.backbone.memory import default_batch_tokens
+from rematch.backbone.module import Backbone, resize_vocabulary, resolve
+from rematch.backbone.pictures import Pictures, Seen, as_inputs, see
 from rematch.errors import ModelError, RematchError
-from rematch.lora import inject, merge
-from rematch.memory import default_batch_tokens
-from rematch.pictures import Pictures, Seen, as_inputs, see
 from rematch.prompts import document_token, query_token
 from rematch.scoring import Judge, embed_and_answer
 from rematch.tokens import MultiTokenFusion, add_tokens_to_template
@@ -48,8 +48,9 @@ With `rematch-mm` installed, `SentenceTransformer("this directory", trust_remote
 class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transformers ships no types
     """An MLLM fine-tuned (or about to be) as retriever and reranker.
 
-    ``ReMatch(path)`` loads a checkpoint: a directory, a hub name, or the packaged ``rematch-tiny``. Keyword arguments
-    are those of ``SentenceTransformer``. A new one is made by :meth:`from_backbone`.
+    ``ReMatch(path)`` loads a checkpoint: a directory, a hub name, or the packaged
+    ``rematch-tiny``. Keyword arguments are those of ``SentenceTransformer``. A new one is made by
+    :meth:`from_backbone`.
 
     Raises:
         ModelError: If there is no ReMatch checkpoint at ``path``, or it is incomplete.
@@ -68,19 +69,28 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             raise
         except (OSError, ValueError) as error:
             raise ModelError(
-                f"{model_name_or_path}: cannot be loaded ({str(error).strip().splitlines()[0]}). Give the output "
-                "directory of a finished `rematch train`, a hub name, or rematch-tiny."
+                f"{model_name_or_path}: cannot be loaded ({str(error).strip().splitlines()[0]}). "
+                "Give the output directory of a finished `rematch train`, a hub name, or "
+                "rematch-tiny."
             ) from error
-        if len(self) != 2 or not isinstance(self[0], Backbone) or not isinstance(self[1], MultiTokenFusion):
+        if (
+            len(self) != 2
+            or not isinstance(self[0], Backbone)
+            or not isinstance(self[1], MultiTokenFusion)
+        ):
             raise ModelError(
-                f"{model_name_or_path}: a SentenceTransformer, but no ReMatch model. Load it with SentenceTransformer."
+                f"{model_name_or_path}: a SentenceTransformer, but no ReMatch model. Load it with "
+                "SentenceTransformer."
             )
 
     def _load_default_modules(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
-        """Without ``modules.json`` the library would put mean pooling on any backbone; that is no ReMatch model."""
+        """Without ``modules.json`` the library would put mean pooling on any backbone; that is no
+        ReMatch model.
+        """
         raise ModelError(
-            f"{model_name_or_path}: no ReMatch checkpoint (modules.json is not there). Give the output directory of a "
-            "finished `rematch train`, or build a model from a backbone with ReMatch.from_backbone."
+            f"{model_name_or_path}: no ReMatch checkpoint (modules.json is not there). Give the "
+            "output directory of a finished `rematch train`, or build a model from a backbone "
+            "with ReMatch.from_backbone."
         )
 
     @classmethod
@@ -97,11 +107,12 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         """A retriever-to-be from any Hugging Face image-text-to-text model.
 
         Args:
-            name_or_path: Hub name or directory of the backbone; ``rematch-base`` is a packaged tiny one.
+            name_or_path: Hub name or directory of the backbone; ``rematch-base`` is a packaged
+                tiny one.
             num_tokens: K, learnable tokens per query and per document; 0 pools the last token.
-            lora: Train an adapter of this rank, alpha and dropout on the language model's linear layers
-                (``target_modules`` and ``trainable_token_indices`` are filled in unless set); ``None`` leaves every
-                weight trainable.
+            lora: Train an adapter of this rank, alpha and dropout on the language model's linear
+                layers (``target_modules`` and ``trainable_token_indices`` are filled in unless
+                set); ``None`` leaves every weight trainable.
             lora_vision: Let the adapter reach the vision tower too.
             model_kwargs: For ``from_pretrained``, such as ``{"dtype": torch.bfloat16}``.
             device: As for ``SentenceTransformer``.
@@ -114,8 +125,12 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             query_token(0) in backbone.tokenizer.get_added_vocab()
             or (Path(resolve(name_or_path)) / "modules.json").exists()
         ):
-            raise ModelError(f"{name_or_path}: is a ReMatch model already. Load it with ReMatch(path).")
-        names = [query_token(i) for i in range(num_tokens)] + [document_token(i) for i in range(num_tokens)]
+            raise ModelError(
+                f"{name_or_path}: is a ReMatch model already. Load it with ReMatch(path)."
+            )
+        names = [query_token(i) for i in range(num_tokens)] + [
+            document_token(i) for i in range(num_tokens)
+        ]
         backbone.tokenizer.add_tokens(names, special_tokens=True)
         ids = backbone.tokenizer.convert_tokens_to_ids(names)
         embedding = backbone.model.get_input_embeddings().weight
@@ -125,7 +140,9 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         with torch.no_grad():
             embedding = backbone.model.get_input_embeddings().weight
             embedding[ids] = (torch.randn(len(ids), embedding.shape[1]) * scale).to(embedding)
-        backbone.processor.chat_template = add_tokens_to_template(backbone.processor.chat_template, num_tokens)
+        backbone.processor.chat_template = add_tokens_to_template(
+            backbone.processor.chat_template, num_tokens
+        )
         backbone.check_reading(name_or_path)  # again, with the learnable tokens
         if lora is not None:
             inject(backbone.model, lora, ids, lora_vision)
@@ -133,7 +150,9 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         return cls(modules=[backbone, fusion], device=device)
 
     def _create_model_card(self, path: str, *args: Any, **kwargs: Any) -> None:
-        (Path(path) / "README.md").write_text(_CARD.format(base=self.backbone.base_name, tokens=self.fusion.num_tokens))
+        (Path(path) / "README.md").write_text(
+            _CARD.format(base=self.backbone.base_name, tokens=self.fusion.num_tokens)
+        )
 
     @property
     def backbone(self) -> Backbone:
@@ -148,28 +167,33 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         return module
 
     def merge_lora(self) -> "ReMatch":
-        """Fold a LoRA adapter into the weights (in place), so that the checkpoint needs no base and no peft."""
+        """Fold a LoRA adapter into the weights (in place), so that the checkpoint needs no base
+        and no peft.
+        """
         merge(self.backbone.model)
         return self
 
-    # ---- embedding ----------------------------------------------------------------------------------------------
+    # ---- embedding ------------------------------------------------------------------------------
 
     def encode(self, inputs: Any, *args: Any, multi_vector: bool = False, **kwargs: Any) -> Any:
         """Embed inputs; as ``SentenceTransformer.encode``, for documents unless ``task="query"``.
 
         Args:
-            inputs: One or a list of: text; a picture; a path of one; ``{"text": …, "image": …}``, where ``image`` may
-                be several.
+            inputs: One or a list of: text; a picture; a path of one; ``{"text": …, "image": …}``,
+                where ``image`` may be several.
             multi_vector: Return the K unit-length token vectors instead of their fusion.
 
         Returns:
-            float32 (N, D), unit length; (N, K, D) with ``multi_vector``. One input gives one vector, without N.
+            float32 (N, D), unit length; (N, K, D) with ``multi_vector``. One input gives one
+            vector, without N.
 
         Raises:
             RematchError: If an input is empty, or a picture cannot be read; the message names it.
         """
         if not multi_vector:
-            with self.backbone.reader.own_numbers([inputs] if self.is_singular_input(inputs) else inputs):
+            with self.backbone.reader.own_numbers(
+                [inputs] if self.is_singular_input(inputs) else inputs
+            ):
                 return super().encode(inputs, *args, **kwargs)
         usual = {
             "pool": None,
@@ -180,7 +204,9 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         unfit = [name for name, value in usual.items() if kwargs.get(name, value) != value]
         if args or unfit:
             named = ", ".join(unfit) or "positional arguments"
-            raise RematchError(f"multi_vector=True does not go with {named}: it returns whole unit vectors.")
+            raise RematchError(
+                f"multi_vector=True does not go with {named}: it returns whole unit vectors."
+            )
         self.fusion.flat_output = True
         try:
             with self.truncate_embeddings(None):
@@ -192,7 +218,7 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
     def is_singular_input(self, inputs: Any) -> bool:
         return isinstance(inputs, Path) or bool(super().is_singular_input(inputs))
 
-    # ---- matching -----------------------------------------------------------------------------------------------
+    # ---- matching -------------------------------------------------------------------------------
 
     def match(
         self,
@@ -204,21 +230,29 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         """P(yes): how likely the MLLM finds each document relevant to its query.
 
         Args:
-            queries: N queries, as for :meth:`encode_query`; for a ``feat`` view also their vectors, (N, D).
-            documents: N documents, the i-th for the i-th query; for a ``feat`` view also their vectors.
-            views: Query view and document view: ``raw`` reads the input again, ``feat`` only its embedding.
-            batch_tokens: Tokens of a forward pass, padding included; by default 2,048 on a CPU, 16,384 elsewhere.
-                Neighbouring pairs of one query (the same object) share a sequence, in which the query is computed once.
+            queries: N queries, as for :meth:`encode_query`; for a ``feat`` view also their
+                vectors, (N, D).
+            documents: N documents, the i-th for the i-th query; for a ``feat`` view also their
+                vectors.
+            views: Query view and document view: ``raw`` reads the input again, ``feat`` only its
+                embedding.
+            batch_tokens: Tokens of a forward pass, padding included; by default 2,048 on a CPU,
+                16,384 elsewhere. Neighbouring pairs of one query (the same object) share a
+                sequence, in which the query is computed once.
 
         Returns:
             (N,) probabilities, Yes against No. Near 1 they are rounded to the same number where
             :meth:`match_margins` still tells documents apart.
 
         Raises:
-            RematchError: If there are not as many documents as queries, ``views`` is unknown, or one pair alone does
-                not fit into memory.
+            RematchError: If there are not as many documents as queries, ``views`` is unknown, or
+                one pair alone does not fit into memory.
         """
-        return torch.from_numpy(self.match_margins(queries, documents, views, batch_tokens)).sigmoid().numpy()
+        return (
+            torch.from_numpy(self.match_margins(queries, documents, views, batch_tokens))
+            .sigmoid()
+            .numpy()
+        )
 
     @torch.inference_mode()
     def match_margins(
@@ -228,10 +262,14 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         views: Views = "raw-raw",
         batch_tokens: int | None = None,
     ) -> NDArray[np.float32]:
-        """Logit of Yes minus logit of No for each pair, the number to order documents by; else as :meth:`match`."""
+        """Logit of Yes minus logit of No for each pair, the number to order documents by; else as
+        :meth:`match`.
+        """
         self.eval()
         judge = Judge(self.backbone, self.fusion, self._embeddings)
-        return judge.margins(queries, documents, views, batch_tokens or default_batch_tokens(self.device))
+        return judge.margins(
+            queries, documents, views, batch_tokens or default_batch_tokens(self.device)
+        )
 
     def _embeddings(self, inputs: list[Any], task: str) -> Tensor:
         encode = self.encode_query if task == "query" else self.encode_document
@@ -242,24 +280,30 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         """All that training and scoring run on the weights, told apart by what the features hold.
 
         - ``pictures``: the vision tower alone → ``seen``;
-        - ``slots``: packed matching questions (:class:`~rematch.matching.Packed`), with ``vectors``, the E* of their
-          placeholders in reading order → ``answer_logits`` (B, A, V);
-        - ``slots`` and ``parts``: padded batches of inputs to embed, and questions that read them where they stand,
-          with ``read``, which of them stand in the placeholders, or ``vectors`` → ``multi_vector``, ``answer_logits``;
+        - ``slots``: packed matching questions (:class:`~rematch.matching.Packed`), with
+          ``vectors``, the E* of their placeholders in reading order → ``answer_logits`` (B, A, V);
+        - ``slots`` and ``parts``: padded batches of inputs to embed, and questions that read them
+          where they stand, with ``read``, which of them stand in the placeholders, or ``vectors``
+          → ``multi_vector``, ``answer_logits``;
         - else embedding, as any SentenceTransformer → ``multi_vector``, ``sentence_embedding``.
 
-        In place of ``pixel_values`` may come ``seen``, the features of the picture sets in reading order, or
-        ``unseen``, the :class:`~rematch.pictures.Pictures` themselves; ``idle`` ones stand nowhere.
+        In place of ``pixel_values`` may come ``seen``, the features of the picture sets in reading
+        order, or ``unseen``, the :class:`~rematch.backbone.pictures.Pictures` themselves; ``idle``
+        ones stand nowhere.
         """
         if "pictures" in features:
             return {"seen": self._see(features["pictures"])}
         features = dict(features)
         idle = self._see(features.pop("idle")) if "idle" in features else []
-        seen = self._see(features.pop("unseen")) if "unseen" in features else features.pop("seen", [])
+        seen = (
+            self._see(features.pop("unseen")) if "unseen" in features else features.pop("seen", [])
+        )
         if "slots" not in features:
             out: dict[str, Any] = super().forward(features | as_inputs(seen), **kwargs)
         elif "parts" in features:
-            out = embed_and_answer(self.backbone, self.fusion, features, seen, self.backbone.answer_logits)
+            out = embed_and_answer(
+                self.backbone, self.fusion, features, seen, self.backbone.answer_logits
+            )
             out["answer_logits"] = out.pop("answers")
         else:
             vectors = features["vectors"]

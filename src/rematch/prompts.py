@@ -1,19 +1,21 @@
-"""Every string a model reads: task instructions, the matching prompt, the learnable tokens' names. Pure text.
+"""Every string a model reads: task instructions, the matching prompt, the learnable tokens' names.
+Pure text.
 
-The paper does not print its matching prompt; the wording here is ours. The backbone's own chat template goes around
-it ("MVQDM++").
+The paper does not print its matching prompt; the wording here is ours. The backbone's own chat
+template goes around it ("MVQDM++").
 """
 
 YES, NO = "Yes", "No"
 
-# One user turn: TASK, QUERY, DOCUMENT, QUESTION; the assistant answers with one token. What all questions share comes
-# first, so that a question of its own costs a few tokens.
+# One user turn: TASK, QUERY, DOCUMENT, QUESTION; the assistant answers with one token. What all
+# questions share comes first, so that a question of its own costs a few tokens.
 MATCH_TASK = "Is the document relevant to the query? Answer only Yes or No."
 MATCH_QUERY = "\nQuery:\n"
 MATCH_DOCUMENT = "\nDocument:\n"
 MATCH_QUESTION = "\nRelevant?"
 
-# Target-side ("document") instructions per kind of target; MMEB has them for pictures only (ReMatch adds the others).
+# Target-side ("document") instructions per kind of target; MMEB has them for pictures only
+# (ReMatch adds the others).
 DOCUMENT_INSTRUCTIONS = {
     "label": "Represent the class label: ",
     "answer": "Represent the answer: ",

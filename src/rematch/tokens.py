@@ -1,8 +1,10 @@
 """Learnable tokens and their fusion (MEF, paper.md "Idea" 1).
 
-1. K tokens ``L_q`` for queries and K tokens ``L_d`` for documents are vocabulary entries, appended by the template.
+1. K tokens ``L_q`` for queries and K tokens ``L_d`` for documents are vocabulary entries, appended
+   by the template.
 2. The last hidden states at those positions are the multi-vector representation ``e_1..e_K``.
-3. Their mean is the embedding ``E*``; :class:`Projector` turns it into ``Z*``, an input embedding for matching.
+3. Their mean is the embedding ``E*``; :class:`Projector` turns it into ``Z*``, an input embedding
+   for matching.
 
 Shapes: B inputs, T tokens, K learnable tokens, D width.
 """
@@ -19,10 +21,11 @@ from rematch.prompts import document_token, query_token
 
 
 def add_tokens_to_template(template: str, num_tokens: int) -> str:
-    """A chat template that appends the learnable tokens when it is rendered for ``task="query"`` or ``"document"``.
+    """A chat template that appends the learnable tokens when it is rendered for ``task="query"``
+    or ``"document"``.
 
-    >>> add_tokens_to_template("{{ x }}", 1)
-    "{{ x }}{% if task == 'query' %}<|query_emb_0|>{% elif task == 'document' %}<|doc_emb_0|>{% endif %}"
+    >>> print(add_tokens_to_template("{{ x }}", 1))
+    {{ x }}{% if task == 'query' %}<|query_emb_0|>{% elif task == 'document' %}<|doc_emb_0|>{% endif %}
     """
     queries = "".join(query_token(i) for i in range(num_tokens))
     documents = "".join(document_token(i) for i in range(num_tokens))
@@ -33,8 +36,9 @@ def add_tokens_to_template(template: str, num_tokens: int) -> str:
 class Projector(nn.Module):
     """``Z* = MLP(E*)``: from the embedding's direction to an input embedding of the same MLLM.
 
-    Only the direction of ``E*`` is used, so that stored unit vectors give the same ``Z*``. The paper leaves the MLP's
-    shape open: two linear layers with a GELU between; the output starts at the scale of the input embeddings.
+    Only the direction of ``E*`` is used, so that stored unit vectors give the same ``Z*``. The
+    paper leaves the MLP's shape open: two linear layers with a GELU between; the output starts at
+    the scale of the input embeddings.
     """
 
     def __init__(self, width: int, scale: float = 1.0) -> None:
@@ -56,8 +60,9 @@ class Projector(nn.Module):
 class MultiTokenFusion(Module):  # type: ignore[misc]  # sentence-transformers ships no types
     """Last hidden states at the learnable tokens → multi-vector → embedding.
 
-    Writes into the features: ``multi_vector`` (B, K, D), the raw hidden states; ``sentence_embedding`` (B, D), their
-    mean brought to unit length. ``num_tokens=0`` pools the last token instead, the usual recipe (K is 1 then).
+    Writes into the features: ``multi_vector`` (B, K, D), the raw hidden states;
+    ``sentence_embedding`` (B, D), their mean brought to unit length. ``num_tokens=0`` pools the
+    last token instead, the usual recipe (K is 1 then).
     """
 
     config_keys = ["num_tokens", "width"]
@@ -73,7 +78,9 @@ class MultiTokenFusion(Module):  # type: ignore[misc]  # sentence-transformers s
         states, attended = features["token_embeddings"], features["attention_mask"]
         k = max(1, self.num_tokens)
         length = attended.shape[1]
-        end = length - attended.flip(1).argmax(1)  # (B,): one past the last attended position, for either padding side
+        end = length - attended.flip(1).argmax(
+            1
+        )  # (B,): one past the last attended position, for either padding side
         where = end[:, None] - k + torch.arange(k, device=states.device)  # (B, K)
         multi_vector = states.gather(1, where[..., None].expand(-1, -1, states.shape[-1]))
         multi_vector = multi_vector.to(torch.promote_types(multi_vector.dtype, torch.float32))
@@ -87,18 +94,26 @@ class MultiTokenFusion(Module):  # type: ignore[misc]  # sentence-transformers s
     def get_embedding_dimension(self) -> int:
         return self.width
 
-    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+    def save(
+        self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any
+    ) -> None:
         self.save_config(output_path)
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
 
     @classmethod
-    def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> "MultiTokenFusion":
-        hub = {k: kwargs[k] for k in ("token", "cache_folder", "revision", "local_files_only") if k in kwargs}
+    def load(
+        cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any
+    ) -> "MultiTokenFusion":
+        hub = {
+            k: kwargs[k]
+            for k in ("token", "cache_folder", "revision", "local_files_only")
+            if k in kwargs
+        }
         config = cls.load_config(model_name_or_path, subfolder=subfolder, **hub)
         if not config:
             raise ModelError(
-                f"{model_name_or_path}: the folder {subfolder} with the token fusion is missing; the checkpoint is "
-                "incomplete. Copy it again."
+                f"{model_name_or_path}: the folder {subfolder} with the token fusion is missing; "
+                "the checkpoint is incomplete. Copy it again."
             )
         module = cls(**config)
         cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=module, **hub)

@@ -1,5 +1,5 @@
-"""Pictures from disk or a zip archive to RGB: rotated as EXIF says, transparency on white, first frame of an animation,
-no side shorter than what vision towers take.
+"""Pictures from disk or a zip archive to RGB: rotated as EXIF says, transparency on white, first
+frame of an animation, no side shorter than what vision towers take.
 """
 
 import base64
@@ -17,7 +17,10 @@ from xxhash import xxh3_128
 from rematch.errors import ImageError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-SHORTEST, ENLARGED = 28, 56  # MMEB's rule: a picture with a side under 28 pixels is scaled to 56×56
+SHORTEST, ENLARGED = (
+    28,
+    56,
+)  # MMEB's rule: a picture with a side under 28 pixels is scaled to 56×56
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,9 @@ class Zipped:
         except KeyError:
             raise ImageError(f"{self}: the archive holds no such picture.") from None
         except (zipfile.BadZipFile, OSError, EOFError) as error:
-            raise ImageError(f"{self}: the archive is broken ({error}). Download it again.") from None
+            raise ImageError(
+                f"{self}: the archive is broken ({error}). Download it again."
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,9 @@ def opened(archive: Path, process: int) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(archive)
     except (zipfile.BadZipFile, OSError) as error:
-        raise ImageError(f"{archive}: no whole zip archive ({error}). Download it again.") from None
+        raise ImageError(
+            f"{archive}: no whole zip archive ({error}). Download it again."
+        ) from None
 
 
 class Archives:
@@ -150,8 +157,8 @@ def load_image(source: Picture | str) -> Image.Image:
         source: A path, a place in a zip archive, a file's content, or an opened picture.
 
     Raises:
-        ImageError: If the file is missing, is no picture, is cut off, or would decode to more pixels than Pillow's
-            limit (``PIL.Image.MAX_IMAGE_PIXELS``) allows.
+        ImageError: If the file is missing, is no picture, is cut off, or would decode to more
+            pixels than Pillow's limit (``PIL.Image.MAX_IMAGE_PIXELS``) allows.
     """
     name = "picture" if isinstance(source, Image.Image) else str(source)
     try:
@@ -163,7 +170,9 @@ def load_image(source: Picture | str) -> Image.Image:
                 picture = source if isinstance(source, Image.Image) else Image.open(source)
             picture.load()
     except FileNotFoundError:
-        raise ImageError(f"{name}: no such picture. Check the path; relative paths start at the data file.") from None
+        raise ImageError(
+            f"{name}: no such picture. Check the path; relative paths start at the data file."
+        ) from None
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -172,7 +181,9 @@ def load_image(source: Picture | str) -> Image.Image:
             f"{name}: more than {limit:,} pixels, refused as a decompression bomb. Scale it down."
         ) from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name}: not a picture that Pillow can read. Convert it to PNG or JPEG.") from None
+        raise ImageError(
+            f"{name}: not a picture that Pillow can read. Convert it to PNG or JPEG."
+        ) from None
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError(f"{name}: broken or cut off ({error}). Replace the file.") from None
     if picture.getexif().get(0x0112, 1) != 1:  # Orientation
@@ -187,5 +198,7 @@ def load_image(source: Picture | str) -> Image.Image:
 def data_url(picture: Image.Image, edge: int = 96) -> str:
     """A picture as a PNG data URL, its longer side ``edge`` pixels."""
     buffer = io.BytesIO()
-    ImageOps.contain(picture.convert("RGB"), (edge, edge), Image.Resampling.LANCZOS).save(buffer, "PNG")
+    ImageOps.contain(picture.convert("RGB"), (edge, edge), Image.Resampling.LANCZOS).save(
+        buffer, "PNG"
+    )
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -31,15 +31,31 @@ def as_parts(value: Any, row: int) -> tuple[list[Image.Image], str]:
         text, images = value, []
     elif isinstance(value, dict) and value.keys() <= {"text", "image"}:
         text, found = value.get("text") or "", value.get("image")
-        images = list(found) if isinstance(found, list | tuple) else [found] if found is not None else []
-    else:
-        seen = f"a dictionary with the keys {sorted(map(str, value))}" if isinstance(value, dict) else repr(value)
-        raise RematchError(
-            f"input {row}: {seen} is no query or document. Give text, a picture, a path, or a dictionary with "
-            "'text' and/or 'image'."
+        images = (
+            list(found)
+            if isinstance(found, list | tuple)
+            else [found]
+            if found is not None
+            else []
         )
-    if not isinstance(text, str) or not all(isinstance(image, str | Path | Image.Image | File) for image in images):
-        raise RematchError(f"input {row}: 'text' must be text, and 'image' a picture, a path, or a list of them.")
+    else:
+        seen = (
+            f"a dictionary with the keys {sorted(map(str, value))}"
+            if isinstance(value, dict)
+            else repr(value)
+        )
+        raise RematchError(
+            f"input {row}: {seen} is no query or document. Give text, a picture, a path, or a "
+            "dictionary with 'text' and/or 'image'."
+        )
+    if not isinstance(text, str) or not all(
+        isinstance(image, str | Path | Image.Image | File) for image in images
+    ):
+        raise RematchError(
+            f"input {row}: 'text' must be text, and 'image' a picture, a path, or a list of them."
+        )
     if not text.strip() and not images:
-        raise RematchError(f"input {row}: empty, so there is nothing to embed. Give it text or a picture.")
+        raise RematchError(
+            f"input {row}: empty, so there is nothing to embed. Give it text or a picture."
+        )
     return [load_image(image) for image in images], text

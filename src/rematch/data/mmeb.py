@@ -1,13 +1,14 @@
 """MMEB from disk or from the hub: one reader for its three layouts.
 
-- MMEB-train: ``<Config>/original-*.parquet`` (or ``diverse_instruction-*``) with ``qry, qry_image_path, pos_text,
-  pos_image_path`` and perhaps ``neg_text, neg_image_path``.
-- MMEB-eval: ``<Config>/test-*.parquet`` with ``qry_text, qry_img_path, tgt_text[], tgt_img_path[]``; the two lists are
-  parallel and **index 0 is the answer**.
+- MMEB-train: ``<Config>/original-*.parquet`` (or ``diverse_instruction-*``) with ``qry,
+  qry_image_path, pos_text, pos_image_path`` and perhaps ``neg_text, neg_image_path``.
+- MMEB-eval: ``<Config>/test-*.parquet`` with ``qry_text, qry_img_path, tgt_text[],
+  tgt_img_path[]``; the two lists are parallel and **index 0 is the answer**.
 - MMEB_Test_Instruct: the same with the instructions apart, ``qry_inst`` and ``tgt_inst``.
 
-Text may begin with the marker ``<|image_1|>``, with or without a picture; empty means "". Pictures lie unpacked beside
-the configs (also in ``images/`` or ``eval_images/``) or in zip archives there or in ``images_zip/``.
+Text may begin with the marker ``<|image_1|>``, with or without a picture; empty means "". Pictures
+lie unpacked beside the configs (also in ``images/`` or ``eval_images/``) or in zip archives there
+or in ``images_zip/``.
 """
 
 from collections.abc import Iterable
@@ -28,8 +29,11 @@ HUB = "TIGER-Lab/MMEB-eval"
 _PICTURE_FOLDERS = ("", "images", "eval_images", "eval-images")
 
 
-def read_train(directory: Path | str, split: str = "original", allow_missing: bool = False) -> list[list[Triplet]]:
-    """The training samples of a directory in MMEB-train form, config by config in the order of their names.
+def read_train(
+    directory: Path | str, split: str = "original", allow_missing: bool = False
+) -> list[list[Triplet]]:
+    """The training samples of a directory in MMEB-train form, config by config in the order of
+    their names.
 
     Args:
         directory: The folder that holds one folder per config, or one config's own folder.
@@ -54,11 +58,18 @@ def read_train(directory: Path | str, split: str = "original", allow_missing: bo
             query = _query("", record["qry"], record.get("qry_image_path"), pictures, file, row)
             positive, negative = (
                 _target(
-                    form, "", record.get(f"{side}_text"), record.get(f"{side}_image_path"), pictures, f"{file}:{row}"
+                    form,
+                    "",
+                    record.get(f"{side}_text"),
+                    record.get(f"{side}_image_path"),
+                    pictures,
+                    f"{file}:{row}",
                 )
                 for side in ("pos", "neg")
             )
-            triplets.append(Triplet(query, positive, negative if negative.text or negative.image else None))
+            triplets.append(
+                Triplet(query, positive, negative if negative.text or negative.image else None)
+            )
     pictures.complain()
     return list(configs.values())
 
@@ -68,7 +79,8 @@ def read_eval(
 ) -> tuple[list[RetrievalTask], dict[str, str]]:
     """The tasks of a directory in MMEB-eval or MMEB_Test_Instruct form.
 
-    Candidates that agree in what identifies them (:attr:`~rematch.data.mmeb_table.DataSet.identity`) are one document.
+    Candidates that agree in what identifies them
+    (:attr:`~rematch.data.mmeb_table.DataSet.identity`) are one document.
 
     Args:
         directory: Holds one folder per config.
@@ -76,8 +88,8 @@ def read_eval(
         limit: Only the first so many queries of each.
 
     Returns:
-        The tasks that are there whole, in the order of MMEB's (or Picto's) tables; and for each wanted one that is not,
-        why not.
+        The tasks that are there whole, in the order of MMEB's (or Picto's) tables; and for each
+        wanted one that is not, why not.
 
     Raises:
         DataError: If there is no config in the directory, or a file cannot be read.
@@ -103,7 +115,9 @@ def read_eval(
     return tasks, missing
 
 
-def _read_task(name: str, files: list[Path], pictures: "_Pictures", limit: int | None) -> RetrievalTask:
+def _read_task(
+    name: str, files: list[Path], pictures: "_Pictures", limit: int | None
+) -> RetrievalTask:
     form = data_set(name)
     task = RetrievalTask(name, form.meta_task, [], [], [], ood=form.ood)
     known: dict[str, int] = {}
@@ -115,18 +129,22 @@ def _read_task(name: str, files: list[Path], pictures: "_Pictures", limit: int |
         texts, paths = record["tgt_text"] or [], record["tgt_img_path"] or []
         if not texts or len(texts) != len(paths):
             raise DataError(
-                f"{file}:{row}: {len(texts)} tgt_text and {len(paths)} tgt_img_path; the lists must be of one length, "
-                "with the answer first. Download the file again."
+                f"{file}:{row}: {len(texts)} tgt_text and {len(paths)} tgt_img_path; the lists "
+                "must be of one length, with the answer first. Download the file again."
             )
         asked = record.get("qry_inst") or ""
-        task.queries.append(_query(asked, record["qry_text"], record["qry_img_path"], pictures, file, row))
+        task.queries.append(
+            _query(asked, record["qry_text"], record["qry_img_path"], pictures, file, row)
+        )
         indices: dict[int, None] = {}  # a candidate that stands twice in a row is one
         for text, path in zip(texts, paths, strict=True):
             key = _identity(form, text or "", path or "")
             if key not in known:
                 known[key] = len(task.documents)
                 told = record.get("tgt_inst") or ""
-                task.documents.append(_target(form, told, text, path, pictures, f"{file}:{row}", key))
+                task.documents.append(
+                    _target(form, told, text, path, pictures, f"{file}:{row}", key)
+                )
             indices[known[key]] = None
         task.candidates.append(np.fromiter(indices, np.int32))
     return task
@@ -142,11 +160,13 @@ def download(names: Iterable[str]) -> Path:
 
     try:
         folders = [f"{name}/test-*" for name in names]
-        return Path(snapshot_download(HUB, repo_type="dataset", allow_patterns=[*folders, "images.zip"]))
+        return Path(
+            snapshot_download(HUB, repo_type="dataset", allow_patterns=[*folders, "images.zip"])
+        )
     except Exception as error:
         raise DataError(
-            f"{HUB} cannot be had from the hub ({str(error).splitlines()[0]}). Download it elsewhere and give its "
-            "folder with --data."
+            f"{HUB} cannot be had from the hub ({str(error).splitlines()[0]}). Download it "
+            "elsewhere and give its folder with --data."
         ) from error
 
 
@@ -165,7 +185,8 @@ def data_set(name: str) -> mmeb_table.DataSet:
         return found
     known = [d.name for d in mmeb_table.DATA_SETS]
     raise DataError(
-        f"{name}: neither one of MMEB's data sets ({', '.join(known)}) nor of Picto's ({', '.join(picto_tasks.TASKS)})."
+        f"{name}: neither one of MMEB's data sets ({', '.join(known)}) nor of Picto's "
+        f"({', '.join(picto_tasks.TASKS)})."
     )
 
 
@@ -179,20 +200,34 @@ def _parquet_files(directory: Path, pattern: str) -> list[Path]:
     files = sorted(_real(directory.glob(f"*/{pattern}")))
     if not files:
         what = "is not a folder" if not directory.is_dir() else f"no <config>/{pattern} in it"
-        raise DataError(f"{directory}: {what}. Give the directory that holds one folder per config.")
+        raise DataError(
+            f"{directory}: {what}. Give the directory that holds one folder per config."
+        )
     return files
 
 
 def _real(files: Iterable[Path]) -> list[Path]:
-    return [file for file in files if not file.name.startswith("._")]  # what macOS adds to archives
+    return [
+        file for file in files if not file.name.startswith("._")
+    ]  # what macOS adds to archives
 
 
 def _has(record: dict[str, Any], columns: tuple[str, ...], file: Path, row: int) -> None:
     if lost := [c for c in columns if c not in record]:
-        raise DataError(f"{file}:{row}: has no column {', '.join(lost)}; it has {', '.join(record)}. Is it MMEB's?")
+        raise DataError(
+            f"{file}:{row}: has no column {', '.join(lost)}; it has {', '.join(record)}. Is it "
+            "MMEB's?"
+        )
 
 
-def _query(instruction: str, text: str | None, path: str | None, pictures: "_Pictures", file: Path, row: int) -> Item:
+def _query(
+    instruction: str,
+    text: str | None,
+    path: str | None,
+    pictures: "_Pictures",
+    file: Path,
+    row: int,
+) -> Item:
     instruction, text = _unmarked(instruction), _unmarked(text or "")
     image = pictures.find(path, f"{file}:{row}") if path else None
     return Item(text, image, instruction=_joined(instruction, text))
@@ -212,7 +247,9 @@ def _target(
         return Item(text, None, DOCUMENT_INSTRUCTIONS[form.kind], key)
     instruction = _unmarked(instruction)
     if not instruction:
-        instruction = next((known for known in mmeb_table.TARGET_INSTRUCTIONS if text.startswith(known)), "")
+        instruction = next(
+            (known for known in mmeb_table.TARGET_INSTRUCTIONS if text.startswith(known)), ""
+        )
         text = text.removeprefix(instruction)
     return Item(text, pictures.find(path, where), _joined(instruction, text), key)
 
@@ -222,7 +259,11 @@ def _unmarked(text: str) -> str:
 
 
 def _joined(instruction: str, text: str) -> str:
-    return instruction + " " if instruction and text and not instruction.endswith((" ", "\n")) else instruction
+    return (
+        instruction + " "
+        if instruction and text and not instruction.endswith((" ", "\n"))
+        else instruction
+    )
 
 
 def _identity(form: mmeb_table.DataSet, text: str, path: str) -> str:
@@ -233,7 +274,9 @@ def _identity(form: mmeb_table.DataSet, text: str, path: str) -> str:
 
 
 class _Pictures:
-    """Finds pictures under a directory, unpacked or in archives, and collects those that are not there."""
+    """Finds pictures under a directory, unpacked or in archives, and collects those that are not
+    there.
+    """
 
     def __init__(self, root: Path, allow_missing: bool = False) -> None:
         self.root, self.archives, self.allow_missing = root, Archives(root), allow_missing
@@ -259,6 +302,6 @@ class _Pictures:
         if missing:
             more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
             raise DataError(
-                f"{missing[0]}, which is neither unpacked under {self.root} nor in a zip archive there{more}. Are the "
-                "images downloaded?"
+                f"{missing[0]}, which is neither unpacked under {self.root} nor in a zip archive "
+                f"there{more}. Are the images downloaded?"
             )

@@ -1,9 +1,9 @@
 """Picto written in two of MMEB's layouts, which :mod:`rematch.data.mmeb` reads.
 
-- MMEB-train: ``<Config>/original-*.parquet`` with ``qry, qry_image_path, pos_text, pos_image_path`` and perhaps
-  ``neg_text, neg_image_path``; picture paths start with ``images/``.
-- MMEB-eval: ``<Config>/test-*.parquet`` with ``qry_text, qry_img_path, tgt_text[], tgt_img_path[]``; the two lists are
-  parallel and **index 0 is the answer**.
+- MMEB-train: ``<Config>/original-*.parquet`` with ``qry, qry_image_path, pos_text,
+  pos_image_path`` and perhaps ``neg_text, neg_image_path``; picture paths start with ``images/``.
+- MMEB-eval: ``<Config>/test-*.parquet`` with ``qry_text, qry_img_path, tgt_text[],
+  tgt_img_path[]``; the two lists are parallel and **index 0 is the answer**.
 
 In both, text that goes with a picture begins with the marker ``<|image_1|>``, and empty means "".
 """
@@ -24,12 +24,16 @@ from rematch.data.schema import Item, RetrievalTask
 from rematch.errors import DataError
 
 
-def export_picto(directory: Path | str, layout: str, *, samples: int = 2000, seed: int = 0) -> None:
+def export_picto(
+    directory: Path | str, layout: str, *, samples: int = 2000, seed: int = 0
+) -> None:
     """Write Picto in one of MMEB's layouts.
 
     Args:
-        directory: Created; must not exist yet. It is written under a temporary name and renamed when whole.
-        layout: ``"mmeb-train"`` (``samples`` triplets a task) or ``"mmeb-eval"`` (the fixed test set, IND and OOD).
+        directory: Created; must not exist yet. It is written under a temporary name and renamed
+            when whole.
+        layout: ``"mmeb-train"`` (``samples`` triplets a task) or ``"mmeb-eval"`` (the fixed test
+            set, IND and OOD).
         samples: Training samples per task.
         seed: Of the training samples.
 
@@ -81,22 +85,37 @@ def _write_train(root: Path, name: str, samples: int, seed: int) -> None:
         parts = (triplet.query, triplet.positive, triplet.negative)
         saved = [save(part) for part in parts if part is not None]
         # targets: MMEB has instructions for pictures only
-        texts = [text if path else part.text for part, (text, path) in zip(parts, saved, strict=True) if part]
+        texts = [
+            text if path else part.text
+            for part, (text, path) in zip(parts, saved, strict=True)
+            if part
+        ]
         texts[0] = saved[0][0]
         for column, value in zip(
-            _TRAIN_COLUMNS, [v for t, (_, p) in zip(texts, saved, strict=True) for v in (t, p)], strict=True
+            _TRAIN_COLUMNS,
+            [v for t, (_, p) in zip(texts, saved, strict=True) for v in (t, p)],
+            strict=True,
         ):
             columns[column].append(value)
     _write(root / config / "original-00000-of-00001.parquet", columns)
 
 
-_TRAIN_COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
+_TRAIN_COLUMNS = (
+    "qry",
+    "qry_image_path",
+    "pos_text",
+    "pos_image_path",
+    "neg_text",
+    "neg_image_path",
+)
 
 
 def _write_eval(root: Path, task: RetrievalTask) -> None:
     save = _saver(root, task.name)
     documents = [save(d) if d.image is not None else (d.text, "") for d in task.documents]
-    columns: dict[str, list[Any]] = {c: [] for c in ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")}
+    columns: dict[str, list[Any]] = {
+        c: [] for c in ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
+    }
     for query, candidates in zip(task.queries, task.candidates, strict=True):
         text, path = save(query)
         columns["qry_text"].append(text)

@@ -5,7 +5,12 @@ from typing import Literal
 
 Identity = Literal["text", "image", "image+text"]
 
-_DEFAULT_KIND = {"classification": "label", "vqa": "answer", "retrieval": "caption", "grounding": "crop"}
+_DEFAULT_KIND = {
+    "classification": "label",
+    "vqa": "answer",
+    "retrieval": "caption",
+    "grounding": "crop",
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,9 @@ DATA_SETS = (
     DataSet("EDIS", "retrieval", "image", ood=True),
     DataSet("MSCOCO", "grounding", "image+text"),
     DataSet("RefCOCO", "grounding", "image+text", ood=True),
-    DataSet("RefCOCO-Matching", "grounding", "image+text", ood=True),  # several objects of one picture are targets
+    DataSet(
+        "RefCOCO-Matching", "grounding", "image+text", ood=True
+    ),  # several objects of one picture are targets
     DataSet("Visual7W-Pointing", "grounding", "image+text", ood=True),
 )
 

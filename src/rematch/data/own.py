@@ -1,9 +1,10 @@
-"""Own evaluation data, text and pictures: rows with positives and candidates, or queries, corpus and qrels (BEIR).
+"""Own evaluation data, text and pictures: rows with positives and candidates, or queries, corpus
+and qrels (BEIR).
 
-- ``FILE.jsonl`` (or ``.parquet``): rows of ``query``, ``positives`` and perhaps ``candidates`` (wrong ones; without
-  them every document of the file is a candidate).
-- A folder in BEIR's form: ``corpus.jsonl``, ``queries.jsonl`` (``_id``, ``title``, ``text``, ``image``) and
-  ``qrels/test.tsv`` (query-id, corpus-id, score).
+- ``FILE.jsonl`` (or ``.parquet``): rows of ``query``, ``positives`` and perhaps ``candidates``
+  (wrong ones; without them every document of the file is a candidate).
+- A folder in BEIR's form: ``corpus.jsonl``, ``queries.jsonl`` (``_id``, ``title``, ``text``,
+  ``image``) and ``qrels/test.tsv`` (query-id, corpus-id, score).
 - ``FILE.yaml``: a list of such data sets with names and instructions (:class:`OwnTask`).
 """
 
@@ -29,7 +30,9 @@ class OwnTask(BaseModel):
     name: str
     data: Path = Field(description="a .jsonl or .parquet file of rows, or a folder in BEIR's form")
     instruction: str = Field("", description="before every query")
-    document_instruction: str | None = Field(None, description="before every document, instead of ours for pictures")
+    document_instruction: str | None = Field(
+        None, description="before every document, instead of ours for pictures"
+    )
     meta_task: str = Field("own", description="what mean it counts in")
 
 
@@ -62,10 +65,13 @@ def read_own(source: Path, limit: int | None = None) -> list[RetrievalTask]:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise DataError(
-            f"{source}: {place or 'the file'}: {first['msg']}. It should be 'tasks:' with a list of name, data and, if "
-            "wanted, instruction, document_instruction, meta_task."
+            f"{source}: {place or 'the file'}: {first['msg']}. It should be 'tasks:' with a list "
+            "of name, data and, if wanted, instruction, document_instruction, meta_task."
         ) from None
-    return [_read(task.model_copy(update={"data": source.parent / task.data}), limit) for task in given.tasks]
+    return [
+        _read(task.model_copy(update={"data": source.parent / task.data}), limit)
+        for task in given.tasks
+    ]
 
 
 def _read(form: OwnTask, limit: int | None) -> RetrievalTask:
@@ -83,18 +89,24 @@ def _read_rows(form: OwnTask, limit: int | None) -> RetrievalTask:
 
     def numbers(values: Any, row: int, column: str) -> list[int]:
         if not isinstance(values, list):
-            raise DataError(f"{form.data}:{row}: {column} = {values!r} is no list. Put brackets around it.")
+            raise DataError(
+                f"{form.data}:{row}: {column} = {values!r} is no list. Put brackets around it."
+            )
         return list(dict.fromkeys(_number(form, v, row, column, task, known) for v in values))
 
     for row, record in rows(form.data):
         if not isinstance(record, dict) or not {"query", "positives"} <= record.keys():
             seen = sorted(record) if isinstance(record, dict) else type(record).__name__
             raise DataError(
-                f"{form.data}:{row}: needs 'query' and 'positives' (and may have 'candidates'); has {seen}."
+                f"{form.data}:{row}: needs 'query' and 'positives' (and may have 'candidates'); "
+                f"has {seen}."
             )
         right = numbers(record["positives"], row, "positives")
         if not right:
-            raise DataError(f"{form.data}:{row}: no positives, so no answer can be right. Add one or delete the row.")
+            raise DataError(
+                f"{form.data}:{row}: no positives, so no answer can be right. Add one or delete "
+                "the row."
+            )
         wrong = record.get("candidates")
         given.append(None if wrong is None else numbers(wrong, row, "candidates"))
         task.queries.append(_query(form, item(record["query"], form.data, row, "query")))
@@ -106,7 +118,9 @@ def _read_rows(form: OwnTask, limit: int | None) -> RetrievalTask:
     return task
 
 
-def _number(form: OwnTask, value: Any, row: int, column: str, task: RetrievalTask, known: dict[str, int]) -> int:
+def _number(
+    form: OwnTask, value: Any, row: int, column: str, task: RetrievalTask, known: dict[str, int]
+) -> int:
     found = item(value, form.data, row, column)
     key = f"{found.image or ''}{':' if found.image and found.text else ''}{found.text}"
     if key not in known:
@@ -126,7 +140,10 @@ def _read_beir(form: OwnTask, limit: int | None) -> RetrievalTask:
     right: dict[str, list[int]] = {}
     for row, (query, document, score) in _qrels(folder / "qrels" / "test.tsv"):
         if document not in places:
-            raise DataError(f"{folder / 'qrels' / 'test.tsv'}:{row}: document {document!r} is not in corpus.jsonl.")
+            raise DataError(
+                f"{folder / 'qrels' / 'test.tsv'}:{row}: document {document!r} is not in "
+                "corpus.jsonl."
+            )
         if score > 0:
             right.setdefault(query, []).append(places[document])
     for key, found in _beir_items(folder / "queries.jsonl", "query"):
@@ -147,7 +164,10 @@ def _beir_items(path: Path, column: str) -> Iterator[tuple[str, Item]]:
 
 def _qrels(path: Path) -> Iterator[tuple[int, tuple[str, str, float]]]:
     if not path.is_file():
-        raise DataError(f"{path}: no such file. BEIR's form has qrels/test.tsv beside corpus.jsonl and queries.jsonl.")
+        raise DataError(
+            f"{path}: no such file. BEIR's form has qrels/test.tsv beside corpus.jsonl and "
+            "queries.jsonl."
+        )
     with path.open(newline="") as file:
         for row, cells in enumerate(csv.reader(file, delimiter="\t"), 1):
             if not cells or (row == 1 and cells[0] == "query-id"):
@@ -156,7 +176,9 @@ def _qrels(path: Path) -> Iterator[tuple[int, tuple[str, str, float]]]:
                 query, document, score = cells
                 yield row, (query, document, float(score))
             except ValueError:
-                raise DataError(f"{path}:{row}: {cells} is not query-id, corpus-id, score between tabs.") from None
+                raise DataError(
+                    f"{path}:{row}: {cells} is not query-id, corpus-id, score between tabs."
+                ) from None
 
 
 def _query(form: OwnTask, found: Item) -> Item:
@@ -164,4 +186,8 @@ def _query(form: OwnTask, found: Item) -> Item:
 
 
 def _document(form: OwnTask, found: Item) -> Item:
-    return found if form.document_instruction is None else replace(found, instruction=form.document_instruction)
+    return (
+        found
+        if form.document_instruction is None
+        else replace(found, instruction=form.document_instruction)
+    )

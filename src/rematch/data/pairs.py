@@ -1,4 +1,6 @@
-"""Own training data: JSONL or parquet with ``query``, ``positive`` and, if there are, ``negative`` columns."""
+"""Own training data: JSONL or parquet with ``query``, ``positive`` and, if there are, ``negative``
+columns.
+"""
 
 import json
 from collections.abc import Iterator
@@ -14,15 +16,16 @@ from rematch.prompts import DOCUMENT_INSTRUCTIONS
 def read_triplets(path: Path | str, allow_missing: bool = False) -> list[Triplet]:
     """Training samples from a file.
 
-    Each column holds a string, the path of a picture (relative to the file), or ``{"text": …, "image": …}``.
+    Each column holds a string, the path of a picture (relative to the file), or ``{"text": …,
+    "image": …}``.
 
     Args:
         path: The file.
         allow_missing: Let pictures be missing; whoever opens one then gets an ImageError.
 
     Raises:
-        DataError: If the file is missing, a line does not parse, a column is missing or empty, or a picture is not
-            there; the message names the file and the row.
+        DataError: If the file is missing, a line does not parse, a column is missing or empty, or
+            a picture is not there; the message names the file and the row.
     """
     path = Path(path)
     triplets = []
@@ -30,7 +33,8 @@ def read_triplets(path: Path | str, allow_missing: bool = False) -> list[Triplet
         if not isinstance(record, dict) or not {"query", "positive"} <= record.keys():
             seen = sorted(record) if isinstance(record, dict) else type(record).__name__
             raise DataError(
-                f"{path}:{row}: needs the columns 'query' and 'positive' (and may have 'negative'); has {seen}."
+                f"{path}:{row}: needs the columns 'query' and 'positive' (and may have "
+                f"'negative'); has {seen}."
             )
         items = {
             name: item(record[name], path, row, name, allow_missing)
@@ -38,7 +42,9 @@ def read_triplets(path: Path | str, allow_missing: bool = False) -> list[Triplet
             if record.get(name)
         }
         if missing := {"query", "positive"} - items.keys():
-            raise DataError(f"{path}:{row}: {missing.pop()!r} is empty. Fill it in or delete the row.")
+            raise DataError(
+                f"{path}:{row}: {missing.pop()!r} is empty. Fill it in or delete the row."
+            )
         triplets.append(Triplet(items["query"], items["positive"], items.get("negative")))
     if not triplets:
         raise DataError(f"{path}: holds no samples.")
@@ -70,7 +76,8 @@ def rows(path: Path) -> Iterator[tuple[int, Any]]:
                 raise DataError(f"{path}:{row}: not UTF-8. Convert the file.") from None
             except json.JSONDecodeError as error:
                 raise DataError(
-                    f"{path}:{row}: not valid JSON ({error.msg}, column {error.colno}). Fix the line."
+                    f"{path}:{row}: not valid JSON ({error.msg}, column {error.colno}). Fix the "
+                    "line."
                 ) from None
 
 
@@ -87,13 +94,15 @@ def item(value: Any, path: Path, row: int, column: str, allow_missing: bool = Fa
     typed = isinstance(text, str) and all(isinstance(name, str) for name in names)
     if not typed or not (text.strip() or names):
         raise DataError(
-            f"{path}:{row}: {column} = {value!r} is neither text, a picture's path, nor {{'text': …, 'image': …}} with "
-            "something in it."
+            f"{path}:{row}: {column} = {value!r} is neither text, a picture's path, nor {{'text': "
+            f"…, 'image': …}} with something in it."
         )
     images = [path.parent / name for name in names]
     for image in images:
         if not allow_missing and not image.is_file():
-            raise DataError(f"{path}:{row}: {column} names the picture {image}, which is not there.")
+            raise DataError(
+                f"{path}:{row}: {column} names the picture {image}, which is not there."
+            )
     instruction = DOCUMENT_INSTRUCTIONS["image"] if images and column != "query" else ""
     if instruction and text:
         instruction += " "

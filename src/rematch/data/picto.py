@@ -1,8 +1,10 @@
-"""Picto scenes: a few emoji on a 2×2 grid over a coloured background, drawn from a seed, described in plain English.
+"""Picto scenes: a few emoji on a 2×2 grid over a coloured background, drawn from a seed, described
+in plain English.
 
-A :class:`Scene` is what there is to see; :func:`caption` says it, :func:`render` draws it, :func:`near_miss` changes
-exactly one thing. Scenes whose *combination* of objects falls into the held-out fifth (:func:`is_held_out`) are never
-shown in training. The art and its licences lie in ``rematch/assets/picto``.
+A :class:`Scene` is what there is to see; :func:`caption` says it, :func:`render` draws it,
+:func:`near_miss` changes exactly one thing. Scenes whose *combination* of objects falls into the
+held-out fifth (:func:`is_held_out`) are never shown in training. The art and its licences lie in
+``rematch/assets/picto``.
 """
 
 import json
@@ -41,7 +43,9 @@ _COLUMNS = 16
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: an object or nothing (``""``) in each of the four cells, and a background colour."""
+    """What a picture shows: an object or nothing (``""``) in each of the four cells, and a
+    background colour.
+    """
 
     cells: tuple[str, str, str, str]
     background: str
@@ -84,7 +88,8 @@ def with_article(name: str) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """The scene in one English phrase, which determines it up to the free row or column of one or two objects.
+    """The scene in one English phrase, which determines it up to the free row or column of one or
+    two objects.
 
     >>> caption(Scene(("dog", "", "pizza", ""), "blue"))
     'a dog above a pizza, on a blue background'
@@ -101,11 +106,16 @@ def caption(scene: Scene) -> str:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether the scene's combination belongs to the tests: its set of objects, or for one kind of object the
-    object, its count and the background. Decided by a checksum, so that it is the same on every machine.
+    """Whether the scene's combination belongs to the tests: its set of objects, or for one kind of
+    object the object, its count and the background. Decided by a checksum, so that it is the same
+    on every machine.
     """
     kinds = sorted(set(scene.objects))
-    key = "|".join(kinds) if len(kinds) > 1 else f"{kinds[0]}|{len(scene.objects)}|{scene.background}"
+    key = (
+        "|".join(kinds)
+        if len(kinds) > 1
+        else f"{kinds[0]}|{len(scene.objects)}|{scene.background}"
+    )
     return zlib.crc32(key.encode()) % HELD_OUT_SHARE == 0
 
 
@@ -118,7 +128,12 @@ _SHAPES: dict[int, list[tuple[int, ...]]] = {
 
 
 def sample_scene(
-    rng: random.Random, *, held_out: bool = False, count: int | None = None, repeats: int = 0, distinct: bool = False
+    rng: random.Random,
+    *,
+    held_out: bool = False,
+    count: int | None = None,
+    repeats: int = 0,
+    distinct: bool = False,
 ) -> Scene:
     """Draw a scene.
 
@@ -126,14 +141,17 @@ def sample_scene(
         rng: Source of randomness; the scene follows from its state alone.
         held_out: Draw from the combinations kept for the tests instead of the training ones.
         count: Number of objects (1 to 4); drawn when not given.
-        repeats: One object stands in this many cells (0: a fifth of the scenes repeat one by chance).
+        repeats: One object stands in this many cells (0: a fifth of the scenes repeat one by
+            chance).
         distinct: All objects differ.
     """
     names, colours = list(objects()), list(COLOURS)
     for _ in range(10_000):
         n = count or rng.choices((1, 2, 3, 4), (1, 4, 3, 3))[0]
         chosen = rng.sample(names, n)
-        copies = repeats or (rng.randint(2, n) if n > 1 and not distinct and rng.random() < 0.2 else 1)
+        copies = repeats or (
+            rng.randint(2, n) if n > 1 and not distinct and rng.random() < 0.2 else 1
+        )
         chosen = [chosen[0]] * copies + chosen[copies:]
         rng.shuffle(chosen)
         cells = ["", "", "", ""]
@@ -151,8 +169,9 @@ CHANGES = ("swap", "object", "count", "colour")
 def near_miss(scene: Scene, rng: random.Random, changes: tuple[str, ...] = CHANGES) -> Scene:
     """A scene of the same split that differs in exactly one thing, and therefore in its caption.
 
-    The thing is one of ``changes``: two objects swap places, one object becomes another, one comes or goes, the
-    background gets another colour. One that cannot be had is replaced by another of the four.
+    The thing is one of ``changes``: two objects swap places, one object becomes another, one comes
+    or goes, the background gets another colour. One that cannot be had is replaced by another of
+    the four.
     """
     held_out = is_held_out(scene)
     order = rng.sample(changes, len(changes)) + rng.sample(CHANGES, len(CHANGES))
@@ -193,7 +212,10 @@ def _sprites(style: str) -> dict[str, Image.Image]:
     with (files("rematch") / f"assets/picto/{style}.png").open("rb") as file:
         sheet = Image.open(file).convert("RGBA")
     boxes = [(i % _COLUMNS * _SPRITE, i // _COLUMNS * _SPRITE) for i in range(len(objects()))]
-    return {name: sheet.crop((x, y, x + _SPRITE, y + _SPRITE)) for name, (x, y) in zip(objects(), boxes, strict=True)}
+    return {
+        name: sheet.crop((x, y, x + _SPRITE, y + _SPRITE))
+        for name, (x, y) in zip(objects(), boxes, strict=True)
+    }
 
 
 def render(scene: Scene, style: str, seed: int, *, augment: bool = False) -> Image.Image:
@@ -202,14 +224,18 @@ def render(scene: Scene, style: str, seed: int, *, augment: bool = False) -> Ima
     Args:
         scene: What to draw.
         style: ``"noto"``, ``"twemoji"`` or ``"fluent"``.
-        seed: Decides the small differences of place, size and shade between two drawings of one scene.
-        augment: Vary the art's colours, shading and tilt strongly, as the training pictures do; without it a model
-            learns the two training styles by heart and knows nothing of a third.
+        seed: Decides the small differences of place, size and shade between two drawings of one
+            scene.
+        augment: Vary the art's colours, shading and tilt strongly, as the training pictures do;
+            without it a model learns the two training styles by heart and knows nothing of a
+            third.
     """
     rng = np.random.default_rng(seed)
     shade = rng.normal(0, 8 if augment else 4, 3)
     canvas = Image.new(
-        "RGB", (SIZE, SIZE), tuple(np.clip(np.add(COLOURS[scene.background], shade), 0, 255).astype(int))
+        "RGB",
+        (SIZE, SIZE),
+        tuple(np.clip(np.add(COLOURS[scene.background], shade), 0, 255).astype(int)),
     )
     for cell, name in enumerate(scene.cells):
         if not name:
@@ -237,7 +263,9 @@ def _recolour(sprite: Image.Image, rng: np.random.Generator) -> Image.Image:
     gamma = np.clip(np.exp(rng.normal(0, 0.35)), 0.4, 2.5)
     slope = 1 + rng.normal(0, 0.25) * np.linspace(-1, 1, len(rgb), dtype=np.float32)[:, None, None]
     rgb = np.clip(np.clip(rgb, 0, 1) ** np.float32(gamma) * slope, 0, 1)
-    return Image.fromarray((np.concatenate([rgb, pixels[..., 3:]], -1) * 255).astype(np.uint8), "RGBA")
+    return Image.fromarray(
+        (np.concatenate([rgb, pixels[..., 3:]], -1) * 255).astype(np.uint8), "RGBA"
+    )
 
 
 def crop(picture: Image.Image, cell: int) -> Image.Image:
@@ -252,7 +280,8 @@ def unique_objects(scene: Scene) -> list[str]:
 
 
 def neighbours(scene: Scene) -> list[tuple[str, str, int]]:
-    """Every (relation, anchor object, cell) such that "the object <relation> the <anchor>" names that cell.
+    """Every (relation, anchor object, cell) such that "the object <relation> the <anchor>" names
+    that cell.
 
     >>> neighbours(Scene(("dog", "", "pizza", ""), "blue"))
     [('below', 'dog', 2), ('above', 'pizza', 0)]

@@ -1,8 +1,9 @@
-"""Picto's twelve tasks in MMEB's four meta-tasks: endless training triplets, and the fixed test set.
+"""Picto's twelve tasks in MMEB's four meta-tasks: endless training triplets, and the fixed test
+set.
 
-A task is a function that turns a random generator into a :class:`Sample`: a query and documents that all but the first
-answer wrongly by **one thing**. Training takes one such near-miss as hard negative; the test set puts near-misses into
-every candidate list.
+A task is a function that turns a random generator into a :class:`Sample`: a query and documents
+that all but the first answer wrongly by **one thing**. Training takes one such near-miss as hard
+negative; the test set puts near-misses into every candidate list.
 """
 
 import random
@@ -34,22 +35,30 @@ class Draw:
     styles: tuple[str, ...]
     augment: bool
     changes: tuple[str, ...] = picto.CHANGES  # what near-misses of scenes differ in
-    turn: int | None = None  # in the test set: number of the query, so that right answers take turns
+    turn: int | None = (
+        None  # in the test set: number of the query, so that right answers take turns
+    )
 
     def pick(self, answers: Sequence[T]) -> T:
         return self.rng.choice(answers) if self.turn is None else answers[self.turn % len(answers)]
 
     def scene(self, count: int | None = None, repeats: int = 0, distinct: bool = False) -> Scene:
-        return picto.sample_scene(self.rng, held_out=self.held_out, count=count, repeats=repeats, distinct=distinct)
+        return picto.sample_scene(
+            self.rng, held_out=self.held_out, count=count, repeats=repeats, distinct=distinct
+        )
 
     def style(self) -> str:
         return self.rng.choice(self.styles)
 
     def picture(self, scene: Scene, style: str | None = None) -> Image.Image:
-        return picto.render(scene, style or self.style(), self.rng.getrandbits(32), augment=self.augment)
+        return picto.render(
+            scene, style or self.style(), self.rng.getrandbits(32), augment=self.augment
+        )
 
     def other_style(self, style: str) -> str:
-        """A training style that differs from ``style``: unseen art is only ever asked about, never the answer."""
+        """A training style that differs from ``style``: unseen art is only ever asked about, never
+        the answer.
+        """
         return self.rng.choice([s for s in picto.TRAIN_STYLES if s != style])
 
 
@@ -84,7 +93,9 @@ def category(draw: Draw) -> Sample:
     while picto.objects()[(scene := draw.scene(count, repeats=count)).objects[0]] != wanted:
         pass
     wrong = _wrong(draw, wanted, picto.categories())
-    return _classify("Identify the category of the object shown in the image.", scene, draw, wanted, wrong)
+    return _classify(
+        "Identify the category of the object shown in the image.", scene, draw, wanted, wrong
+    )
 
 
 def background(draw: Draw) -> Sample:
@@ -117,7 +128,9 @@ def _relation(draw: Draw, relations: tuple[str, str]) -> Sample:
             right = scene.cells[cell]
             others = [n for n in scene.objects if n != right]
             wrong = draw.rng.choice(others)
-            rest = [n for n in others if n != wrong]  # whatever else the picture shows is wrong by its place
+            rest = [
+                n for n in others if n != wrong
+            ]  # whatever else the picture shows is wrong by its place
             return _ask(draw, scene, f"What is {relation} the {anchor}?", right, wrong, *rest)
 
 
@@ -144,18 +157,28 @@ def what_colour(draw: Draw) -> Sample:
     wanted = draw.pick(list(picto.COLOURS))
     while (scene := draw.scene()).background != wanted:
         pass
-    return _ask(draw, scene, "What colour is the background?", wanted, _wrong(draw, wanted, list(picto.COLOURS)))
+    return _ask(
+        draw,
+        scene,
+        "What colour is the background?",
+        wanted,
+        _wrong(draw, wanted, list(picto.COLOURS)),
+    )
 
 
 def caption_to_scene(draw: Draw) -> Sample:
     scene = draw.scene()
-    query = Item(picto.caption(scene), instruction="Find me an image that matches the given caption: ")
+    query = Item(
+        picto.caption(scene), instruction="Find me an image that matches the given caption: "
+    )
     return Sample(query, _scenes(draw, scene, draw.style()))
 
 
 def scene_to_caption(draw: Draw) -> Sample:
     scene = draw.scene()
-    query = Item(image=draw.picture(scene), instruction="Find an image caption describing the given image.")
+    query = Item(
+        image=draw.picture(scene), instruction="Find an image caption describing the given image."
+    )
     captions = [picto.caption(s) for s in (scene, picto.near_miss(scene, draw.rng, draw.changes))]
     return Sample(query, [_text("caption", c) for c in captions])
 
@@ -164,7 +187,8 @@ def style_to_style(draw: Draw) -> Sample:
     scene, style = draw.scene(), draw.style()
     instruction = "Find an image that shows the same scene drawn in another style."
     return Sample(
-        Item(image=draw.picture(scene, style), instruction=instruction), _scenes(draw, scene, draw.other_style(style))
+        Item(image=draw.picture(scene, style), instruction=instruction),
+        _scenes(draw, scene, draw.other_style(style)),
     )
 
 
@@ -179,10 +203,14 @@ def edit(draw: Draw) -> Sample:
             break
     style = draw.style()
     change = f"replace the {old} with {picto.with_article(new)}."
-    query = Item(change, draw.picture(before, style), "Find a similar image with the described change: ")
+    query = Item(
+        change, draw.picture(before, style), "Find a similar image with the described change: "
+    )
     changes = tuple(c for c in ("object", "swap", "colour") if c in draw.changes)
     near = before if draw.rng.random() < 0.3 else picto.near_miss(after, draw.rng, changes)
-    return Sample(query, [_picture("image", draw.picture(s, style), picto.caption(s)) for s in (after, near)])
+    return Sample(
+        query, [_picture("image", draw.picture(s, style), picto.caption(s)) for s in (after, near)]
+    )
 
 
 def grounding(draw: Draw) -> Sample:
@@ -222,7 +250,9 @@ TASKS: dict[str, tuple[str, Callable[[Draw], Sample]]] = {
 
 
 def training_triplet(seed: int, index: int, task: str | None = None) -> Triplet:
-    """The ``index``-th training sample of the endless stream named by ``seed``; any task's, or the given one's."""
+    """The ``index``-th training sample of the endless stream named by ``seed``; any task's, or the
+    given one's.
+    """
     rng = random.Random(f"{seed}/{index}")
     _, generate = TASKS[task or rng.choice(list(TASKS))]
     sample = generate(Draw(rng, held_out=False, styles=picto.TRAIN_STYLES, augment=True))
@@ -232,7 +262,8 @@ def training_triplet(seed: int, index: int, task: str | None = None) -> Triplet:
 def evaluation_tasks(*, ood: bool = False, queries: int = QUERIES) -> list[RetrievalTask]:
     """The fixed test set: twelve tasks of 200 queries with 100 candidates each.
 
-    Every 50 queries share the 100 documents that answer them or nearly do, so ``queries=50`` is the same test in small.
+    Every 50 queries share the 100 documents that answer them or nearly do, so ``queries=50`` is
+    the same test in small.
 
     Args:
         ood: Pictures in the style that no training picture has.
@@ -242,7 +273,9 @@ def evaluation_tasks(*, ood: bool = False, queries: int = QUERIES) -> list[Retri
         ValueError: If ``queries`` is not such a multiple.
     """
     if queries % BLOCK or not 0 < queries <= QUERIES:
-        raise ValueError(f"queries={queries}: Picto's tests come in blocks of {BLOCK}, up to {QUERIES}")
+        raise ValueError(
+            f"queries={queries}: Picto's tests come in blocks of {BLOCK}, up to {QUERIES}"
+        )
     return [_test_task(name, ood, queries) for name in TASKS]
 
 
@@ -260,9 +293,18 @@ def _test_task(name: str, ood: bool, n_queries: int) -> RetrievalTask:
     return task
 
 
-def _fill_from_labels(task: RetrievalTask, draw: Draw, generate: Callable[[Draw], Sample], n_queries: int) -> None:
-    """Labels and answers: candidates are drawn from every label there is, those of the question's own kind always."""
-    kinds = [list(picto.categories()), list(picto.COLOURS), list(NUMBERS[1:]), list(picto.objects())]
+def _fill_from_labels(
+    task: RetrievalTask, draw: Draw, generate: Callable[[Draw], Sample], n_queries: int
+) -> None:
+    """Labels and answers: candidates are drawn from every label there is, those of the question's
+    own kind always.
+    """
+    kinds = [
+        list(picto.categories()),
+        list(picto.COLOURS),
+        list(NUMBERS[1:]),
+        list(picto.objects()),
+    ]
     labels = list(dict.fromkeys(label for kind in kinds for label in kind))
     instruction_kind = "label" if task.meta_task == "classification" else "answer"
     task.documents = [_text(instruction_kind, label) for label in labels]
@@ -272,22 +314,31 @@ def _fill_from_labels(task: RetrievalTask, draw: Draw, generate: Callable[[Draw]
         own = next(kind for kind in kinds if right in kind)
         near = own if len(own) < CANDIDATES // 2 else [right, *wrong]
         rest = [label for label in labels if label not in near]
-        chosen = [label for label in near if label != right] + draw.rng.sample(rest, CANDIDATES - len(near))
+        chosen = [label for label in near if label != right] + draw.rng.sample(
+            rest, CANDIDATES - len(near)
+        )
         task.queries.append(sample.query)
         task.candidates.append([labels.index(right)] + [labels.index(label) for label in chosen])
 
 
-def _fill_in_blocks(task: RetrievalTask, draw: Draw, generate: Callable[[Draw], Sample], n_queries: int) -> None:
-    """Scenes, captions and crops: 50 queries, their 50 answers and 50 near-misses are one another's candidates."""
+def _fill_in_blocks(
+    task: RetrievalTask, draw: Draw, generate: Callable[[Draw], Sample], n_queries: int
+) -> None:
+    """Scenes, captions and crops: 50 queries, their 50 answers and 50 near-misses are one
+    another's candidates.
+    """
     for start in range(0, 2 * n_queries, CANDIDATES):
         block = range(start, start + CANDIDATES)
         while len(task.documents) < start + CANDIDATES:
             sample = generate(draw)
             keys = {d.key for d in sample.documents} - {""}
             if keys & {d.key for d in task.documents[start:]}:
-                continue  # a scene or caption that is in this block already could be a second right answer
+                # a scene or caption that is in this block already could be a second right answer
+                continue
             gold = len(task.documents)
             task.documents += sample.documents[:2]
             task.queries.append(sample.query)
             task.candidates.append([gold] + [i for i in block if i != gold])
-    task.documents = [replace(d, key=d.text or f"{task.name}-{i}") for i, d in enumerate(task.documents)]
+    task.documents = [
+        replace(d, key=d.text or f"{task.name}-{i}") for i, d in enumerate(task.documents)
+    ]

@@ -1,4 +1,6 @@
-"""The one form in which every reader hands out data: items, triplets for training, tasks for evaluation."""
+"""The one form in which every reader hands out data: items, triplets for training, tasks for
+evaluation.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +14,14 @@ from rematch.data.images import Picture
 
 @dataclass(frozen=True)
 class Item:
-    """A query or a document: text, a picture, or both, and the instruction that goes before the text.
+    """A query or a document: text, a picture, or both, and the instruction that goes before the
+    text.
 
     Attributes:
         text: May be empty if there is a picture.
         image: A picture (decoded, its path, its place in a zip archive), or several paths.
-        instruction: Kept apart from the text so that it can be left off (target instructions are an ablation).
+        instruction: Kept apart from the text so that it can be left off (target instructions are
+            an ablation).
         key: Identity of a document within its task; two items with one key are one document.
     """
 
@@ -54,12 +58,12 @@ class RetrievalTask:
 
     Attributes:
         name: As in the benchmark's tables.
-        meta_task: What mean it counts in; for MMEB ``"classification"``, ``"vqa"``, ``"retrieval"`` or
-            ``"grounding"``.
+        meta_task: What mean it counts in; for MMEB ``"classification"``, ``"vqa"``,
+            ``"retrieval"`` or ``"grounding"``.
         queries: The queries.
         documents: Every distinct document of the task.
-        candidates: For each query the indices of its candidate documents; the **first is the answer**. Empty if every
-            document is a candidate of every query.
+        candidates: For each query the indices of its candidate documents; the **first is the
+            answer**. Empty if every document is a candidate of every query.
         ood: Whether the task is out of distribution.
         answers: For each query the indices of all its right documents, where there may be several.
     """
@@ -77,5 +81,9 @@ class RetrievalTask:
         if self.answers is None:
             return np.asarray(self.candidates[query], np.int64), 1
         right = np.asarray(self.answers[query], np.int64)
-        every = np.asarray(self.candidates[query], np.int64) if self.candidates else np.arange(len(self.documents))
+        every = (
+            np.asarray(self.candidates[query], np.int64)
+            if self.candidates
+            else np.arange(len(self.documents))
+        )
         return np.concatenate([right, every[~np.isin(every, right)]]), len(right)

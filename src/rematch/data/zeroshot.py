@@ -1,4 +1,5 @@
-"""Five zero-shot sets from their usual files: Flickr30K, COCO 5k, ShareGPT4V-1k, Urban1K, SugarCrepe.
+"""Five zero-shot sets from their usual files: Flickr30K, COCO 5k, ShareGPT4V-1k, Urban1K,
+SugarCrepe.
 
 Each lies somewhere under one folder; what marks it is a file's or a folder's name (:data:`SETS`).
 """
@@ -16,7 +17,15 @@ from rematch.prompts import DOCUMENT_INSTRUCTIONS
 
 TO_IMAGE = "Find me an everyday image that matches the given caption: "
 TO_TEXT = "Find an image caption describing the given everyday image."
-SPLITS = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att")
+SPLITS = (
+    "replace_obj",
+    "replace_att",
+    "replace_rel",
+    "swap_obj",
+    "swap_att",
+    "add_obj",
+    "add_att",
+)
 Pairs = list[tuple[Path, list[str]]]  # pictures and their captions
 
 
@@ -38,7 +47,9 @@ class ZeroShotSet:
 
 
 def _karpathy(file: Path, find: Callable[[str], Path]) -> Pairs:
-    """Karpathy's splits: ``{"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}]}]}``."""
+    """Karpathy's splits: ``{"images": [{"filename", "filepath"?, "split", "sentences":
+    [{"raw"}]}]}``.
+    """
     images = [image for image in _json(file, dict)["images"] if image["split"] == "test"]
     return [
         (
@@ -51,32 +62,52 @@ def _karpathy(file: Path, find: Callable[[str], Path]) -> Pairs:
 
 def _sharegpt4v(file: Path, find: Callable[[str], Path]) -> Pairs:
     """The first 1,000 of ``[{"image", "conversations": [{…}, {"value": caption}]}]``."""
-    return [(find(row["image"]), [row["conversations"][1]["value"]]) for row in _json(file, list)[:1000]]
+    return [
+        (find(row["image"]), [row["conversations"][1]["value"]])
+        for row in _json(file, list)[:1000]
+    ]
 
 
 def _urban(folder: Path, find: Callable[[str], Path]) -> Pairs:
     """``caption/NAME.txt`` and ``image/NAME.jpg``."""
-    texts = sorted((p for p in (folder / "caption").glob("*.txt") if not p.name.startswith("._")), key=_natural)
+    texts = sorted(
+        (p for p in (folder / "caption").glob("*.txt") if not p.name.startswith("._")),
+        key=_natural,
+    )
     found = []
     for text in texts:
         images = [folder / "image" / (text.stem + end) for end in EXTENSIONS]
         image = next((i for i in images if i.is_file()), None)
         if image is None:
-            raise DataError(f"{text}: no picture of that name in {folder / 'image'}. Unpack Urban1k whole.")
+            raise DataError(
+                f"{text}: no picture of that name in {folder / 'image'}. Unpack Urban1k whole."
+            )
         found.append((image, [text.read_text().strip()]))
     return found
 
 
 SETS = (
-    ZeroShotSet("Flickr30K", "dataset_flickr30k.json", ("flickr30k-images", "flickr30k_images", "images"), _karpathy),
+    ZeroShotSet(
+        "Flickr30K",
+        "dataset_flickr30k.json",
+        ("flickr30k-images", "flickr30k_images", "images"),
+        _karpathy,
+    ),
     ZeroShotSet("COCO5k", "dataset_coco.json", ("images",), _karpathy),
-    ZeroShotSet("ShareGPT4V-1k", "share-captioner_coco_lcs_sam_1246k_1107.json", ("images", "data"), _sharegpt4v),
+    ZeroShotSet(
+        "ShareGPT4V-1k",
+        "share-captioner_coco_lcs_sam_1246k_1107.json",
+        ("images", "data"),
+        _sharegpt4v,
+    ),
     ZeroShotSet("Urban1K", "Urban1k", (), _urban),
 )
 _COCO_FOLDERS = ("val2017", "images", "images/val2017")
 
 
-def read_zeroshot(root: Path, limit: int | None = None) -> tuple[list[RetrievalTask], dict[str, str]]:
+def read_zeroshot(
+    root: Path, limit: int | None = None
+) -> tuple[list[RetrievalTask], dict[str, str]]:
     """All sets that lie under ``root``.
 
     Args:
@@ -84,7 +115,8 @@ def read_zeroshot(root: Path, limit: int | None = None) -> tuple[list[RetrievalT
         limit: Only the first so many queries of each task (of the documents, all).
 
     Returns:
-        The tasks, two directions a set, SugarCrepe's seven files one each; and why the others are not there.
+        The tasks, two directions a set, SugarCrepe's seven files one each; and why the others are
+        not there.
 
     Raises:
         DataError: If ``root`` is no folder or holds none of the sets.
@@ -102,7 +134,9 @@ def read_zeroshot(root: Path, limit: int | None = None) -> tuple[list[RetrievalT
             pairs = one.read(marker, _finder((marker.parent, root), one.folders, marker))
             tasks += _both_directions(one.name, pairs)
         except (KeyError, IndexError, TypeError) as error:
-            missing[one.name] = f"{marker}: not in the usual form ({type(error).__name__}: {error})"
+            missing[one.name] = (
+                f"{marker}: not in the usual form ({type(error).__name__}: {error})"
+            )
         except DataError as error:
             missing[one.name] = str(error)
     for split in SPLITS:
@@ -112,13 +146,22 @@ def read_zeroshot(root: Path, limit: int | None = None) -> tuple[list[RetrievalT
             missing[name] = f"no {split}.json under {root}"
             continue
         try:
-            tasks.append(_sugarcrepe(name, file, _finder((file.parent, file.parent.parent, root), _COCO_FOLDERS, file)))
+            tasks.append(
+                _sugarcrepe(
+                    name,
+                    file,
+                    _finder((file.parent, file.parent.parent, root), _COCO_FOLDERS, file),
+                )
+            )
         except (KeyError, TypeError) as error:
             missing[name] = f"{file}: not in the usual form ({type(error).__name__}: {error})"
         except DataError as error:
             missing[name] = str(error)
     if not tasks and all(why.startswith("no ") for why in missing.values()):
-        raise DataError(f"{root}: none of the zero-shot sets is there. docs/evaluation.md says what each looks like.")
+        raise DataError(
+            f"{root}: none of the zero-shot sets is there. docs/evaluation.md says what each "
+            "looks like."
+        )
     for task in tasks if limit else []:
         task.queries = task.queries[:limit]
         task.candidates = task.candidates[:limit]
@@ -138,7 +181,10 @@ def _both_directions(name: str, pairs: Pairs) -> list[RetrievalTask]:
         f"{name} i2t",
         name,
         [Item("", path, TO_TEXT) for path in pictures],
-        [Item(text, None, DOCUMENT_INSTRUCTIONS["caption"], key=f"{n}:{text}") for n, (_, text) in enumerate(captions)],
+        [
+            Item(text, None, DOCUMENT_INSTRUCTIONS["caption"], key=f"{n}:{text}")
+            for n, (_, text) in enumerate(captions)
+        ],
         [],
         answers=list(by_picture),
     )
@@ -165,7 +211,9 @@ def _sugarcrepe(name: str, file: Path, find: Callable[[str], Path]) -> Retrieval
     return task
 
 
-def _finder(roots: tuple[Path, ...], folders: tuple[str, ...], marker: Path) -> Callable[[str], Path]:
+def _finder(
+    roots: tuple[Path, ...], folders: tuple[str, ...], marker: Path
+) -> Callable[[str], Path]:
     places = [root / folder for root in roots for folder in ("", *folders)]
 
     def find(name: str) -> Path:
@@ -173,8 +221,8 @@ def _finder(roots: tuple[Path, ...], folders: tuple[str, ...], marker: Path) -> 
             if (place / name).is_file():
                 return place / name
         raise DataError(
-            f"{marker} names the picture {name}, which is neither beside it nor in {', '.join(folders)}. Unpack the "
-            "images there."
+            f"{marker} names the picture {name}, which is neither beside it nor in "
+            f"{', '.join(folders)}. Unpack the images there."
         )
 
     return find
@@ -193,7 +241,10 @@ def _json(file: Path, kind: type) -> Any:
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read as JSON ({error}).") from None
     if not isinstance(content, kind):
-        raise DataError(f"{file}: holds a {type(content).__name__}, where the usual file holds a {kind.__name__}.")
+        raise DataError(
+            f"{file}: holds a {type(content).__name__}, where the usual file holds a "
+            f"{kind.__name__}."
+        )
     return content
 
 

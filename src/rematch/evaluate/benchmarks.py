@@ -58,7 +58,10 @@ def load(
         tasks, left_out = read_eval(data or download(wanted), wanted, limit)
     elif benchmark == "zeroshot":
         if data is None:
-            raise DataError("zeroshot: --data is missing. Give the folder that holds the sets (docs/evaluation.md).")
+            raise DataError(
+                "zeroshot: --data is missing. Give the folder that holds the sets "
+                "(docs/evaluation.md)."
+            )
         tasks, left_out = read_zeroshot(data, limit)
         known = [t.name for t in tasks] + list(left_out)
         wanted = _chosen(names, known)
@@ -70,7 +73,8 @@ def load(
             near = get_close_matches(benchmark, NAMES, 1)
             meant = f" Did you mean {near[0]}?" if near else ""
             raise DataError(
-                f"--benchmark {benchmark}: neither {', '.join(NAMES)} nor a file or folder that is there.{meant}"
+                f"--benchmark {benchmark}: neither {', '.join(NAMES)} nor a file or folder that "
+                f"is there.{meant}"
             )
         tasks = read_own(source, limit)
         wanted = _chosen(names, [t.name for t in tasks])
@@ -78,10 +82,14 @@ def load(
     # one command runs the zero-shot sets that are there, as people have some of them
     if left_out and not skip_missing and (benchmark != "zeroshot" or names or not tasks):
         first = next(iter(left_out))
-        more = f" (and {len(left_out) - 1} more: {', '.join(list(left_out)[1:])})" if len(left_out) > 1 else ""
+        more = (
+            f" (and {len(left_out) - 1} more: {', '.join(list(left_out)[1:])})"
+            if len(left_out) > 1
+            else ""
+        )
         raise DataError(
-            f"{first} is missing: {left_out[first].rstrip('.')}{more}. Bring it, name the wanted ones with --tasks, or "
-            "leave out what is missing with --skip-missing."
+            f"{first} is missing: {left_out[first].rstrip('.')}{more}. Bring it, name the wanted "
+            "ones with --tasks, or leave out what is missing with --skip-missing."
         )
     if not tasks:
         raise DataError(f"{benchmark}: nothing is left to evaluate.")
@@ -100,6 +108,10 @@ def _chosen(names: Sequence[str], known: Sequence[str]) -> list[str]:
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, 3)
-            meant = f" Did you mean {' or '.join(near)}?" if near else f" There are: {', '.join(known)}."
+            meant = (
+                f" Did you mean {' or '.join(near)}?"
+                if near
+                else f" There are: {', '.join(known)}."
+            )
             raise DataError(f"--tasks {name}: no such task.{meant}")
     return [name for name in known if not names or name in names]

@@ -15,8 +15,10 @@ from rich.table import Table
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util.distributed import get_rank, get_world_size
 
-from rematch.backbone import limit_pixels, resolve
-from rematch.encoder import Encoder
+from rematch.backbone.module import limit_pixels, resolve
+from rematch.console import say
+from rematch.encoding.encoder import Encoder
+from rematch.encoding.vector_store import VectorStore
 from rematch.errors import ModelError, RematchError
 from rematch.evaluate.benchmarks import Benchmark, load
 from rematch.evaluate.output import content_of, save_vectors, write
@@ -24,7 +26,6 @@ from rematch.evaluate.rerank import Reranking
 from rematch.evaluate.run import TaskResult, evaluate
 from rematch.matching import VIEWS
 from rematch.model import ReMatch
-from rematch.vectors import VectorStore, say
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,14 @@ def run(options: Options) -> dict[str, Any]:
 
 def _run(options: Options) -> dict[str, Any]:
     started = time.perf_counter()
-    benchmark = load(options.benchmark, options.data, options.tasks, options.limit, options.skip_missing)
+    benchmark = load(
+        options.benchmark, options.data, options.tasks, options.limit, options.skip_missing
+    )
     model = load_model(options)
     if not isinstance(model, ReMatch) and (options.rerank or options.maxsim):
-        raise RematchError(f"{options.model}: --rerank and --maxsim need a ReMatch model. Leave them out.")
+        raise RematchError(
+            f"{options.model}: --rerank and --maxsim need a ReMatch model. Leave them out."
+        )
     first = get_rank() == 0
     directory = options.cache or (options.output / "vectors" if options.output else None)
     warn = say if first else _nothing
@@ -98,7 +103,12 @@ def _run(options: Options) -> dict[str, Any]:
             progress.update(bar, now=f"{done:,} of {total:,} inputs")
 
         encoder = Encoder(
-            model, store, batch_tokens=options.batch_tokens, workers=options.workers, progress=encoded, warn=warn
+            model,
+            store,
+            batch_tokens=options.batch_tokens,
+            workers=options.workers,
+            progress=encoded,
+            warn=warn,
         )
         results, broken = evaluate(
             encoder,
@@ -113,7 +123,15 @@ def _run(options: Options) -> dict[str, Any]:
     if not results:
         name, why = next(iter(benchmark.left_out.items()))
         raise RematchError(f"nothing could be evaluated: {name}: {why}")
-    kept = ("limit", "document_instructions", "rerank", "views", "maxsim", "min_pixels", "max_pixels")
+    kept = (
+        "limit",
+        "document_instructions",
+        "rerank",
+        "views",
+        "maxsim",
+        "min_pixels",
+        "max_pixels",
+    )
     content = content_of(
         options.model,
         benchmark,
@@ -128,7 +146,9 @@ def _run(options: Options) -> dict[str, Any]:
             paths = write(options.output, content, results, encoder)
             if options.save_vectors:
                 save_vectors(options.output / "arrays", results)
-            Console().print("Written: " + ", ".join(escape(str(path)) for path in paths), soft_wrap=True)
+            Console().print(
+                "Written: " + ", ".join(escape(str(path)) for path in paths), soft_wrap=True
+            )
     return content
 
 
@@ -150,11 +170,13 @@ def load_model(options: Options) -> SentenceTransformer:
         model: SentenceTransformer = ReMatch(name, **kwargs)
     else:
         try:
-            model = SentenceTransformer(name, trust_remote_code=options.trust_remote_code, **kwargs)
+            model = SentenceTransformer(
+                name, trust_remote_code=options.trust_remote_code, **kwargs
+            )
         except (OSError, ValueError, ImportError) as error:
             raise ModelError(
-                f"{name}: cannot be loaded ({str(error).strip().splitlines()[0]}). Give a directory that holds a "
-                "SentenceTransformer, a hub name, or rematch-tiny."
+                f"{name}: cannot be loaded ({str(error).strip().splitlines()[0]}). Give a "
+                "directory that holds a SentenceTransformer, a hub name, or rematch-tiny."
             ) from error
     limit_pixels(getattr(model[0], "processor", None), options.min_pixels, options.max_pixels)
     return model
@@ -162,7 +184,11 @@ def load_model(options: Options) -> SentenceTransformer:
 
 def _is_rematch(name: str) -> bool:
     modules = Path(resolve(name)) / "modules.json"
-    return not Path(resolve(name)).is_dir() or not modules.exists() or "rematch." in modules.read_text()
+    return (
+        not Path(resolve(name)).is_dir()
+        or not modules.exists()
+        or "rematch." in modules.read_text()
+    )
 
 
 def _print(results: list[TaskResult], content: dict[str, Any], benchmark: Benchmark) -> None:
@@ -182,7 +208,9 @@ def _print(results: list[TaskResult], content: dict[str, Any], benchmark: Benchm
         table.add_row(f"{name}, overall", f"{content[name]['overall']:.1f}", "", "")
     if others:
         cost = content["run"]["ms_per_query"]
-        table.add_row("ms per query", f"{cost['embedding']:.2f}", "", "", *(f"{cost[n]:.2f}" for n in others))
+        table.add_row(
+            "ms per query", f"{cost['embedding']:.2f}", "", "", *(f"{cost[n]:.2f}" for n in others)
+        )
     Console().print(table)
     for name, why in benchmark.left_out.items():
         say(f"left out: {name}: {why}")

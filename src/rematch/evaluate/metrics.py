@@ -12,7 +12,8 @@ Ranks = NDArray[np.int64]
 
 
 def ranking(scores: NDArray[np.floating], right: int = 1) -> NDArray[np.int64]:
-    """Candidates from best to worst; among equals the right ones come last, and so do they if their score is NaN.
+    """Candidates from best to worst; among equals the right ones come last, and so do they if
+    their score is NaN.
 
     Args:
         scores: (C,); the first ``right`` are those of right candidates.
@@ -36,7 +37,8 @@ def ranks_of_right(scores: NDArray[np.floating], right: int = 1) -> Ranks:
 
 
 def hit_at(ranks: Sequence[Ranks], k: int) -> float:
-    """Share of queries with a right candidate among the first ``k``, in percent; R@k of the image-text benchmarks.
+    """Share of queries with a right candidate among the first ``k``, in percent; R@k of the
+    image-text benchmarks.
 
     >>> hit_at([np.array([1, 20]), np.array([11])], 10)
     50.0
@@ -82,5 +84,10 @@ def map_at(ranks: Sequence[Ranks], k: float = np.inf) -> float:
     75.0
     """
     return 100 * float(
-        np.mean([((np.arange(1, len(r) + 1) / r) * (r <= k)).sum() / min(len(r), max(1, k)) for r in ranks])
+        np.mean(
+            [
+                ((np.arange(1, len(r) + 1) / r) * (r <= k)).sum() / min(len(r), max(1, k))
+                for r in ranks
+            ]
+        )
     )

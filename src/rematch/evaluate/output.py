@@ -1,4 +1,6 @@
-"""What an evaluation leaves behind: scores.json, predictions.parquet, report.html and MMEB's leaderboard file."""
+"""What an evaluation leaves behind: scores.json, predictions.parquet, report.html and MMEB's
+leaderboard file.
+"""
 
 import json
 import os
@@ -22,7 +24,7 @@ from PIL import Image
 from rematch.data.images import data_url, load_image
 from rematch.data.mmeb_table import DATA_SETS
 from rematch.data.schema import Item
-from rematch.encoder import Encoder
+from rematch.encoding.encoder import Encoder
 from rematch.evaluate.benchmarks import Benchmark
 from rematch.evaluate.metrics import Ranks, hit_at, map_at, mrr_at, ndcg_at, recall_at
 from rematch.evaluate.run import TaskResult, baselines, summary
@@ -36,13 +38,22 @@ _CANDIDATES_SHOWN = 3
 
 @cache
 def reference() -> dict[str, Any]:
-    """Published MMEB scores: ``per_dataset``, ``meta_task_scores`` with their ``columns``, and their ``source``."""
-    content: dict[str, Any] = json.loads((files("rematch") / "assets/mmeb_reference_scores.json").read_text())
+    """Published MMEB scores: ``per_dataset``, ``meta_task_scores`` with their ``columns``, and
+    their ``source``.
+    """
+    content: dict[str, Any] = json.loads(
+        (files("rematch") / "assets/mmeb_reference_scores.json").read_text()
+    )
     return content
 
 
 def content_of(
-    model: str, benchmark: Benchmark, results: Sequence[TaskResult], encoder: Encoder, seconds: float, options: Any
+    model: str,
+    benchmark: Benchmark,
+    results: Sequence[TaskResult],
+    encoder: Encoder,
+    seconds: float,
+    options: Any,
 ) -> dict[str, Any]:
     """What ``scores.json`` holds; all but ``run`` is the same however often a run was interrupted."""
     methods = list(dict.fromkeys(name for r in results for name in r.methods))
@@ -62,17 +73,24 @@ def content_of(
             "inputs_encoded": encoder.encoded,
             "inputs_found_on_disk": encoder.found,
             "ms_per_query": {
-                n: round(float(np.mean([r.methods[n]["ms_per_query"] for r in results])), 3) for n in methods
+                n: round(float(np.mean([r.methods[n]["ms_per_query"] for r in results])), 3)
+                for n in methods
             },
             "hardware": _hardware(encoder),
-            "versions": {n: version(n) for n in ("rematch-mm", "torch", "transformers", "sentence-transformers")},
+            "versions": {
+                n: version(n)
+                for n in ("rematch-mm", "torch", "transformers", "sentence-transformers")
+            },
         },
     }
 
 
 def _method(name: str, results: Sequence[TaskResult]) -> dict[str, Any]:
     means = summary(results, lambda r: r.methods[name]["hit@1"])
-    return {"scores": means, "tasks": {r.task.name: _rounded(r.methods[name], leave="ms_per_query") for r in results}}
+    return {
+        "scores": means,
+        "tasks": {r.task.name: _rounded(r.methods[name], leave="ms_per_query") for r in results},
+    }
 
 
 def _rounded(scores: dict[str, float], leave: str = "") -> dict[str, float]:
@@ -85,9 +103,15 @@ def _hardware(encoder: Encoder) -> str:
     return f"{name}, {os.cpu_count()} CPU cores"
 
 
-def write(directory: Path, content: dict[str, Any], results: Sequence[TaskResult], encoder: Encoder) -> list[Path]:
+def write(
+    directory: Path, content: dict[str, Any], results: Sequence[TaskResult], encoder: Encoder
+) -> list[Path]:
     """Write everything into ``directory`` and return the files' paths."""
-    written = [directory / "scores.json", directory / "predictions.parquet", directory / "report.html"]
+    written = [
+        directory / "scores.json",
+        directory / "predictions.parquet",
+        directory / "report.html",
+    ]
     write_json(written[0], content)
     _write_predictions(written[1], results)
     _write_report(written[2], content, results)
@@ -98,8 +122,9 @@ def write(directory: Path, content: dict[str, Any], results: Sequence[TaskResult
 
 
 def save_vectors(directory: Path, results: Sequence[TaskResult]) -> None:
-    """One ``.npz`` a task: ``queries`` (Q, D), ``documents`` (N, D), ``candidates`` (all pools one after the other, the
-    right ones first), ``sizes`` (Q,) of the pools, ``right`` (Q,) how many are right.
+    """One ``.npz`` a task: ``queries`` (Q, D), ``documents`` (N, D), ``candidates`` (all pools one
+    after the other, the right ones first), ``sizes`` (Q,) of the pools, ``right`` (Q,) how many
+    are right.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for result in results:
@@ -118,7 +143,9 @@ def save_vectors(directory: Path, results: Sequence[TaskResult]) -> None:
 
 
 def leaderboard(model: str, results: Sequence[TaskResult], encoder: Encoder) -> dict[str, Any]:
-    """MMEB's leaderboard file; scores there are shares, not percent. What only the author knows is left empty."""
+    """MMEB's leaderboard file; scores there are shares, not percent. What only the author knows is
+    left empty.
+    """
     st = encoder.model
     base = st.backbone.base_name if isinstance(st, ReMatch) else ""
     names = [d.name for d in DATA_SETS]
@@ -135,7 +162,10 @@ def leaderboard(model: str, results: Sequence[TaskResult], encoder: Encoder) -> 
             "report_generated_date": date.today().isoformat(),
         },
         "metrics": {
-            "image": {r.task.name: _shares(r.ranks) for r in sorted(results, key=lambda r: names.index(r.task.name))},
+            "image": {
+                r.task.name: _shares(r.ranks)
+                for r in sorted(results, key=lambda r: names.index(r.task.name))
+            },
             "video": {},
             "visdoc": {},
         },
@@ -158,7 +188,8 @@ def _shares(ranks: Sequence[Ranks]) -> dict[str, float]:
 
 def _write_predictions(path: Path, results: Sequence[TaskResult]) -> None:
     columns: dict[str, list[Any]] = {
-        n: [] for n in ("task", "query", "text", "image", "answers", "rank", "candidates", "scores")
+        n: []
+        for n in ("task", "query", "text", "image", "answers", "rank", "candidates", "scores")
     }
     for result in results:
         for i, (query, ranks, (best, scores)) in enumerate(
@@ -169,7 +200,9 @@ def _write_predictions(path: Path, results: Sequence[TaskResult]) -> None:
                 "task": result.task.name,
                 "query": i,
                 "text": query.instruction + query.text,
-                "image": "" if query.image is None or isinstance(query.image, Image.Image) else str(query.image),
+                "image": ""
+                if query.image is None or isinstance(query.image, Image.Image)
+                else str(query.image),
                 "answers": [result.task.documents[j].key for j in own[:right]],
                 "rank": int(ranks[0]),
                 "candidates": [result.task.documents[j].key for j in best],
@@ -183,7 +216,9 @@ def _write_predictions(path: Path, results: Sequence[TaskResult]) -> None:
 
 
 def _write_report(path: Path, content: dict[str, Any], results: Sequence[TaskResult]) -> None:
-    template = jinja2.Template((files("rematch") / "assets/evaluation.html.jinja").read_text(), autoescape=True)
+    template = jinja2.Template(
+        (files("rematch") / "assets/evaluation.html.jinja").read_text(), autoescape=True
+    )
     worst = sorted(results, key=lambda r: r.scores["hit@1"])[:5]
     published = _published(content, results) if content["benchmark"] == "mmeb" else None
     metas: dict[str, list[TaskResult]] = {}
@@ -191,7 +226,10 @@ def _write_report(path: Path, content: dict[str, Any], results: Sequence[TaskRes
         metas.setdefault(result.task.meta_task, []).append(result)
     failures = [(r.task.name, r.scores["hit@1"], _failures(r)) for r in worst]
     write_text(
-        path, template.render(report=content, metas=metas, published=published, failures=failures, source=reference())
+        path,
+        template.render(
+            report=content, metas=metas, published=published, failures=failures, source=reference()
+        ),
     )
 
 
@@ -209,7 +247,10 @@ def _published(content: dict[str, Any], results: Sequence[TaskResult]) -> dict[s
         "whole": whole,
         "rows": rows,
         "models": list(per),
-        "datasets": [(r.task.name, r.scores["hit@1"], [per[m].get(r.task.name) for m in per]) for r in results],
+        "datasets": [
+            (r.task.name, r.scores["hit@1"], [per[m].get(r.task.name) for m in per])
+            for r in results
+        ],
     }
 
 
@@ -227,7 +268,9 @@ def _failures(result: TaskResult) -> list[dict[str, Any]]:
                 "rank": int(result.ranks[i][0]),
                 "best": [
                     (_shown(task.documents[j]), float(s), int(j) in answers)
-                    for j, s in zip(best[:_CANDIDATES_SHOWN], scores[:_CANDIDATES_SHOWN], strict=True)
+                    for j, s in zip(
+                        best[:_CANDIDATES_SHOWN], scores[:_CANDIDATES_SHOWN], strict=True
+                    )
                 ],
             }
         )
@@ -235,6 +278,8 @@ def _failures(result: TaskResult) -> list[dict[str, Any]]:
 
 
 def _shown(item: Item) -> dict[str, Any]:
-    given = item.image if isinstance(item.image, list) else [] if item.image is None else [item.image]
+    given = (
+        item.image if isinstance(item.image, list) else [] if item.image is None else [item.image]
+    )
     text = item.text if len(item.text) <= 240 else item.text[:240] + " …"
     return {"images": [data_url(load_image(one)) for one in given], "text": text}

@@ -1,4 +1,6 @@
-"""Retrieval evaluation: encode each distinct query and document once, rank the candidates, average as MMEB does."""
+"""Retrieval evaluation: encode each distinct query and document once, rank the candidates, average
+as MMEB does.
+"""
 
 import time
 from collections import Counter
@@ -10,9 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rematch.data.schema import RetrievalTask
-from rematch.encoder import Encoder
+from rematch.encoding.encoder import Encoder
 from rematch.errors import DataError, ImageError, RematchError
-from rematch.evaluate.metrics import Ranks, hit_at, mrr_at, ndcg_at, ranking, ranks_of_right, recall_at
+from rematch.evaluate.metrics import (
+    Ranks,
+    hit_at,
+    mrr_at,
+    ndcg_at,
+    ranking,
+    ranks_of_right,
+    recall_at,
+)
 from rematch.evaluate.rerank import Reranking, rerank
 from rematch.model import ReMatch
 from rematch.search.cascade import maxsim
@@ -29,8 +39,10 @@ class TaskResult:
         scores: In percent.
         ranks: For each query the ranks of its right documents.
         best: For each query its first candidates, as indices of documents, and their scores.
-        vectors: Of queries and documents, (Q, D) and (N, D), unit length where the model compares by cosine.
-        methods: Other rankings of the same candidates: scores, and what they cost in ``ms_per_query``.
+        vectors: Of queries and documents, (Q, D) and (N, D), unit length where the model compares
+            by cosine.
+        methods: Other rankings of the same candidates: scores, and what they cost in
+            ``ms_per_query``.
         warnings: What makes the scores doubtful.
     """
 
@@ -51,13 +63,14 @@ def evaluate_task(
     reranking: Reranking | None = None,
     multi_vector: bool = False,
 ) -> TaskResult:
-    """Rank every query's candidates by the model's own similarity, cosine unless it says otherwise.
+    """Rank every query's candidates by the model's own similarity, cosine unless it says
+    otherwise.
 
     Args:
         encoder: Of the model.
         task: The task.
-        document_instructions: Put the target-side instruction before documents; by default as the model was trained,
-            and for models that are not ours, yes.
+        document_instructions: Put the target-side instruction before documents; by default as the
+            model was trained, and for models that are not ours, yes.
         reranking: Let the matching head put the first candidates in another order besides.
         multi_vector: Score by MaxSim over the token vectors besides.
 
@@ -65,13 +78,20 @@ def evaluate_task(
         RematchError: If an input cannot be read.
     """
     model = encoder.model
-    if reranking and model.truncate_dim is not None and any("feat" in view for view in reranking.views):
+    if (
+        reranking
+        and model.truncate_dim is not None
+        and any("feat" in view for view in reranking.views)
+    ):
         raise RematchError(
-            f"the matching head reads whole vectors only, but the model has truncate_dim={model.truncate_dim}. Use "
-            "--views raw-raw, or load the model without it."
+            "the matching head reads whole vectors only, but the model has "
+            f"truncate_dim={model.truncate_dim}. Use --views raw-raw, or load the model without "
+            "it."
         )
     if document_instructions is None:
-        document_instructions = model.backbone.document_instructions if isinstance(model, ReMatch) else True
+        document_instructions = (
+            model.backbone.document_instructions if isinstance(model, ReMatch) else True
+        )
     asked = [query.as_input() for query in task.queries]
     given = [document.as_input(document_instructions) for document in task.documents]
     queries = encoder.encode(asked, "query", multi_vector=multi_vector)
@@ -92,21 +112,30 @@ def evaluate_task(
         if reranking:
             scored.append((own, right, order))
     result = TaskResult(task, summarise(ranks), ranks, best, (queries, documents))
-    result.methods["embedding"] = result.scores | {"ms_per_query": _milliseconds(started, len(queries))}
+    result.methods["embedding"] = result.scores | {
+        "ms_per_query": _milliseconds(started, len(queries))
+    }
     if multi_vector:
         started = time.perf_counter()
         pools = [task.pool(i) for i in range(len(queries))]
         found: Sequence[Ranks] = [
-            ranks_of_right(maxsim(query_tokens[i], document_tokens[own]), right) for i, (own, right) in enumerate(pools)
+            ranks_of_right(maxsim(query_tokens[i], document_tokens[own]), right)
+            for i, (own, right) in enumerate(pools)
         ]
-        result.methods["MaxSim"] = summarise(found) | {"ms_per_query": _milliseconds(started, len(queries))}
+        result.methods["MaxSim"] = summarise(found) | {
+            "ms_per_query": _milliseconds(started, len(queries))
+        }
     if reranking:
         assert isinstance(model, ReMatch)
         for view in reranking.views:
             started = time.perf_counter()
-            found = rerank(model, (asked, queries), (given, documents), scored, reranking.top, view)
+            found = rerank(
+                model, (asked, queries), (given, documents), scored, reranking.top, view
+            )
             name = f"rerank {reranking.top}, {view}"
-            result.methods[name] = summarise(found) | {"ms_per_query": _milliseconds(started, len(queries))}
+            result.methods[name] = summarise(found) | {
+                "ms_per_query": _milliseconds(started, len(queries))
+            }
     result.warnings = _doubts(result)
     return result
 
@@ -145,9 +174,13 @@ def _doubts(result: TaskResult) -> list[str]:
     for what, vectors in zip(("queries", "documents"), result.vectors, strict=True):
         broken = ~np.isfinite(vectors).all(axis=1)
         if broken.any():
-            found.append(f"{name}: {broken.sum()} of {len(vectors)} vectors of {what} hold NaN or infinity")
+            found.append(
+                f"{name}: {broken.sum()} of {len(vectors)} vectors of {what} hold NaN or infinity"
+            )
         elif len(vectors) > 1 and float(np.ptp(vectors, axis=0).max()) < 1e-5:
-            found.append(f"{name}: all vectors of {what} are equal; the model cannot tell them apart")
+            found.append(
+                f"{name}: all vectors of {what} are equal; the model cannot tell them apart"
+            )
     guess, hits, queries = chance(result.task), result.scores["hit@1"], len(result.task.queries)
     spread = 100 * np.sqrt(guess / 100 * (1 - guess / 100) / queries)
     if hits <= guess + 2 * spread:
@@ -187,12 +220,14 @@ def evaluate(
     return results, left_out
 
 
-def summary(results: Sequence[TaskResult], scores: Callable[[TaskResult], float] | None = None) -> dict[str, float]:
+def summary(
+    results: Sequence[TaskResult], scores: Callable[[TaskResult], float] | None = None
+) -> dict[str, float]:
     """Means of Hit@1 over tasks.
 
-    ``overall`` and each meta-task are plain means, as MMEB's; ``ind`` and ``ood`` those over tasks in and out of
-    distribution. Picto asks each task in both: ``overall`` and the meta-tasks are then those in distribution, and
-    ``ood_overall`` is told apart.
+    ``overall`` and each meta-task are plain means, as MMEB's; ``ind`` and ``ood`` those over tasks
+    in and out of distribution. Picto asks each task in both: ``overall`` and the meta-tasks are
+    then those in distribution, and ``ood_overall`` is told apart.
     """
     twins = any(r.task.name.endswith("-OOD") for r in results)
     of = scores or (lambda r: r.scores["hit@1"])
@@ -204,14 +239,23 @@ def summary(results: Sequence[TaskResult], scores: Callable[[TaskResult], float]
     means = {"overall": mean(counted)} if counted else {}
     metas = dict.fromkeys(r.task.meta_task for r in counted)
     means |= {meta: mean([r for r in counted if r.task.meta_task == meta]) for meta in metas}
-    apart = {"ood": [r for r in results if r.task.ood], "ind": [r for r in results if not r.task.ood]}
+    apart = {
+        "ood": [r for r in results if r.task.ood],
+        "ind": [r for r in results if not r.task.ood],
+    }
     if twins:
         return means | {"ood_overall": mean(apart["ood"])}
-    return means | ({name: mean(apart[name]) for name in ("ind", "ood")} if apart["ood"] and apart["ind"] else {})
+    return means | (
+        {name: mean(apart[name]) for name in ("ind", "ood")}
+        if apart["ood"] and apart["ind"]
+        else {}
+    )
 
 
 def baselines(tasks: Sequence[RetrievalTask]) -> dict[str, dict[str, float]]:
-    """What needs no model: ``chance``, and always naming the ``commonest`` answer; means as in :func:`summary`."""
+    """What needs no model: ``chance``, and always naming the ``commonest`` answer; means as in
+    :func:`summary`.
+    """
     empty = [TaskResult(task, {}, []) for task in tasks]
     return {
         "chance": summary(empty, lambda r: chance(r.task)),

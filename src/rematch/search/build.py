@@ -1,13 +1,16 @@
 """From a corpus to an index, as a stream: read, compare with what is there, encode, write.
 
-1. Documents are read window by window, no more than :data:`WINDOW_BYTES` of picture files at a time.
-2. Those whose stamp is the one in the index are left alone. Of the others the content is hashed; what was encoded
-   before, under whatever name, is not encoded again.
-3. The rest goes to :meth:`rematch.encoder.Encoder.stream` in batches of like length.
-4. Rows are written every :data:`FLUSH_SECONDS`, in one commit: a run that was killed goes on behind its last one.
+1. Documents are read window by window, no more than :data:`WINDOW_BYTES` of picture files at a
+   time.
+2. Those whose stamp is the one in the index are left alone. Of the others the content is hashed;
+   what was encoded before, under whatever name, is not encoded again.
+3. The rest goes to :meth:`rematch.encoding.encoder.Encoder.stream` in batches of like length.
+4. Rows are written every :data:`FLUSH_SECONDS`, in one commit: a run that was killed goes on
+   behind its last one.
 5. What is no longer in the corpus is taken out at the end.
 
-Memory holds a window, the batches ahead of the model, and some 32 bytes for each document of the index.
+Memory holds a window, the batches ahead of the model, and some 32 bytes for each document of the
+index.
 """
 
 import time
@@ -23,11 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
+from rematch.data.corpus import Corpus, Document, Found
 from rematch.data.images import Checked, Encoded
-from rematch.encoder import Encoder, Measured, look_at_picture, plan
+from rematch.encoding.encoder import Encoder, Measured, look_at_picture, plan
 from rematch.errors import DataError, RematchError
 from rematch.files import write_json
-from rematch.search.corpus import Corpus, Document, Found
 from rematch.search.index import Index, cut
 from rematch.search.storage import is_local, quoted
 
@@ -145,19 +148,32 @@ class Builder:
         progress: Told (documents seen, of how many).
     """
 
-    def __init__(self, index: Index, encoder: Encoder, most_failures: float, progress: Progress) -> None:
-        self.index, self.encoder, self.most_failures, self.progress = index, encoder, most_failures, progress
+    def __init__(
+        self, index: Index, encoder: Encoder, most_failures: float, progress: Progress
+    ) -> None:
+        self.index, self.encoder, self.most_failures, self.progress = (
+            index,
+            encoder,
+            most_failures,
+            progress,
+        )
         self.report, self.known = Report(), Known(index)
         self.tokens = bool(index.about["tokens"])
         self.underway: dict[bytes, list[Read]] = {}  # being encoded: which documents wait for it
         self.ready: dict[bytes, NDArray[np.float32]] = {}  # encoded, not written yet
-        self.rows: dict[bool, list[dict[str, Any]]] = {True: [], False: []}  # to be written: new ones, others
+        self.rows: dict[bool, list[dict[str, Any]]] = {
+            True: [],
+            False: [],
+        }  # to be written: new ones, others
         self.bytes, self.commits, self.written = 0, 0, time.monotonic()
 
     def run(self, corpus: Corpus) -> None:
         """Write what is new or has changed."""
         for keys, vectors, errors in self.encoder.stream(
-            self._batches(corpus), "document", multi_vector=self.tokens, workers=self.encoder.workers
+            self._batches(corpus),
+            "document",
+            multi_vector=self.tokens,
+            workers=self.encoder.workers,
         ):
             found = iter(vectors)
             for place, key in enumerate(keys):
@@ -175,12 +191,14 @@ class Builder:
             self.judge()
         self._flush()
 
-    # ---- in ---------------------------------------------------------------------------------------------------------
+    # ---- in -------------------------------------------------------------------------------------
 
     def _batches(self, corpus: Corpus) -> Iterator[tuple[list[bytes], list[Any]]]:
         with ThreadPoolExecutor(8) as threads:
             for window in self._windows(corpus, threads):
-                measured = self.encoder.measure([r.given for r in window], "document", multi_vector=self.tokens)
+                measured = self.encoder.measure(
+                    [r.given for r in window], "document", multi_vector=self.tokens
+                )
                 fresh: dict[bytes, Measured] = {}
                 seen_before: dict[bytes, list[Read]] = {}
                 for one, found in zip(window, measured, strict=True):
@@ -210,10 +228,15 @@ class Builder:
                 for batch in plan(list(fresh.values()), self.encoder.batch_tokens):
                     yield [m.key for m in batch], [given[m.key] for m in batch]
 
-    def _windows(self, corpus: Iterable[Found], threads: ThreadPoolExecutor) -> Iterator[list[Read]]:
+    def _windows(
+        self, corpus: Iterable[Found], threads: ThreadPoolExecutor
+    ) -> Iterator[list[Read]]:
         """Documents that are new or may have changed, read."""
         window: list[Read] = []
-        size, most = 0, WINDOW // 16  # the first ones are small, so that there is soon something to encode
+        size, most = (
+            0,
+            WINDOW // 16,
+        )  # the first ones are small, so that there is soon something to encode
         for some in _chunks(corpus, 16):
             for name, found in threads.map(self._read, some):
                 if one := self.admit(name, found):
@@ -234,7 +257,9 @@ class Builder:
             if stamp == before:
                 return found.id, None
             given = found.read(self.index.about["document_instructions"])
-            if isinstance(found.image, Path):  # what is sent to a worker is where it lies, and what it must be
+            if isinstance(
+                found.image, Path
+            ):  # what is sent to a worker is where it lies, and what it must be
                 given["image"] = Checked(found.image, *look_at_picture(given["image"]))
             return found.id, Read(found, stamp, given, before is None)
         except RematchError as error:
@@ -256,7 +281,9 @@ class Builder:
             return None
         if not isinstance(found, RematchError):
             try:
-                self.index.make_room((found.document if isinstance(found, Read) else found).metadata)
+                self.index.make_room(
+                    (found.document if isinstance(found, Read) else found).metadata
+                )
                 return found
             except DataError as error:
                 found = error
@@ -268,14 +295,24 @@ class Builder:
         names = ["content_hash", "vector"] + ["tokens"] * self.tokens
         for some in _chunks(keys, 500):
             among = ", ".join(quoted(key.hex()) for key in some)
-            rows = self.index.table.search().where(f"content_hash IN ({among})").select(names).to_list()
+            rows = (
+                self.index.table.search()
+                .where(f"content_hash IN ({among})")
+                .select(names)
+                .to_list()
+            )
             for row in {row["content_hash"]: row for row in rows}.values():
                 tokens = np.asarray(row["tokens"] if self.tokens else [], np.float32)
-                vector = np.zeros((1, tokens.shape[1] if self.tokens else len(row["vector"])), np.float32)
+                vector = np.zeros(
+                    (1, tokens.shape[1] if self.tokens else len(row["vector"])), np.float32
+                )
                 vector[0, : len(row["vector"])] = row["vector"]
-                yield bytes.fromhex(row["content_hash"]), np.concatenate([vector, tokens]) if self.tokens else vector
+                yield (
+                    bytes.fromhex(row["content_hash"]),
+                    np.concatenate([vector, tokens]) if self.tokens else vector,
+                )
 
-    # ---- out --------------------------------------------------------------------------------------------------------
+    # ---- out ------------------------------------------------------------------------------------
 
     def _write(self, one: Read, key: bytes, vectors: NDArray[np.float32]) -> None:
         row = one.row(key, vectors, self.index.about["dimensions"])
@@ -306,14 +343,16 @@ class Builder:
             self._flush()
             name, why = next(iter(self.report.failures.items()))
             raise DataError(
-                f"{failed} of {seen} documents cannot be read, such as {name}: {why} Mend the corpus, or allow more "
-                "with --max-failures."
+                f"{failed} of {seen} documents cannot be read, such as {name}: {why} Mend the "
+                "corpus, or allow more with --max-failures."
             )
 
     def delete_the_rest(self) -> None:
         gone: list[str] = []
         for batch in self.index.scan(["id"]):
-            gone += [name for name in batch["id"].to_pylist() if number_of(name) not in self.known.met]
+            gone += [
+                name for name in batch["id"].to_pylist() if number_of(name) not in self.known.met
+            ]
         if gone:
             self.index.delete(gone)
             self.report.deleted, self.commits = len(gone), self.commits + 1
@@ -350,16 +389,20 @@ def build(
         What was done; ``report.json`` in the index's directory holds it, too.
 
     Raises:
-        DataError: If too many documents fail, another process writes, or the index cannot be written. What was
-            written by then stays, and the same call goes on from there.
+        DataError: If too many documents fail, another process writes, or the index cannot be
+            written. What was written by then stays, and the same call goes on from there.
     """
     with index.alone():
         builder = Builder(index, encoder, most_failures, progress)
         return settle(builder, corpus, lambda: builder.run(corpus), keep, ann)
 
 
-def settle(builder: Builder, corpus: Corpus, run: Callable[[], None], keep: bool, ann: str) -> Report:
-    """Run, judge, take out what is gone, write the report whatever happens, and see to the files and the ANN index."""
+def settle(
+    builder: Builder, corpus: Corpus, run: Callable[[], None], keep: bool, ann: str
+) -> Report:
+    """Run, judge, take out what is gone, write the report whatever happens, and see to the files
+    and the ANN index.
+    """
     index, report = builder.index, builder.report
     try:
         run()
@@ -382,8 +425,15 @@ def settle(builder: Builder, corpus: Corpus, run: Callable[[], None], keep: bool
 def _write_report(index: Index, corpus: Corpus, report: Report) -> None:
     if not is_local(index.uri):
         return
-    content = {"corpus": corpus.name, "documents": len(index), "about": index.about, "last_run": asdict(report)}
+    content = {
+        "corpus": corpus.name,
+        "documents": len(index),
+        "about": index.about,
+        "last_run": asdict(report),
+    }
     try:
         write_json(Path(index.uri) / "report.json", content)
     except OSError as error:
-        raise DataError(f"{index.uri}: report.json cannot be written ({error.strerror}).") from None
+        raise DataError(
+            f"{index.uri}: report.json cannot be written ({error.strerror})."
+        ) from None

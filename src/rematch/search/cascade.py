@@ -1,8 +1,9 @@
 """Reordering the nearest documents, stage after stage, by what costs more and sees more.
 
-``"maxsim:200,feat:100,raw:10"``: the first 200 by MaxSim over the token vectors, then the first 100 of these by the
-matching head from stored vectors alone (a few tokens a pair, no picture is read), then the first 10 by the matching
-head that reads query and document again. Behind a stage's number the order stays. A number alone is ``raw``.
+``"maxsim:200,feat:100,raw:10"``: the first 200 by MaxSim over the token vectors, then the first
+100 of these by the matching head from stored vectors alone (a few tokens a pair, no picture is
+read), then the first 10 by the matching head that reads query and document again. Behind a stage's
+number the order stays. A number alone is ``raw``.
 """
 
 from collections.abc import Sequence
@@ -14,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from rematch.data.corpus import Document, Metadata
 from rematch.data.images import Encoded
 from rematch.errors import RematchError
 from rematch.matching import VIEWS
 from rematch.scoring import probability
-from rematch.search.corpus import Document, Metadata
 
 if TYPE_CHECKING:
     from rematch.search.index import Index
@@ -28,7 +29,9 @@ _SHORT = {"raw": "raw-raw", "feat": "feat-feat"}
 
 @dataclass(frozen=True)
 class Stage:
-    """The first ``count`` documents are put in the order of ``views``: a view pair of the matching head, or maxsim."""
+    """The first ``count`` documents are put in the order of ``views``: a view pair of the matching
+    head, or maxsim.
+    """
 
     views: str
     count: int
@@ -74,17 +77,22 @@ def parse(spec: str, about: dict[str, Any], width: int) -> list[Stage]:
         views = _SHORT.get(name or "raw", name)
         if not count.isdigit() or (views != "maxsim" and views not in VIEWS):
             raise RematchError(
-                f"--rerank {part}: write STAGE:COUNT, where STAGE is maxsim, {', '.join([*_SHORT, *VIEWS])}; for "
-                "example feat:100,raw:10."
+                f"--rerank {part}: write STAGE:COUNT, where STAGE is maxsim, "
+                f"{', '.join([*_SHORT, *VIEWS])}; for example feat:100,raw:10."
             )
         if stages and int(count) > stages[-1].count:
-            raise RematchError(f"--rerank {spec}: {part} looks further than the stage before it. Let counts fall.")
+            raise RematchError(
+                f"--rerank {spec}: {part} looks further than the stage before it. Let counts fall."
+            )
         if views == "maxsim" and not about["tokens"]:
-            raise RematchError(f"--rerank {part}: the index holds no token vectors. Make it with --tokens.")
+            raise RematchError(
+                f"--rerank {part}: the index holds no token vectors. Make it with --tokens."
+            )
         if "feat" in views and about["dimensions"] < width:
             raise RematchError(
-                f"--rerank {part}: the index keeps {about['dimensions']} of {width} dimensions, and the matching head "
-                "reads whole vectors only. Use raw, or index without --dimensions."
+                f"--rerank {part}: the index keeps {about['dimensions']} of {width} dimensions, "
+                "and the matching head reads whole vectors only. Use raw, or index without "
+                "--dimensions."
             )
         if int(count):
             stages.append(Stage(views, int(count)))
@@ -92,7 +100,11 @@ def parse(spec: str, about: dict[str, Any], width: int) -> list[Stage]:
 
 
 def reorder(
-    index: "Index", query: Any, vector: NDArray[np.float32], rows: pa.Table, stages: Sequence[Stage]
+    index: "Index",
+    query: Any,
+    vector: NDArray[np.float32],
+    rows: pa.Table,
+    stages: Sequence[Stage],
 ) -> list[Hit]:
     """The rows as hits, after all stages.
 
@@ -119,7 +131,11 @@ def reorder(
         scores[first] = judged if stage.views == "maxsim" else probability(judged)
         for i in first:
             by[i] = stage.views
-    metadata = rows.select(index.metadata_columns).to_pylist() if index.metadata_columns else [{}] * len(rows)
+    metadata = (
+        rows.select(index.metadata_columns).to_pylist()
+        if index.metadata_columns
+        else [{}] * len(rows)
+    )
     plain = rows.select(["id", "text", "path"]).to_pylist()
     return [
         Hit(
@@ -156,7 +172,9 @@ def _maxsim(index: "Index", query: Any, rows: pa.Table) -> NDArray[np.float32]:
     return maxsim(own, flat.astype(np.float32).reshape(len(rows), -1, own.shape[-1]))
 
 
-def _match(index: "Index", query: Any, vector: NDArray[np.float32], rows: pa.Table, views: str) -> NDArray[np.float32]:
+def _match(
+    index: "Index", query: Any, vector: NDArray[np.float32], rows: pa.Table, views: str
+) -> NDArray[np.float32]:
     query_view, document_view = views.split("-")
     asked = vector if query_view == "feat" else query
     given: list[Any]
@@ -177,7 +195,9 @@ def _inputs(index: "Index", rows: pa.Table) -> list[Any]:
     inputs = []
     for row, inside in zip(plain, stored, strict=True):
         content = next(files) if inside else None
-        image = Encoded(row["id"], content) if content else Path(row["path"]) if row["path"] else None
+        image = (
+            Encoded(row["id"], content) if content else Path(row["path"]) if row["path"] else None
+        )
         document = Document(row["id"], row["text"] or "", image)
         inputs.append(document.item().as_input(index.about["document_instructions"]))
     return inputs

@@ -1,11 +1,13 @@
-"""Metadata as columns of LanceDB: which names it can keep and search, and how a condition in SQL writes them."""
+"""Metadata as columns of LanceDB: which names it can keep and search, and how a condition in SQL
+writes them.
+"""
 
 from unicodedata import category
 
 import pyarrow as pa
 
+from rematch.data.corpus import Metadata
 from rematch.errors import DataError
-from rematch.search.corpus import Metadata
 
 OWN = ("id", "vector", "tokens", "text", "path", "image", "content_hash", "stamp")
 
@@ -22,15 +24,25 @@ def new_columns(schema: pa.Schema, metadata: Metadata) -> list[pa.Field]:
         _check_name(name)
         if spelt.setdefault(name.casefold(), name) != name:
             raise DataError(
-                f"metadata {name!r} differs from {spelt[name.casefold()]!r} only in case. Spell them alike."
+                f"metadata {name!r} differs from {spelt[name.casefold()]!r} only in case. Spell "
+                "them alike."
             )
         if value is None:
             continue
-        kind = pa.bool_() if isinstance(value, bool) else pa.float64() if isinstance(value, float) else pa.string()
+        kind = (
+            pa.bool_()
+            if isinstance(value, bool)
+            else pa.float64()
+            if isinstance(value, float)
+            else pa.string()
+        )
         if name not in schema.names:
             new.append(pa.field(name, kind))
         elif schema.field(name).type != kind:
-            raise DataError(f"metadata {name} = {value!r} is no {schema.field(name).type}, as with other documents.")
+            raise DataError(
+                f"metadata {name} = {value!r} is no {schema.field(name).type}, as with other "
+                "documents."
+            )
     return new
 
 
@@ -39,10 +51,15 @@ def _check_name(name: str) -> None:
         raise DataError(f"metadata {name!r} is a name of the index's own. Rename it.")
     if not name.strip():
         raise DataError(f"metadata {name!r} has an empty name. Give it one.")
-    if name == "*" or "." in name or "`" in name or any(category(character) in ("Cc", "Cs") for character in name):
+    if (
+        name == "*"
+        or "." in name
+        or "`" in name
+        or any(category(character) in ("Cc", "Cs") for character in name)
+    ):
         raise DataError(
-            f"metadata {name!r} cannot be a column: '*' is not a name, and dots, backticks, control characters and "
-            "lone surrogates are not allowed in one. Rename it."
+            f"metadata {name!r} cannot be a column: '*' is not a name, and dots, backticks, "
+            "control characters and lone surrogates are not allowed in one. Rename it."
         )
 
 

@@ -8,21 +8,30 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
-from rematch.encoder import Encoder
+from rematch.console import say
+from rematch.data.corpus import Corpus, open_corpus
+from rematch.encoding.encoder import Encoder
 from rematch.errors import DataError, RematchError
 from rematch.model import ReMatch
 from rematch.search.build import Report, build
-from rematch.search.corpus import Corpus, open_corpus
 from rematch.search.index import ANN, Index
 from rematch.search.storage import exists
-from rematch.vectors import say
 
 _FAILURES_SHOWN = 5
 _BY = {"cosine": "cosine", "maxsim": "MaxSim"}
-_TINY = "rematch-tiny knows Picto's emoji scenes and little else; train a model for your own pictures."
+_TINY = (
+    "rematch-tiny knows Picto's emoji scenes and little else; train a model for your own pictures."
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,9 @@ def run_index(options: IndexOptions) -> Report:
 
             report = build_with_ray(index, corpus, options.model, options.actors, **settings)
         else:
-            encoder = Encoder(model, batch_tokens=options.batch_tokens, workers=options.workers, warn=say)
+            encoder = Encoder(
+                model, batch_tokens=options.batch_tokens, workers=options.workers, warn=say
+            )
             report = build(index, corpus, encoder, **settings)
     _tell(index, report, options)
     return report
@@ -87,7 +98,9 @@ def _index(options: IndexOptions, corpus: Corpus, model: ReMatch) -> Index:
         return Index.create(
             options.output,
             model,
-            name=str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model,
+            name=str(Path(options.model).resolve())
+            if Path(options.model).is_dir()
+            else options.model,
             corpus=corpus.name,
             dimensions=options.dimensions,
             tokens=options.tokens,
@@ -97,11 +110,13 @@ def _index(options: IndexOptions, corpus: Corpus, model: ReMatch) -> Index:
     if options.tokens and not kept["tokens"]:
         raise DataError(f"{options.output}: was made without --tokens. Make another index.")
     if options.dimensions and options.dimensions != kept["dimensions"]:
-        raise DataError(f"{options.output}: keeps {kept['dimensions']} dimensions. Make another index.")
+        raise DataError(
+            f"{options.output}: keeps {kept['dimensions']} dimensions. Make another index."
+        )
     if corpus.name != kept["corpus"] and not options.add:
         raise DataError(
-            f"{options.output}: is an index of {kept['corpus']}. To add {corpus.name} to it, say --add; "
-            "otherwise choose another --output."
+            f"{options.output}: is an index of {kept['corpus']}. To add {corpus.name} to it, say "
+            "--add; otherwise choose another --output."
         )
     return index
 
@@ -117,7 +132,10 @@ def _tell(index: Index, report: Report, options: IndexOptions) -> None:
     console = Console(soft_wrap=True, highlight=False)
     console.print(escape(f"{len(index):,} documents in {options.output}: {', '.join(done)}."))
     if report.failures:
-        say(f"{len(report.failures):,} of {report.seen:,} documents cannot be read and are not in the index:")
+        say(
+            f"{len(report.failures):,} of {report.seen:,} documents cannot be read and are not in "
+            "the index:"
+        )
         for name, why in list(report.failures.items())[:_FAILURES_SHOWN]:
             say(f"  {name!r}: {why}")
         if len(report.failures) > _FAILURES_SHOWN:
@@ -155,8 +173,17 @@ def run_search(
     table.add_column("score", justify="right")
     table.add_column("by")
     for rank, hit in enumerate(hits, 1):
-        cells = [hit.id, *([_short(hit.text)] if with_text else []), *(str(hit.metadata.get(n, "")) for n in names)]
-        table.add_row(str(rank), *map(escape, cells), f"{hit.score:.3f}", _BY.get(hit.by, f"P(yes), {hit.by}"))
+        cells = [
+            hit.id,
+            *([_short(hit.text)] if with_text else []),
+            *(str(hit.metadata.get(n, "")) for n in names),
+        ]
+        table.add_row(
+            str(rank),
+            *map(escape, cells),
+            f"{hit.score:.3f}",
+            _BY.get(hit.by, f"P(yes), {hit.by}"),
+        )
     Console().print(table)
     if not hits:
         Console().print("Nothing meets the condition." if where else "Nothing was found.")

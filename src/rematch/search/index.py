@@ -1,8 +1,9 @@
 """The index: one LanceDB table with a row per document, in a directory or on an object store.
 
-A row holds ``id``, the unit-length ``vector`` (D), if wanted the K ``tokens`` (K, D), ``text``, ``path`` or the
-picture's file (``image``), ``content_hash``, ``stamp`` (:meth:`~rematch.search.corpus.Document.stamp`), and whatever
-metadata the corpus brings, a column each. Which model made it stands in the table; a search with another is refused.
+A row holds ``id``, the unit-length ``vector`` (D), if wanted the K ``tokens`` (K, D), ``text``,
+``path`` or the picture's file (``image``), ``content_hash``, ``stamp``
+(:meth:`~rematch.data.corpus.Document.stamp`), and whatever metadata the corpus brings, a column
+each. Which model made it stands in the table; a search with another is refused.
 """
 
 import fcntl
@@ -18,16 +19,22 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from rematch.data.corpus import Document, Metadata
 from rematch.data.images import Encoded
+from rematch.encoding.vector_store import FINGERPRINT, fingerprint
 from rematch.errors import DataError, ModelError
 from rematch.model import ReMatch
 from rematch.search.cascade import Stage, parse, reorder
 from rematch.search.columns import OWN, in_condition, new_columns
-from rematch.search.corpus import Document, Metadata
 from rematch.search.storage import TABLE, exists, is_local, quoted, writing
-from rematch.vectors import FINGERPRINT, fingerprint
 
-ANN = {"float": "IVF_FLAT", "int8": "IVF_SQ", "binary": "IVF_RQ", "pq": "IVF_PQ", "hnsw": "IVF_HNSW_SQ"}
+ANN = {
+    "float": "IVF_FLAT",
+    "int8": "IVF_SQ",
+    "binary": "IVF_RQ",
+    "pq": "IVF_PQ",
+    "hnsw": "IVF_HNSW_SQ",
+}
 EXACT_UP_TO = 100_000  # rows: below it a scan is as fast as a person notices
 
 
@@ -36,7 +43,8 @@ class Index:
 
     Attributes:
         uri: Where it lies.
-        about: ``model``, ``fingerprint``, ``dimensions``, ``tokens``, ``document_instructions``, ``corpus``.
+        about: ``model``, ``fingerprint``, ``dimensions``, ``tokens``, ``document_instructions``,
+            ``corpus``.
     """
 
     def __init__(self, uri: str, table: Any, model: ReMatch | None = None) -> None:
@@ -51,7 +59,14 @@ class Index:
 
     @classmethod
     def create(
-        cls, uri: str | Path, model: ReMatch, *, name: str, corpus: str = "", dimensions: int = 0, tokens: bool = False
+        cls,
+        uri: str | Path,
+        model: ReMatch,
+        *,
+        name: str,
+        corpus: str = "",
+        dimensions: int = 0,
+        tokens: bool = False,
     ) -> "Index":
         """An empty index.
 
@@ -64,11 +79,14 @@ class Index:
             tokens: Keep the K token vectors besides, for MaxSim.
 
         Raises:
-            DataError: If it cannot be written there, or ``dimensions`` are more than the model has.
+            DataError: If it cannot be written there, or ``dimensions`` are more than the model
+                has.
         """
         width = model.get_embedding_dimension()
         if dimensions > width:
-            raise DataError(f"--dimensions {dimensions}: the model's vectors have {width}. Give at most that.")
+            raise DataError(
+                f"--dimensions {dimensions}: the model's vectors have {width}. Give at most that."
+            )
         about = {
             "model": name,
             "fingerprint": fingerprint(model),
@@ -82,7 +100,9 @@ class Index:
             pa.field("vector", pa.list_(pa.float32(), dimensions or width)),
         ]
         if tokens:
-            fields.append(pa.field("tokens", pa.list_(pa.list_(pa.float16(), model.backbone.width))))
+            fields.append(
+                pa.field("tokens", pa.list_(pa.list_(pa.float16(), model.backbone.width)))
+            )
         fields += [
             pa.field("text", pa.string()),
             pa.field("path", pa.string()),
@@ -99,12 +119,15 @@ class Index:
         return index
 
     @classmethod
-    def open(cls, uri: str | Path, model: ReMatch | str | None = None, version: int | None = None) -> "Index":
+    def open(
+        cls, uri: str | Path, model: ReMatch | str | None = None, version: int | None = None
+    ) -> "Index":
         """An index that is there.
 
         Args:
             uri: Its directory or URI.
-            model: The model, or where it lies now; by default it is loaded by the name it had, when it is needed.
+            model: The model, or where it lies now; by default it is loaded by the name it had,
+                when it is needed.
             version: An earlier state, to read.
 
         Raises:
@@ -112,12 +135,17 @@ class Index:
             ModelError: If it was made by another model.
         """
         if not exists(uri):
-            raise DataError(f"{uri}: no index there. Make one with `rematch index MODEL CORPUS --output {uri}`.")
+            raise DataError(
+                f"{uri}: no index there. Make one with `rematch index MODEL CORPUS --output "
+                f"{uri}`."
+            )
         table = lancedb.connect(str(uri)).open_table(TABLE)
         if version is not None:
             known = [v["version"] for v in table.list_versions()]
             if version not in known:
-                raise DataError(f"{uri}: has no version {version}; it has {known[0]} to {known[-1]}.")
+                raise DataError(
+                    f"{uri}: has no version {version}; it has {known[0]} to {known[-1]}."
+                )
             table.checkout(version)
         return cls(str(uri), table, ReMatch(model) if isinstance(model, str) else model)
 
@@ -139,19 +167,21 @@ class Index:
         made_by = self.about["fingerprint"]
         if not made_by.startswith(FINGERPRINT):
             raise ModelError(
-                f"{self.uri}: was made by an earlier version of rematch, which did not record the model's "
-                "configuration, so it is unknown whether its vectors can be compared with this model's. Index the "
-                "corpus again, with another --output or after removing this index."
+                f"{self.uri}: was made by an earlier version of rematch, which did not record the "
+                "model's configuration, so it is unknown whether its vectors can be compared with "
+                "this model's. Index the corpus again, with another --output or after removing "
+                "this index."
             )
         if fingerprint(model) != made_by:
             raise ModelError(
-                f"{self.uri}: was made by another model ({self.about['model']}), whose vectors cannot be compared with "
-                "this one's. Search it with that model, or index the corpus anew."
+                f"{self.uri}: was made by another model ({self.about['model']}), whose vectors "
+                "cannot be compared with this one's. Search it with that model, or index the "
+                "corpus anew."
             )
         if (width := model.get_embedding_dimension()) < self.about["dimensions"]:
             raise ModelError(
-                f"{self.uri}: keeps {self.about['dimensions']} dimensions, but the model has truncate_dim={width}. "
-                "Load the model without it, or with a larger one."
+                f"{self.uri}: keeps {self.about['dimensions']} dimensions, but the model has "
+                f"truncate_dim={width}. Load the model without it, or with a larger one."
             )
 
     def __len__(self) -> int:
@@ -162,7 +192,7 @@ class Index:
         """What can be filtered by, besides ``id``, ``text`` and ``path``."""
         return [name for name in self.table.schema.names if name not in OWN]
 
-    # ---- search -----------------------------------------------------------------------------------------------------
+    # ---- search ---------------------------------------------------------------------------------
 
     def search(
         self,
@@ -177,10 +207,13 @@ class Index:
         """The best documents for a query, or for each of several.
 
         Args:
-            query: Text; a picture; a path of one; ``{"text": …, "image": …}``; or a list of queries.
+            query: Text; a picture; a path of one; ``{"text": …, "image": …}``; or a list of
+                queries.
             top: How many.
-            where: A condition in SQL on the metadata, such as ``"year > 2000 AND place = 'Rome'"``.
-            rerank: What reorders the best, such as ``"feat:100,raw:10"`` (:mod:`rematch.search.cascade`).
+            where: A condition in SQL on the metadata, such as ``"year > 2000 AND place =
+                'Rome'"``.
+            rerank: What reorders the best, such as ``"feat:100,raw:10"``
+                (:mod:`rematch.search.cascade`).
             exact: Scan every vector even if there is an approximate index.
             probes: Of an approximate index, how many of its cells are looked into.
 
@@ -193,34 +226,53 @@ class Index:
         queries = query if isinstance(query, list) else [query]
         if not queries:
             return []
-        stages = parse(rerank, self.about, self.model.backbone.width) if isinstance(rerank, str) else list(rerank)
+        stages = (
+            parse(rerank, self.about, self.model.backbone.width)
+            if isinstance(rerank, str)
+            else list(rerank)
+        )
         wide: NDArray[np.float32] = self.model.encode_query(queries, show_progress_bar=False)
         vectors = cut(wide, self.about["dimensions"])
         found = []
         for one, vector, whole in zip(queries, vectors, wide, strict=True):
-            rows = self._nearest(vector, max([top, *(s.count for s in stages)]), where, stages, exact, probes)
+            rows = self._nearest(
+                vector, max([top, *(s.count for s in stages)]), where, stages, exact, probes
+            )
             found.append(reorder(self, one, whole, rows, stages)[:top])
         return found if isinstance(query, list) else found[0]
 
     def _nearest(
-        self, vector: NDArray[np.float32], count: int, where: str, stages: Sequence[Stage], exact: bool, probes: int
+        self,
+        vector: NDArray[np.float32],
+        count: int,
+        where: str,
+        stages: Sequence[Stage],
+        exact: bool,
+        probes: int,
     ) -> pa.Table:
         columns = ["id", "text", "path", *self.metadata_columns, "_distance"]
         columns += ["vector"] * any("feat" in s.views for s in stages)
         columns += ["tokens"] * any(s.views == "maxsim" for s in stages)
-        asked = self.table.search(vector, vector_column_name="vector").distance_type("cosine").limit(count)
+        asked = (
+            self.table.search(vector, vector_column_name="vector")
+            .distance_type("cosine")
+            .limit(count)
+        )
         asked = asked.select(columns).with_row_id(True)
         if where:
             asked = asked.where(where, prefilter=True)
         asked = asked.bypass_vector_index() if exact else asked.nprobes(probes).refine_factor(10)
         try:
             return asked.to_arrow()
-        except Exception as error:  # a condition can make LanceDB's parser panic, which is an Exception alone
+        except (
+            Exception
+        ) as error:  # a condition can make LanceDB's parser panic, which is an Exception alone
             if not where:
                 raise
             names = ", ".join(["id", "text", "path", *map(in_condition, self.metadata_columns)])
             raise DataError(
-                f"--filter {where}: {str(error).splitlines()[0][:200]}. Write a condition in SQL on {names}."
+                f"--filter {where}: {str(error).splitlines()[0][:200]}. Write a condition in SQL "
+                f"on {names}."
             ) from None
 
     def pictures(self, row_ids: Sequence[int]) -> list[bytes | None]:
@@ -232,7 +284,11 @@ class Index:
     def with_stored_picture(self, ids: Sequence[str]) -> set[str]:
         """Those of the documents whose picture lies in the index."""
         among = ", ".join(map(quoted, ids))
-        found = self.table.search().where(f"id IN ({among}) AND image IS NOT NULL").select(["id"]) if ids else None
+        found = (
+            self.table.search().where(f"id IN ({among}) AND image IS NOT NULL").select(["id"])
+            if ids
+            else None
+        )
         return set(found.to_arrow()["id"].to_pylist()) if found is not None else set()
 
     def documents(self, ids: Sequence[str]) -> list[Document]:
@@ -244,13 +300,17 @@ class Index:
             Document(
                 row["id"],
                 row["text"] or "",
-                Encoded(row["id"], row["image"]) if row["image"] else Path(row["path"]) if row["path"] else None,
+                Encoded(row["id"], row["image"])
+                if row["image"]
+                else Path(row["path"])
+                if row["path"]
+                else None,
                 {name: row[name] for name in self.metadata_columns if row[name] is not None},
             )
             for row in rows
         ]
 
-    # ---- rows -------------------------------------------------------------------------------------------------------
+    # ---- rows -----------------------------------------------------------------------------------
 
     def rows(self, records: Sequence[dict[str, Any]]) -> pa.Table:
         """Records as a table in the index's schema."""
@@ -260,10 +320,14 @@ class Index:
             values: list[Any] = [record.get(field.name) for record in records]
             if field.name == "vector":
                 flat = np.concatenate(values).astype(np.float32)
-                columns.append(pa.FixedSizeListArray.from_arrays(pa.array(flat), field.type.list_size))
+                columns.append(
+                    pa.FixedSizeListArray.from_arrays(pa.array(flat), field.type.list_size)
+                )
             elif field.name == "tokens":
                 stacked = np.stack(values).astype(np.float16)  # (N, K, D)
-                inner = pa.FixedSizeListArray.from_arrays(pa.array(stacked.ravel()), stacked.shape[2])
+                inner = pa.FixedSizeListArray.from_arrays(
+                    pa.array(stacked.ravel()), stacked.shape[2]
+                )
                 places = pa.array(np.arange(len(stacked) + 1, dtype=np.int32) * stacked.shape[1])
                 columns.append(pa.ListArray.from_arrays(places, inner))
             else:
@@ -278,7 +342,8 @@ class Index:
         """A column for each new name in a document's metadata.
 
         Raises:
-            DataError: As :func:`~rematch.search.columns.new_columns`; nothing has been written then.
+            DataError: As :func:`~rematch.search.columns.new_columns`; nothing has been written
+                then.
         """
         if new := new_columns(self.table.schema, metadata):
             with writing(self.uri):
@@ -297,7 +362,11 @@ class Index:
             if new and is_local(self.uri):
                 self.table.add(self.rows(records))
             else:
-                merge = self.table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+                merge = (
+                    self.table.merge_insert("id")
+                    .when_matched_update_all()
+                    .when_not_matched_insert_all()
+                )
                 merge.execute(self.rows(records))
 
     def delete(self, ids: Sequence[str]) -> None:
@@ -307,7 +376,9 @@ class Index:
                 self.table.delete(f"id IN ({', '.join(map(quoted, ids[start : start + 500]))})")
 
     def compact(self, keep: timedelta = timedelta(days=7)) -> None:
-        """Merge small files, bring the approximate index up to date, and forget versions older than ``keep``."""
+        """Merge small files, bring the approximate index up to date, and forget versions older
+        than ``keep``.
+        """
         with writing(self.uri):
             self.table.optimize(cleanup_older_than=keep)
 
@@ -315,9 +386,9 @@ class Index:
         """An approximate index over the vectors, built by LanceDB.
 
         Args:
-            kind: ``float`` (cells of whole vectors), ``int8``, ``binary``, ``pq`` (compressed, the best rescored with
-                whole vectors), ``hnsw`` (graphs over int8), which replace one of another kind; ``none`` drops it;
-                ``auto``: ``int8`` above 100,000 documents.
+            kind: ``float`` (cells of whole vectors), ``int8``, ``binary``, ``pq`` (compressed, the
+                best rescored with whole vectors), ``hnsw`` (graphs over int8), which replace one
+                of another kind; ``none`` drops it; ``auto``: ``int8`` above 100,000 documents.
 
         Returns:
             The kind that was built, or ``none``.
@@ -336,9 +407,13 @@ class Index:
             return "none"
         kind = "int8" if kind == "auto" else kind
         if rows < 256:
-            raise DataError(f"--ann {kind}: {rows} documents are too few to divide; a scan is exact and quick.")
+            raise DataError(
+                f"--ann {kind}: {rows} documents are too few to divide; a scan is exact and quick."
+            )
         with writing(self.uri):
-            self.table.create_index(metric="cosine", vector_column_name="vector", index_type=ANN[kind], replace=True)
+            self.table.create_index(
+                metric="cosine", vector_column_name="vector", index_type=ANN[kind], replace=True
+            )
         return kind
 
     @property
@@ -351,7 +426,11 @@ class Index:
 
     def _ann_indices(self) -> dict[str, str]:
         """Name and LanceDB's type of each index on the vectors."""
-        return {index.name: str(index.index_type) for index in self.table.list_indices() if "vector" in index.columns}
+        return {
+            index.name: str(index.index_type)
+            for index in self.table.list_indices()
+            if "vector" in index.columns
+        }
 
     def versions(self) -> list[dict[str, Any]]:
         """Its states that can still be opened: ``version`` and ``timestamp``."""
@@ -364,7 +443,8 @@ class Index:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """While it is written. On an object store nothing is locked, and rows are merged by id instead.
+        """While it is written. On an object store nothing is locked, and rows are merged by id
+        instead.
 
         Raises:
             DataError: If another process writes, or the directory cannot be written.
@@ -381,7 +461,9 @@ class Index:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise DataError(f"{self.uri}: another process is writing to it. Wait until it is done.") from None
+                raise DataError(
+                    f"{self.uri}: another process is writing to it. Wait until it is done."
+                ) from None
             yield
 
 
@@ -390,5 +472,7 @@ def cut(vectors: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:
     if dimensions == vectors.shape[1]:
         return vectors
     short = vectors[:, :dimensions]
-    result: NDArray[np.float32] = short / np.maximum(np.linalg.norm(short, axis=1, keepdims=True), 1e-12)
+    result: NDArray[np.float32] = short / np.maximum(
+        np.linalg.norm(short, axis=1, keepdims=True), 1e-12
+    )
     return result

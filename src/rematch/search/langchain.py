@@ -10,7 +10,9 @@ try:
     from langchain_core.documents import Document
     from langchain_core.retrievers import BaseRetriever
 except ImportError as error:
-    raise RematchError("the LangChain adapter needs langchain-core: pip install 'rematch-mm[langchain]'.") from error
+    raise RematchError(
+        "the LangChain adapter needs langchain-core: pip install 'rematch-mm[langchain]'."
+    ) from error
 
 
 class ReMatchRetriever(BaseRetriever):
@@ -33,13 +35,16 @@ class ReMatchRetriever(BaseRetriever):
         """A retriever on the index at ``uri``."""
         return cls(index=Index.open(uri), **settings)
 
-    def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun
+    ) -> list[Document]:
         hits = self.index.search(query, self.top, where=self.where, rerank=self.rerank)
         return [
             Document(
                 id=hit.id,
                 page_content=hit.text,
-                metadata=hit.metadata | {"path": hit.path, "score": hit.score, "scored_by": hit.by},
+                metadata=hit.metadata
+                | {"path": hit.path, "score": hit.score, "scored_by": hit.by},
             )
             for hit in hits
         ]

@@ -9,7 +9,9 @@ try:
     from llama_index.core.retrievers import BaseRetriever
     from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle, TextNode
 except ImportError as error:
-    raise RematchError("LlamaIndex's adapter needs llama-index-core: pip install 'rematch-mm[llama-index]'.") from error
+    raise RematchError(
+        "LlamaIndex's adapter needs llama-index-core: pip install 'rematch-mm[llama-index]'."
+    ) from error
 
 
 class ReMatchRetriever(BaseRetriever):  # type: ignore[misc]
@@ -22,7 +24,9 @@ class ReMatchRetriever(BaseRetriever):  # type: ignore[misc]
         rerank: Stages such as ``"feat:100,raw:10"``.
     """
 
-    def __init__(self, index: Index | str, top: int = 10, where: str = "", rerank: str = "") -> None:
+    def __init__(
+        self, index: Index | str, top: int = 10, where: str = "", rerank: str = ""
+    ) -> None:
         self.index = Index.open(index) if isinstance(index, str) else index
         self.top, self.where, self.rerank = top, where, rerank
         super().__init__()
@@ -33,7 +37,11 @@ class ReMatchRetriever(BaseRetriever):  # type: ignore[misc]
             query["image"] = query_bundle.image_path
         found = []
         for hit in self.index.search(query, self.top, where=self.where, rerank=self.rerank):
-            about = {"id_": hit.id, "text": hit.text, "metadata": hit.metadata | {"scored_by": hit.by}}
+            about = {
+                "id_": hit.id,
+                "text": hit.text,
+                "metadata": hit.metadata | {"scored_by": hit.by},
+            }
             node = ImageNode(image_path=hit.path, **about) if hit.path else TextNode(**about)
             found.append(NodeWithScore(node=node, score=hit.score))
         return found

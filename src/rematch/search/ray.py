@@ -1,8 +1,9 @@
 """The same building, spread by Ray Data over encoders on one machine or many.
 
-The driver goes through the corpus and finds what is new; Ray's actors read and encode it and write Lance fragments
-where the index lies; the driver commits these every few seconds. An actor that dies is replaced, and its documents are
-encoded again. Equal contents are encoded once per block of documents, not once per corpus.
+The driver goes through the corpus and finds what is new; Ray's actors read and encode it and write
+Lance fragments where the index lies; the driver commits these every few seconds. An actor that
+dies is replaced, and its documents are encoded again. Equal contents are encoded once per block of
+documents, not once per corpus.
 """
 
 import json
@@ -11,11 +12,11 @@ import pickle
 import time
 from typing import Any
 
-from rematch.encoder import Encoder, plan
+from rematch.data.corpus import Corpus, Document, Found
+from rematch.encoding.encoder import Encoder, plan
 from rematch.errors import DataError, RematchError
 from rematch.model import ReMatch
 from rematch.search.build import FLUSH_SECONDS, Builder, Progress, Read, Report, settle
-from rematch.search.corpus import Corpus, Document, Found
 from rematch.search.index import Index
 from rematch.search.storage import TABLE, writing
 
@@ -23,7 +24,9 @@ try:
     import lance
     import ray
 except ImportError as error:
-    raise RematchError("--engine ray needs Ray and Lance: pip install 'rematch-mm[ray]'.") from error
+    raise RematchError(
+        "--engine ray needs Ray and Lance: pip install 'rematch-mm[ray]'."
+    ) from error
 
 BLOCK = 512  # documents that an actor takes at once
 
@@ -49,7 +52,9 @@ class Worker:
         waiting: dict[bytes, list[Read]] = {}
         fresh = {}
         for one, found in zip(
-            reads, self.encoder.measure([r.given for r in reads], "document", multi_vector=tokens), strict=True
+            reads,
+            self.encoder.measure([r.given for r in reads], "document", multi_vector=tokens),
+            strict=True,
         ):
             if isinstance(found, RematchError):
                 failures[one.document.id] = str(found)
@@ -57,9 +62,13 @@ class Worker:
                 waiting.setdefault(found.key, []).append(one)
                 fresh[found.key] = found
         batches = plan(list(fresh.values()), self.encoder.batch_tokens)
-        given_batches = (([m.key for m in b], [waiting[m.key][0].given for m in b]) for b in batches)
+        given_batches = (
+            ([m.key for m in b], [waiting[m.key][0].given for m in b]) for b in batches
+        )
         rows = []
-        for keys, vectors, errors in self.encoder.stream(given_batches, "document", multi_vector=tokens, workers=0):
+        for keys, vectors, errors in self.encoder.stream(
+            given_batches, "document", multi_vector=tokens, workers=0
+        ):
             left = iter(vectors)
             for place, key in enumerate(keys):
                 if place in errors:
@@ -70,7 +79,9 @@ class Worker:
         written = []
         if rows:
             table = self.index.rows(rows)
-            written = lance.fragment.write_fragments(table, f"{self.index.uri}/{TABLE}.lance", schema=table.schema)
+            written = lance.fragment.write_fragments(
+                table, f"{self.index.uri}/{TABLE}.lance", schema=table.schema
+            )
         changed = {r.document.id for r in reads if not r.new}
         done = {
             "fragments": [fragment.to_json() for fragment in written],
@@ -158,14 +169,18 @@ def _look(builder: Builder, found: Found) -> tuple[str, Document | RematchError 
 def _commit(builder: Builder, done: list[dict[str, Any]]) -> None:
     index, report = builder.index, builder.report
     uri = f"{index.uri}/{TABLE}.lance"
-    fragments = [lance.FragmentMetadata.from_json(json.dumps(f)) for one in done for f in one["fragments"]]
+    fragments = [
+        lance.FragmentMetadata.from_json(json.dumps(f)) for one in done for f in one["fragments"]
+    ]
     changed = [name for one in done for name in one["changed"]]
     with writing(index.uri):
         if changed:
             index.delete(changed)
         if fragments:
             version = lance.dataset(uri).version
-            lance.LanceDataset.commit(uri, lance.LanceOperation.Append(fragments), read_version=version)
+            lance.LanceDataset.commit(
+                uri, lance.LanceOperation.Append(fragments), read_version=version
+            )
             index.table.checkout_latest()
             builder.commits += 1
     for one in done:

@@ -1,4 +1,6 @@
-"""Where an index lies: a directory of this machine, or an object store; and LanceDB's errors of writing there."""
+"""Where an index lies: a directory of this machine, or an object store; and LanceDB's errors of
+writing there.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,9 +42,14 @@ def writing(uri: str) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         text = str(error)
         reason = next(
-            (r for r in ("No space left on device", "Read-only file system", "Permission denied") if r in text), ""
+            (
+                r
+                for r in ("No space left on device", "Read-only file system", "Permission denied")
+                if r in text
+            ),
+            "",
         )
         raise DataError(
-            f"{uri}: cannot be written ({reason or text.splitlines()[0][:200]}). What is in it already is whole; mend "
-            "that and start again."
+            f"{uri}: cannot be written ({reason or text.splitlines()[0][:200]}). What is in it "
+            "already is whole; mend that and start again."
         ) from error

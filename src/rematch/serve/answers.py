@@ -8,7 +8,12 @@ from starlette.exceptions import HTTPException
 from rematch.errors import RematchError
 from rematch.serve.limits import ClientError
 
-_KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found", 413: "too_large"}
+_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found",
+    413: "too_large",
+}
 _KINDS |= {422: "invalid_request_error", 429: "overloaded", 503: "unavailable", 504: "timeout"}
 
 
@@ -17,7 +22,9 @@ def refusal(status: int, message: str) -> JSONResponse:
     kind = _KINDS.get(status, "server_error")
     headers = {"Retry-After": "1"} if status in (429, 503) else {}
     headers |= {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status, headers)
+    return JSONResponse(
+        {"error": {"message": message, "type": kind, "code": status}}, status, headers
+    )
 
 
 def answer_errors(app: FastAPI) -> None:

@@ -1,8 +1,8 @@
 """The HTTP API: OpenAI's embeddings, Jina's and Cohere's rerank, search.
 
-:func:`create_app` makes the application around an :class:`~rematch.serve.engine.Engine`. Requests are checked and
-pictures decoded in a pool of threads, the model computes in a thread of its own (:mod:`rematch.serve.batching`); the
-event loop does neither.
+:func:`create_app` makes the application around an :class:`~rematch.serve.engine.Engine`. Requests
+are checked and pictures decoded in a pool of threads, the model computes in a thread of its own
+(:mod:`rematch.serve.batching`); the event loop does neither.
 """
 
 import asyncio
@@ -18,7 +18,13 @@ import numpy as np
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    generate_latest,
+)
 from starlette.exceptions import HTTPException
 
 from rematch import __version__
@@ -54,11 +60,21 @@ _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
-    (b"content-security-policy", b"default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'"),
+    (
+        b"content-security-policy",
+        b"default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
+    ),
 )
 _REFUSALS = (400, 401, 404, 413, 422, 429, 503, 504)
-_ANSWERS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in _REFUSALS}
-_TASKS = {"query": "query", "search_query": "query", "document": "document", "search_document": "document"}
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse} for status in _REFUSALS
+}
+_TASKS = {
+    "query": "query",
+    "search_query": "query",
+    "document": "document",
+    "search_document": "document",
+}
 _TASKS |= {"passage": "document"}
 
 
@@ -94,16 +110,22 @@ def create_app(
 
     def authorised(request: Request) -> None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        right = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]  # each one, whichever fits
+        right = [
+            hmac.compare_digest(given.encode(), key.encode()) for key in keys
+        ]  # each one, whichever fits
         if keys and (scheme.lower() != "bearer" or not any(right)):
             raise ClientError("no valid API key. Send it as 'Authorization: Bearer KEY'.", 401)
 
-    app = FastAPI(title="ReMatch", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="ReMatch", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     app.add_middleware(_Guard, limits=bounds, meters=meters)
     answer_errors(app)
     secured: dict[str, Any] = {"dependencies": [Depends(authorised)], "responses": _ANSWERS}
 
-    async def compute(request: Request, calls: Sequence[tuple[tuple[Any, ...], Any, int]]) -> list[Any]:
+    async def compute(
+        request: Request, calls: Sequence[tuple[tuple[Any, ...], Any, int]]
+    ) -> list[Any]:
         return await _while_wanted(request, batcher(calls), timeout)
 
     async def measured(request: Request, values: Sequence[dict[str, Any]]) -> list[int]:
@@ -117,15 +139,22 @@ def create_app(
         """Vectors of texts, or of the content of messages with pictures."""
         task = asked.task or _TASKS.get(asked.input_type or "document")
         if task is None:
-            raise ClientError(f"input_type {asked.input_type!r} is unknown; use query or document.")
+            raise ClientError(
+                f"input_type {asked.input_type!r} is unknown; use query or document."
+            )
         given = await run_in_threadpool(_inputs_of, asked, bounds)
         width = engine.model.backbone.width
         if asked.dimensions and asked.dimensions > width:
             raise ClientError(f"dimensions {asked.dimensions}: the vectors have {width}.")
         tokens = await measured(request, given)
-        vectors = np.stack(await compute(request, [((task,), v, n) for v, n in zip(given, tokens, strict=True)]))
+        vectors = np.stack(
+            await compute(request, [((task,), v, n) for v, n in zip(given, tokens, strict=True)])
+        )
         vectors = cut(vectors, asked.dimensions or width)
-        data = [Embedding(index=i, embedding=_written(v, asked.encoding_format)) for i, v in enumerate(vectors)]
+        data = [
+            Embedding(index=i, embedding=_written(v, asked.encoding_format))
+            for i, v in enumerate(vectors)
+        ]
         usage = Usage(prompt_tokens=sum(tokens), total_tokens=sum(tokens))
         return EmbeddingResponse(data=data, model=engine.name, usage=usage)
 
@@ -134,8 +163,12 @@ def create_app(
     async def rerank(request: Request, asked: RerankRequest) -> RerankResponse:
         """Documents in the order of the matching head's P(yes)."""
         if len(asked.documents) > bounds.inputs:
-            raise ClientError(f"{len(asked.documents)} documents; this server takes {bounds.inputs}.", 413)
-        query, *documents = await run_in_threadpool(_multimodal, [asked.query, *asked.documents], bounds)
+            raise ClientError(
+                f"{len(asked.documents)} documents; this server takes {bounds.inputs}.", 413
+            )
+        query, *documents = await run_in_threadpool(
+            _multimodal, [asked.query, *asked.documents], bounds
+        )
         tokens = await measured(request, [query, *documents])
         (scores,) = await compute(request, [(("match",), (query, documents), sum(tokens))])
         order = np.argsort(-scores, kind="stable")[: asked.top_n]
@@ -161,7 +194,9 @@ def create_app(
             started = time.perf_counter()
             if not asked.text.strip() and asked.image is None:
                 raise ClientError("no query. Send text, image, or both.")
-            (query,) = await run_in_threadpool(_multimodal, [Multimodal(text=asked.text, image=asked.image)], bounds)
+            (query,) = await run_in_threadpool(
+                _multimodal, [Multimodal(text=asked.text, image=asked.image)], bounds
+            )
             (tokens,) = await measured(request, [query])
             kind = ("search", asked.top, asked.filter, asked.rerank)
             (hits,) = await compute(request, [(kind, query, tokens)])
@@ -178,16 +213,24 @@ def create_app(
                 )
                 for hit in hits
             ]
-            return SearchResponse(hits=found, milliseconds=round(1000 * (time.perf_counter() - started), 1))
+            return SearchResponse(
+                hits=found, milliseconds=round(1000 * (time.perf_counter() - started), 1)
+            )
 
         shown_as = _ANSWERS | {200: {"content": {"image/jpeg": {}}}}
 
         @app.get("/v1/documents/{name:path}/picture", responses=shown_as, response_class=Response)
-        async def picture(request: Request, name: str, edge: int = Query(320, ge=16, le=2048)) -> Response:
+        async def picture(
+            request: Request, name: str, edge: int = Query(320, ge=16, le=2048)
+        ) -> Response:
             """A document's picture as JPEG, its longer side ``edge`` pixels at most."""
             authorised(request)
             content = await run_in_threadpool(engine.picture, name, edge)
-            return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
+            return Response(
+                content,
+                media_type="image/jpeg",
+                headers={"Cache-Control": "private, max-age=3600"},
+            )
 
         @app.post("/v1/attention", **secured)
         async def attention(request: Request, asked: AttentionRequest) -> AttentionResponse:
@@ -198,7 +241,10 @@ def create_app(
                 given = [Multimodal(text=asked.text, image=asked.image)]
                 value, task = (await run_in_threadpool(_multimodal, given, bounds))[0], "query"
             if "image" not in value:
-                raise ClientError("there is no picture to look at. Send one, or the id of a document that has one.")
+                raise ClientError(
+                    "there is no picture to look at. Send one, or the id of a document that has "
+                    "one."
+                )
             (tokens,) = await measured(request, [value])
             (maps,) = await compute(request, [(("attention", task), value, tokens)])
             shown = await run_in_threadpool(engine.shown, value["image"], maps)
@@ -217,7 +263,9 @@ def create_app(
         tasks = ["embeddings", "rerank"] + ["search"] * (engine.index is not None)
         count = len(engine.index) if engine.index is not None else 0
         width = engine.model.backbone.width
-        return ModelList(data=[ModelCard(id=engine.name, dimensions=width, documents=count, tasks=tasks)])
+        return ModelList(
+            data=[ModelCard(id=engine.name, dimensions=width, documents=count, tasks=tasks)]
+        )
 
     @app.get("/health")
     def health() -> dict[str, str]:
@@ -237,7 +285,7 @@ def create_app(
     return app
 
 
-# ---- requests → inputs ----------------------------------------------------------------------------------------------
+# ---- requests → inputs --------------------------------------------------------------------------
 
 
 def _inputs_of(asked: EmbeddingRequest, limits: Limits) -> list[Any]:
@@ -250,7 +298,9 @@ def _inputs_of(asked: EmbeddingRequest, limits: Limits) -> list[Any]:
     if not texts:
         raise ClientError("input is an empty list. Send at least one text.")
     if len(texts) > limits.inputs:
-        raise ClientError(f"{len(texts)} inputs; this server takes {limits.inputs} in a request.", 413)
+        raise ClientError(
+            f"{len(texts)} inputs; this server takes {limits.inputs} in a request.", 413
+        )
     return [_text(text, limits) for text in texts]
 
 
@@ -262,7 +312,9 @@ def _of_messages(messages: list[Message], limits: Limits) -> Any:
         return _text(content, limits)
     urls = [part.image_url.url for part in content if isinstance(part, ImagePart)]
     if len(urls) > limits.images:
-        raise ClientError(f"{len(urls)} pictures; this server takes {limits.images} in a request.", 413)
+        raise ClientError(
+            f"{len(urls)} pictures; this server takes {limits.images} in a request.", 413
+        )
     text = " ".join(part.text for part in content if not isinstance(part, ImagePart))
     given: dict[str, Any] = _text(text, limits) if text.strip() else {}
     if urls:
@@ -294,19 +346,25 @@ def _text(text: str, limits: Limits) -> dict[str, Any]:
     if not text.strip():
         raise ClientError("an empty text. Send something to read.")
     if len(text) > limits.text:
-        raise ClientError(f"a text of {len(text):,} characters; this server takes {limits.text:,}.", 413)
+        raise ClientError(
+            f"a text of {len(text):,} characters; this server takes {limits.text:,}.", 413
+        )
     return {"text": text}
 
 
 def _written(vector: Any, form: str) -> list[float] | str:
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode() if form == "base64" else vector.tolist()
+    return (
+        base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        if form == "base64"
+        else vector.tolist()
+    )
 
 
 def _told(document: str | Multimodal) -> dict[str, Any]:
     return {"text": document if isinstance(document, str) else document.text}
 
 
-# ---- around every request -------------------------------------------------------------------------------------------
+# ---- around every request -----------------------------------------------------------------------
 
 
 async def _while_wanted(request: Request, work: Awaitable[T], seconds: float) -> T:
@@ -321,14 +379,20 @@ async def _while_wanted(request: Request, work: Awaitable[T], seconds: float) ->
         if gone or late:
             task.cancel()
             await asyncio.wait({task})
-            raise ClientError(f"not done within {seconds:g} seconds. Send less, or try again later.", 504)
+            raise ClientError(
+                f"not done within {seconds:g} seconds. Send less, or try again later.", 504
+            )
 
 
 class _Meters:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter("rematch_requests", "Requests", ["path", "status"], registry=self.registry)
-        self.seconds = Histogram("rematch_request_seconds", "Time of a request", ["path"], registry=self.registry)
+        self.requests = Counter(
+            "rematch_requests", "Requests", ["path", "status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "rematch_request_seconds", "Time of a request", ["path"], registry=self.registry
+        )
 
 
 class _Guard:
@@ -337,7 +401,9 @@ class _Guard:
     def __init__(self, app: Any, limits: Limits, meters: _Meters) -> None:
         self.app, self.limits, self.meters = app, limits, meters
 
-    async def __call__(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Any]) -> None:
+    async def __call__(
+        self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Any]
+    ) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -349,7 +415,9 @@ class _Guard:
             message = await receive()
             size += len(message.get("body", b""))
             if size > self.limits.body:
-                raise HTTPException(413, f"more than {self.limits.body:,} bytes. Send less in one request.")
+                raise HTTPException(
+                    413, f"more than {self.limits.body:,} bytes. Send less in one request."
+                )
             return message
 
         async def marked(message: Any) -> None:
@@ -360,7 +428,9 @@ class _Guard:
             await send(message)
 
         if said.isdigit() and int(said) > self.limits.body:
-            answer = refusal(413, f"{int(said):,} bytes; this server takes {self.limits.body:,} in a request.")
+            answer = refusal(
+                413, f"{int(said):,} bytes; this server takes {self.limits.body:,} in a request."
+            )
             await answer(scope, receive, marked)
         else:
             await self.app(scope, counted, marked)

@@ -1,7 +1,8 @@
 """Requests that arrive while the model computes are computed together.
 
-One thread computes. While it does, calls wait in a bounded queue; when it is free, it takes the first one and those of
-the same kind that fit beside it into a budget of tokens. Nothing waits for company: a lone request starts at once.
+One thread computes. While it does, calls wait in a bounded queue; when it is free, it takes the
+first one and those of the same kind that fit beside it into a budget of tokens. Nothing waits for
+company: a lone request starts at once.
 """
 
 import asyncio
@@ -33,9 +34,18 @@ class Batcher:
     """
 
     def __init__(
-        self, run: Callable[[Any, list[Any]], Sequence[Any]], budget: int, most_waiting: int, together: bool = True
+        self,
+        run: Callable[[Any, list[Any]], Sequence[Any]],
+        budget: int,
+        most_waiting: int,
+        together: bool = True,
     ) -> None:
-        self.run, self.budget, self.most_waiting, self.together = run, budget, most_waiting, together
+        self.run, self.budget, self.most_waiting, self.together = (
+            run,
+            budget,
+            most_waiting,
+            together,
+        )
         self.waiting: deque[_Call] = deque()
         self.batches = 0
         self._arrived = asyncio.Event()
@@ -51,7 +61,9 @@ class Batcher:
         """
         if self._closing:
             raise ClientError("the server is shutting down. Try again.", 503)
-        if len(self.waiting) + len(calls) > max(self.most_waiting, len(calls) if not self.waiting else 0):
+        if len(self.waiting) + len(calls) > max(
+            self.most_waiting, len(calls) if not self.waiting else 0
+        ):
             raise ClientError("too many requests are waiting. Try again in a second.", 429)
         loop = asyncio.get_running_loop()
         if self._worker is None:
@@ -80,7 +92,9 @@ class Batcher:
     async def _compute(self, batch: list[_Call]) -> None:
         loop = asyncio.get_running_loop()
         try:
-            results = await loop.run_in_executor(self._thread, self.run, batch[0].kind, [call.value for call in batch])
+            results = await loop.run_in_executor(
+                self._thread, self.run, batch[0].kind, [call.value for call in batch]
+            )
         except Exception as error:
             if len(batch) == 1:
                 if not batch[0].done.done():
@@ -103,7 +117,11 @@ class Batcher:
             if call.done.done():
                 continue
             widest = max(longest, call.tokens)
-            fits = call.kind == batch[0].kind and widest * (len(batch) + 1) <= self.budget if batch else True
+            fits = (
+                call.kind == batch[0].kind and widest * (len(batch) + 1) <= self.budget
+                if batch
+                else True
+            )
             if fits and (self.together or not batch):
                 batch.append(call)
                 longest = widest

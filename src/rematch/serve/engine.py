@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rematch.attention import attention_maps, overlay
 from rematch.data.images import data_url, load_image
-from rematch.encoder import Encoder, whole
+from rematch.encoding.encoder import Encoder, whole
 from rematch.errors import ImageError, RematchError
+from rematch.interpretability import attention_maps, overlay
 from rematch.model import ReMatch
 from rematch.scoring import probability
 from rematch.search.cascade import Hit
@@ -48,28 +48,34 @@ class Engine:
         self._tokenizer, self._measuring = deepcopy(self.model.tokenizer), Lock()
 
     def text_tokens(self, texts: list[str]) -> list[int]:
-        """How many tokens texts become; by a tokenizer of its own, as the model's belongs to the model's thread.
+        """How many tokens texts become; by a tokenizer of its own, as the model's belongs to the
+        model's thread.
 
         Raises:
             RematchError: If one is longer than the model takes.
         """
         with self._measuring:
-            counts = [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]]
+            counts = [
+                len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+            ]
         return [self._fitting(count) for count in counts]
 
     def _fitting(self, count: int) -> int:
         limit = self.model.max_seq_length
         if limit and count > limit:
-            raise RematchError(f"an input of {count:,} tokens; the model takes {limit:,}. Shorten it.")
+            raise RematchError(
+                f"an input of {count:,} tokens; the model takes {limit:,}. Shorten it."
+            )
         return count
 
     def run(self, kind: tuple[Any, ...], values: list[Any]) -> Sequence[Any]:
         """Results of calls of one kind, one each.
 
         Args:
-            kind: ``("measure",)`` with inputs → tokens; ``("query",)``, ``("document",)`` → vectors (D,);
-                ``("match",)`` with (query, documents) → (N,); ``("search", top, where, rerank)`` with queries → hits;
-                ``("attention", task)`` with inputs that have a picture → (K, h, w).
+            kind: ``("measure",)`` with inputs → tokens; ``("query",)``, ``("document",)`` →
+                vectors (D,); ``("match",)`` with (query, documents) → (N,); ``("search", top,
+                where, rerank)`` with queries → hits; ``("attention", task)`` with inputs that have
+                a picture → (K, h, w).
         """
         what, *options = kind
         if what == "measure":
@@ -82,7 +88,9 @@ class Engine:
         if what == "match":
             pairs = [(query, document) for query, documents in values for document in documents]
             flat = self.model.match_margins([q for q, _ in pairs], [d for _, d in pairs])
-            return np.split(probability(flat), np.cumsum([len(documents) for _, documents in values])[:-1])
+            return np.split(
+                probability(flat), np.cumsum([len(documents) for _, documents in values])[:-1]
+            )
         if what == "attention":
             return [attention_maps(self.model, value, *options) for value in values]
         assert self.index is not None
@@ -91,10 +99,12 @@ class Engine:
         return found
 
     def _vectors(self, encode: Any, values: list[Any]) -> NDArray[np.float32]:
-        vectors: NDArray[np.float32] = encode(values, batch_size=len(values), show_progress_bar=False)
+        vectors: NDArray[np.float32] = encode(
+            values, batch_size=len(values), show_progress_bar=False
+        )
         return vectors
 
-    # ---- documents of the index, outside the model's thread -----------------------------------------------------
+    # ---- documents of the index, outside the model's thread -------------------------------------
 
     def document(self, name: str) -> dict[str, Any]:
         """A document of the index as the model reads it, its picture decoded.
@@ -130,7 +140,9 @@ class Engine:
         """The ids of those that have a picture; none is read."""
         assert self.index is not None
         known = {hit.id for hit in hits if hit.path}
-        return known | self.index.with_stored_picture([hit.id for hit in hits if hit.id not in known])
+        return known | self.index.with_stored_picture(
+            [hit.id for hit in hits if hit.id not in known]
+        )
 
     def examples(self) -> list[str]:
         """A few texts of the index."""

@@ -1,8 +1,9 @@
 """What a client may send, and how a picture gets from a request to the model without harm.
 
-A picture comes as a data URL. Its size is read off the header before anything is decoded. URLs of other machines are
-fetched only if the server's owner allowed their host, and never from an address of the private, loopback or link-local
-kind, whatever name or redirect leads there. Nothing a client sends is ever opened as a file.
+A picture comes as a data URL. Its size is read off the header before anything is decoded. URLs of
+other machines are fetched only if the server's owner allowed their host, and never from an address
+of the private, loopback or link-local kind, whatever name or redirect leads there. Nothing a
+client sends is ever opened as a file.
 """
 
 import base64
@@ -39,7 +40,8 @@ class Limits:
         images: Pictures.
         pixels: Of one picture.
         text: Characters of one text.
-        hosts: Whose pictures may be fetched; none by default. ``.example.org`` means every host below it.
+        hosts: Whose pictures may be fetched; none by default. ``.example.org`` means every host
+            below it.
         remote_bytes: Of a picture that is fetched.
         remote_seconds: For fetching one, redirects included.
     """
@@ -99,29 +101,41 @@ def decoded(content: bytes, limits: Limits) -> Image.Image:
         width, height = opened.size
         if width * height > limits.pixels:
             raise ClientError(
-                f"a picture of {width}×{height} pixels; this server takes {limits.pixels:,} at most.", 413
+                f"a picture of {width}×{height} pixels; this server takes {limits.pixels:,} at "
+                "most.",
+                413,
             )
         return load_image(opened)
     except ClientError:
         raise
     except Image.DecompressionBombError:
-        raise ClientError(f"a picture of too many pixels; this server takes {limits.pixels:,} at most.", 413) from None
+        raise ClientError(
+            f"a picture of too many pixels; this server takes {limits.pixels:,} at most.", 413
+        ) from None
     except (UnidentifiedImageError, ImageError, OSError, ValueError, SyntaxError, EOFError):
-        raise ClientError(f"no picture that can be read. Send one of {', '.join(FORMATS)}, whole.") from None
+        raise ClientError(
+            f"no picture that can be read. Send one of {', '.join(FORMATS)}, whole."
+        ) from None
 
 
 def fetch(url: str, limits: Limits) -> bytes:
     """A picture's file from another machine.
 
     Raises:
-        ClientError: If that is off, the host is not allowed, or it does not answer in time with a small enough picture.
+        ClientError: If that is off, the host is not allowed, or it does not answer in time with a
+            small enough picture.
     """
     if not limits.hosts:
         raise ClientError("this server does not fetch pictures by URL. Send a data URL.")
     until = time.monotonic() + limits.remote_seconds
     for _ in range(_REDIRECTS + 1):
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or parts.username or parts.password or not parts.hostname:
+        if (
+            parts.scheme not in ("http", "https")
+            or parts.username
+            or parts.password
+            or not parts.hostname
+        ):
             raise ClientError("a picture's URL must be http or https, without a user name.")
         if not _is_allowed(parts.hostname, limits.hosts):
             raise ClientError(f"pictures are not fetched from {parts.hostname}. Send a data URL.")
@@ -131,13 +145,19 @@ def fetch(url: str, limits: Limits) -> bytes:
             ) as pool:
                 left = max(0.1, until - time.monotonic())
                 timeout = dict.fromkeys(("connect", "read", "write", "pool"), left)
-                with pool.stream("GET", url, headers={"Host": parts.netloc}, extensions={"timeout": timeout}) as answer:
+                with pool.stream(
+                    "GET", url, headers={"Host": parts.netloc}, extensions={"timeout": timeout}
+                ) as answer:
                     if answer.status in (301, 302, 303, 307, 308):
-                        places = [value for key, value in answer.headers if key.lower() == b"location"]
+                        places = [
+                            value for key, value in answer.headers if key.lower() == b"location"
+                        ]
                         url = urljoin(url, places[0].decode("latin-1") if places else "")
                         continue
                     if answer.status != 200:
-                        raise ClientError(f"{parts.hostname} answers {answer.status} instead of a picture.")
+                        raise ClientError(
+                            f"{parts.hostname} answers {answer.status} instead of a picture."
+                        )
                     return _bounded(answer.iter_stream(), limits.remote_bytes, until)
         except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError, OSError):
             raise ClientError(f"the picture cannot be fetched from {parts.hostname}.") from None
@@ -161,7 +181,8 @@ def _is_allowed(host: str, hosts: tuple[str, ...]) -> bool:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the open internet, also if it hides an IPv4 address that does not.
+    """Whether an IP address belongs to the open internet, also if it hides an IPv4 address that
+    does not.
 
     >>> [is_public(a) for a in ("93.184.216.34", "10.0.0.1", "::ffff:127.0.0.1", "169.254.1.1", "64:ff9b::7f00:1")]
     [True, False, False, False, False]
@@ -179,9 +200,13 @@ def is_public(address: str) -> bool:
 
 
 class _PublicOnly(httpcore.SyncBackend):
-    """Connects to the very address that was checked, so that a name cannot mean another one a moment later."""
+    """Connects to the very address that was checked, so that a name cannot mean another one a
+    moment later.
+    """
 
-    def connect_tcp(self, host: str, port: int, *args: Any, **kwargs: Any) -> httpcore.NetworkStream:
+    def connect_tcp(
+        self, host: str, port: int, *args: Any, **kwargs: Any
+    ) -> httpcore.NetworkStream:
         found = {info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
         addresses = sorted(map(str, found))
         if not addresses or not all(map(is_public, addresses)):

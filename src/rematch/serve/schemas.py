@@ -70,9 +70,15 @@ class EmbeddingRequest(_Request):
     messages: list[Message] | None = None
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, ge=1, description="keep only the first so many (Matryoshka)")
-    task: Literal["query", "document"] | None = Field(None, description="what is embedded; by default a document")
-    input_type: str | None = Field(None, description="the same, as others call it: query, document, search_query, …")
+    dimensions: int | None = Field(
+        None, ge=1, description="keep only the first so many (Matryoshka)"
+    )
+    task: Literal["query", "document"] | None = Field(
+        None, description="what is embedded; by default a document"
+    )
+    input_type: str | None = Field(
+        None, description="the same, as others call it: query, document, search_query, …"
+    )
 
 
 class Embedding(BaseModel):
@@ -110,7 +116,9 @@ class RerankRequest(_Request):
 
 
 class RerankResult(BaseModel):
-    """One document, by its place in the request; ``relevance_score`` is P(yes) of the matching head."""
+    """One document, by its place in the request; ``relevance_score`` is P(yes) of the matching
+    head.
+    """
 
     index: int
     relevance_score: float
@@ -165,7 +173,9 @@ class AttentionRequest(_Request):
 
 
 class AttentionResponse(BaseModel):
-    """Pictures as data URLs, darkened where the tokens do not look: all tokens, and each of the first six."""
+    """Pictures as data URLs, darkened where the tokens do not look: all tokens, and each of the
+    first six.
+    """
 
     together: str
     tokens: list[str]

@@ -1,7 +1,7 @@
 """``rematch train --estimate``: memory and time of a training step, without weights.
 
-What one GPU holds at the peak of a step: weights and what training them takes, features of the frozen tower, vectors,
-and the largest of the passes that run one at a time. 1 GB is 2³⁰ bytes.
+What one GPU holds at the peak of a step: weights and what training them takes, features of the
+frozen tower, vectors, and the largest of the passes that run one at a time. 1 GB is 2³⁰ bytes.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ GB = 2**30
 # Tokens that are assumed, not read from data; the table says so.
 TEXT, TEMPLATE, PROMPT, HEAD, SLOT = 64, 30, 45, 4, 12
 RESERVED = 1.0  # GB: CUDA context, libraries, workspaces
-LARGEST_SCORES = 1 << 24  # as in rematch.losses.info_nce
+LARGEST_SCORES = 1 << 24  # as in rematch.train.loss.info_nce
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class Lengths:
 
     @classmethod
     def of(cls, recipe: Recipe, picture_tokens: int, pictures: int) -> "Lengths":
-        """Lengths of a sample whose first ``pictures`` of query, positive and negative have a picture at the cap."""
+        """Lengths of a sample whose first ``pictures`` of query, positive and negative have a
+        picture at the cap.
+        """
         contents = [TEXT + picture_tokens * (i < pictures) for i in range(3)]
         inputs = tuple(content + TEMPLATE + recipe.model.num_tokens for content in contents)
         embedded = inputs if recipe.data.hard_negatives else inputs[:2]
@@ -60,7 +62,8 @@ class Estimate:
     Attributes:
         memory: GB by what they hold, all there at once but for the passes.
         passes: GB of each kind of pass; one of them runs at a time.
-        host: GB of pixel values in the memory of a process and its data workers, each with a batch.
+        host: GB of pixel values in the memory of a process and its data workers, each with a
+            batch.
         step_flop: Floating-point operations of a step.
         assumed: What was assumed.
         arithmetic: How operations were counted.
@@ -91,11 +94,18 @@ class Estimate:
             table.add_row(name, f"{size:.2f}")
         largest = max(self.passes, key=self.passes.__getitem__)
         for name, size in self.passes.items():
-            table.add_row(f"{name}: activations", f"{size:.2f}" if name == largest else f"[dim]({size:.2f})[/dim]")
+            table.add_row(
+                f"{name}: activations",
+                f"{size:.2f}" if name == largest else f"[dim]({size:.2f})[/dim]",
+            )
         table.add_section()
-        table.add_row("[bold]peak[/bold] (one kind of pass at a time)", f"[bold]{self.total:.2f}[/bold]")
+        table.add_row(
+            "[bold]peak[/bold] (one kind of pass at a time)", f"[bold]{self.total:.2f}[/bold]"
+        )
         table.add_section()
-        table.add_row("pixel values in host memory, one batch ahead per worker", f"{self.host:.2f}")
+        table.add_row(
+            "pixel values in host memory, one batch ahead per worker", f"{self.host:.2f}"
+        )
         table.add_row("arithmetic of a step", f"{self.step_flop / 1e15:.2f} PFLOP")
         if tflops:
             table.add_row(f"a step at {tflops:g} TFLOP/s", f"{self.seconds(tflops):.1f} s")
@@ -103,7 +113,12 @@ class Estimate:
 
 
 def report(
-    recipe: Recipe, gpus: int, fsdp: bool, gpu_memory: float | None, tflops: float | None, pictures: int
+    recipe: Recipe,
+    gpus: int,
+    fsdp: bool,
+    gpu_memory: float | None,
+    tflops: float | None,
+    pictures: int,
 ) -> None:
     """Print the estimate.
 
@@ -115,18 +130,26 @@ def report(
     console.print(result.table(tflops))
     if tflops:
         hours = recipe.train.steps * result.seconds(tflops) / 3600
-        console.print(f"{recipe.train.steps:,} steps: {hours:.1f} h at {tflops:g} TFLOP/s on each of {gpus} GPUs")
+        console.print(
+            f"{recipe.train.steps:,} steps: {hours:.1f} h at {tflops:g} TFLOP/s on each of {gpus} "
+            "GPUs"
+        )
     if gpu_memory is None:
         return
     if result.total > gpu_memory:
         raise RecipeError(
-            f"the peak of {result.total:.1f} GB does not fit into {gpu_memory:g} GB. Lower train.mini_batch_tokens or "
-            "model.max_pixels, or set train.gradient_checkpointing, loss.gradient_cache or model.four_bit."
+            f"the peak of {result.total:.1f} GB does not fit into {gpu_memory:g} GB. Lower "
+            "train.mini_batch_tokens or model.max_pixels, or set train.gradient_checkpointing, "
+            "loss.gradient_cache or model.four_bit."
         )
-    console.print(f"fits into {gpu_memory:g} GB; {100 * (1 - result.total / gpu_memory):.0f} % are left")
+    console.print(
+        f"fits into {gpu_memory:g} GB; {100 * (1 - result.total / gpu_memory):.0f} % are left"
+    )
 
 
-def estimate(recipe: Recipe, shape: Shape, gpus: int = 1, fsdp: bool = False, pictures: int = 3) -> Estimate:
+def estimate(
+    recipe: Recipe, shape: Shape, gpus: int = 1, fsdp: bool = False, pictures: int = 3
+) -> Estimate:
     """Memory and arithmetic of one step on each GPU.
 
     Args:
@@ -141,7 +164,9 @@ def estimate(recipe: Recipe, shape: Shape, gpus: int = 1, fsdp: bool = False, pi
     """
     settings, loss = recipe.train, recipe.loss
     if settings.batch_size % gpus:
-        raise RecipeError(f"train.batch_size={settings.batch_size} cannot be shared evenly by {gpus} processes.")
+        raise RecipeError(
+            f"train.batch_size={settings.batch_size} cannot be shared evenly by {gpus} processes."
+        )
     batch = settings.batch_size // gpus
     lengths = Lengths.of(recipe, shape.picture_tokens, pictures)
     shown = batch * min(pictures, len(lengths.inputs))
@@ -159,15 +184,17 @@ def estimate(recipe: Recipe, shape: Shape, gpus: int = 1, fsdp: bool = False, pi
     memory["CUDA context and libraries"] = RESERVED
     pixels = shown * shape.picture_tokens * shape.patches * shape.patch_values / GB
     assumed = (
-        f"{pictures} of query, positive and negative with a picture of {shape.picture_tokens:,} tokens (the cap); "
-        f"{TEXT} tokens of text each; inputs of {max(lengths.inputs):,} tokens, matching sequences of "
-        f"{lengths.matching:,} with {lengths.slots} answers; {loss.matching} matching"
+        f"{pictures} of query, positive and negative with a picture of {shape.picture_tokens:,} "
+        f"tokens (the cap); {TEXT} tokens of text each; inputs of {max(lengths.inputs):,} tokens, "
+        f"matching sequences of {lengths.matching:,} with {lengths.slots} answers; "
+        f"{loss.matching} matching"
     )
     flop = _flop(recipe, shape, lengths, batch, shown, kept > 0)
     backward = "2 (4 for the adapter)" if recipe.model.lora else "4"
     arithmetic = (
-        f"2 FLOP a weight and token in each of {_forwards(recipe)} forward passes (gradient cache and checkpointing "
-        f"add one each) and {backward} in the backward pass; 4 FLOP a head's width and pair of tokens for attention"
+        f"2 FLOP a weight and token in each of {_forwards(recipe)} forward passes (gradient cache "
+        f"and checkpointing add one each) and {backward} in the backward pass; 4 FLOP a head's "
+        "width and pair of tokens for attention"
     )
     return Estimate(memory, passes, (1 + recipe.train.workers) * pixels, flop, assumed, arithmetic)
 
@@ -202,7 +229,9 @@ def _weights(recipe: Recipe, shape: Shape, shards: int, reduced: bool) -> dict[s
     }
 
 
-def _passes(recipe: Recipe, shape: Shape, lengths: Lengths, batch: int, shown: int) -> dict[str, float]:
+def _passes(
+    recipe: Recipe, shape: Shape, lengths: Lengths, batch: int, shown: int
+) -> dict[str, float]:
     """GB of activations and of what is computed on the way, for each kind of pass."""
     settings, cached = recipe.train, recipe.loss.gradient_cache
     options: dict[str, Any] = {
@@ -225,13 +254,21 @@ def _passes(recipe: Recipe, shape: Shape, lengths: Lengths, batch: int, shown: i
     passes = {"embedding pass": kept + working}
     tower = 0.0
     if _trains_vision(recipe):
-        patches = settings.mini_batch_tokens * shape.patches if cached else batch * sum(lengths.inputs) * shape.patches
+        patches = (
+            settings.mini_batch_tokens * shape.patches
+            if cached
+            else batch * sum(lengths.inputs) * shape.patches
+        )
         block = 30 * shape.vision_width + 8 * shape.vision_inner
         layers = 2 * shape.vision_width * shape.vision_layers + block
-        tower = patches * (layers if settings.gradient_checkpointing else block * shape.vision_layers)
+        tower = patches * (
+            layers if settings.gradient_checkpointing else block * shape.vision_layers
+        )
         passes["embedding pass"] += tower
     else:
-        tokens = min(max(settings.mini_batch_tokens, shape.picture_tokens), shown * shape.picture_tokens)
+        tokens = min(
+            max(settings.mini_batch_tokens, shape.picture_tokens), shown * shape.picture_tokens
+        )
         patches = tokens * shape.patches
         widths = max(17 * shape.vision_width, 3 * shape.vision_width + 2 * shape.vision_inner)
         passes["vision tower"] = patches * shape.dtype * (widths + shape.patch_values)
@@ -240,9 +277,19 @@ def _passes(recipe: Recipe, shape: Shape, lengths: Lengths, batch: int, shown: i
         rows = max(1, settings.mini_batch_tokens // text_only.matching) if cached else batch
         head = head_bytes(shape, min(rows, batch) * lengths.slots, bf16=bf16)
         if lengths.context:  # the questions are part of the embedding pass
-            samples = max(1, settings.mini_batch_tokens // sum(lengths.inputs)) if cached else batch
+            samples = (
+                max(1, settings.mini_batch_tokens // sum(lengths.inputs)) if cached else batch
+            )
             questions = pass_bytes(shape, samples, lengths.matching, **options)
-            read = 4 * samples * lengths.context * shape.heads * shape.head_width * shape.layers * (2 if bf16 else 4)
+            read = (
+                4
+                * samples
+                * lengths.context
+                * shape.heads
+                * shape.head_width
+                * shape.layers
+                * (2 if bf16 else 4)
+            )
             passes["embedding pass"] += questions + read + head
         else:
             kept, working = saved(lengths.matching, batch * lengths.matching)
@@ -260,9 +307,10 @@ def _flop(
     shown: int,
     kept: bool,
 ) -> float:
-    """Operations of a step: 2 per weight and token in a forward pass, 2 more in the backward pass for the gradient of
-    what the weight reads, and 2 more where the weight trains; one forward more under a gradient cache, another one with
-    gradient checkpointing; attention over whole rows, 4 per head width and pair of tokens.
+    """Operations of a step: 2 per weight and token in a forward pass, 2 more in the backward pass
+    for the gradient of what the weight reads, and 2 more where the weight trains; one forward more
+    under a gradient cache, another one with gradient checkpointing; attention over whole rows, 4
+    per head width and pair of tokens.
     """
     forwards = _forwards(recipe)
     lora = recipe.model.lora is not None
@@ -270,8 +318,13 @@ def _flop(
     language = 2 * shape.layer_weights * (forwards + 1 if lora else forwards + 2)
     adapter = 2 * shape.adapter * (forwards + 2) if lora else 0
     queries = shape.heads * shape.head_width * shape.layers
-    attention = sum(4 * queries * length * (length + lengths.context * (length == lengths.matching)) for length in rows)
-    head = 2 * shape.vocabulary * shape.width * lengths.slots * (1 + recipe.loss.gradient_cache + 2)
+    attention = sum(
+        4 * queries * length * (length + lengths.context * (length == lengths.matching))
+        for length in rows
+    )
+    head = (
+        2 * shape.vocabulary * shape.width * lengths.slots * (1 + recipe.loss.gradient_cache + 2)
+    )
     sample = sum(rows) * (language + adapter) + attention * (forwards + 2) + head
     picture = shape.picture_tokens * shape.patches
     seen = (

@@ -1,11 +1,12 @@
-"""``rematch mine``: hard negatives for own data, with false negatives taken out by the matching head.
+"""``rematch mine``: hard negatives for own data, with false negatives taken out by the matching
+head.
 
-The documents nearest to a query are its hardest negatives, and often they are right answers that nobody labelled. The
-same weights that ranked them can judge them: a candidate that the model says Yes to, or nearly as much as to the
-labelled positive, is left out.
+The documents nearest to a query are its hardest negatives, and often they are right answers that
+nobody labelled. The same weights that ranked them can judge them: a candidate that the model says
+Yes to, or nearly as much as to the labelled positive, is left out.
 
-Pictures that are not files, such as those inside a parquet file, are written to ``NAME-pictures/`` beside the output
-``NAME.jsonl``, each once, named by a digest of its content.
+Pictures that are not files, such as those inside a parquet file, are written to ``NAME-pictures/``
+beside the output ``NAME.jsonl``, each once, named by a digest of its content.
 """
 
 import io
@@ -27,15 +28,15 @@ from PIL import Image
 from sentence_transformers.util import dot_score, semantic_search
 from xxhash import xxh3_128
 
+from rematch.data.corpus import documents_of
 from rematch.data.images import Checked, Picture, data_url, load_image
 from rematch.data.pairs import read_triplets
 from rematch.data.schema import Item
-from rematch.encoder import look_at_picture
+from rematch.encoding.encoder import look_at_picture
+from rematch.encoding.vector_store import fingerprint
 from rematch.errors import DataError
 from rematch.files import write_json
 from rematch.model import ReMatch, Views
-from rematch.search.corpus import documents_of
-from rematch.vectors import fingerprint
 
 QUERIES_AT_ONCE, INPUTS_AT_ONCE, SAMPLES = 64, 2048, 8
 REASONS = {
@@ -56,7 +57,8 @@ class Rules:
         negatives: At most so many for each query, the hardest.
         candidates: So many of the nearest documents are looked at.
         yes: A candidate with this P(yes) or more is taken for a right answer.
-        margin: And so is one whose P(yes) is not at least this far below that of the query's least likely positive.
+        margin: And so is one whose P(yes) is not at least this far below that of the query's least
+            likely positive.
         views: What the matching head reads of query and document.
     """
 
@@ -75,24 +77,27 @@ def mine(
     corpus: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
-    """Find hard negatives; write them as training data, and beside them a report of what was dropped and why.
+    """Find hard negatives; write them as training data, and beside them a report of what was
+    dropped and why.
 
     A run that was cut off goes on where it stood when it is started again with the same arguments.
 
     Args:
         model: Encodes and judges.
         data: A .jsonl or .parquet file with ``query`` and ``positive``, as for training.
-        output: A .jsonl file: a row per query and negative with ``cosine``, ``p_yes`` and ``positive_p_yes``. The
-            report is written beside it as .html and .json.
+        output: A .jsonl file: a row per query and negative with ``cosine``, ``p_yes`` and
+            ``positive_p_yes``. The report is written beside it as .html and .json.
         rules: What is taken for a hard negative.
-        corpus: Further documents: a folder of pictures or a file. Those of ``data`` always belong to it.
+        corpus: Further documents: a folder of pictures or a file. Those of ``data`` always belong
+            to it.
         progress: Told what is being done, how much of it is done, and how much there is.
 
     Returns:
         The report.
 
     Raises:
-        DataError: If a file cannot be read, the output exists, or another run's unfinished work lies in its place.
+        DataError: If a file cannot be read, the output exists, or another run's unfinished work
+            lies in its place.
         ImageError: If a picture cannot be read.
     """
     if output.exists():
@@ -100,7 +105,9 @@ def mine(
     if output.suffix != ".jsonl":
         raise DataError(f"{output}: the output is JSON lines; give it the ending .jsonl.")
     if (pictures := _pictures_of(output)).exists() and not pictures.is_dir():
-        raise DataError(f"{pictures}: a file, where a folder for pictures is needed. Choose another --output.")
+        raise DataError(
+            f"{pictures}: a file, where a folder for pictures is needed. Choose another --output."
+        )
     triplets = read_triplets(data)
     queries: dict[str, Item] = {}
     positives: dict[str, dict[str, None]] = defaultdict(dict)
@@ -134,10 +141,16 @@ def mine(
         if file.exists():
             continue
         block = range(start, min(start + QUERIES_AT_ONCE, len(keys)))
-        near = _nearest(query_vectors[block.start : block.stop], vectors, rules.candidates + max(map(len, own)) + 1)
+        near = _nearest(
+            query_vectors[block.start : block.stop],
+            vectors,
+            rules.candidates + max(map(len, own)) + 1,
+        )
         found = []
         for i, candidates in zip(block, near, strict=True):
-            known = {j: "query" for j, _ in candidates if names[j] == keys[i]} | dict.fromkeys(own[i], "positive")
+            known = {j: "query" for j, _ in candidates if names[j] == keys[i]} | dict.fromkeys(
+                own[i], "positive"
+            )
             open_ones = [(j, c) for j, c in candidates if j not in known][: rules.candidates]
             dropped = [(j, c, None, known[j]) for j, c in candidates if j in known]
             found.append((i, open_ones, dropped))
@@ -145,8 +158,12 @@ def mine(
         rows = [_sort_out(*one, *scores, rules) for one, scores in zip(found, judged, strict=True)]
         write_json(file, rows)
     progress("judging", len(keys), len(keys))
-    blocks = [row for file in sorted(work.glob("block-*.json")) for row in json.loads(file.read_text())]
-    return _write(output, work, blocks, list(queries.values()), list(documents.values()), own, given, rules)
+    blocks = [
+        row for file in sorted(work.glob("block-*.json")) for row in json.loads(file.read_text())
+    ]
+    return _write(
+        output, work, blocks, list(queries.values()), list(documents.values()), own, given, rules
+    )
 
 
 def identity(item: Item) -> str:
@@ -172,14 +189,17 @@ def _claim(work: Path, model: ReMatch, rules: Rules, keys: list[str]) -> None:
     file = work / "settings.json"
     if file.exists() and json.loads(file.read_text()) != settings:
         raise DataError(
-            f"{work}: unfinished work of another run (model, data or options differ). Finish it with its own "
-            "arguments, choose another --output, or remove the directory."
+            f"{work}: unfinished work of another run (model, data or options differ). Finish it "
+            "with its own arguments, choose another --output, or remove the directory."
         )
     write_json(file, settings)
 
 
 def _encode(
-    encode: Callable[..., Any], inputs: list[Any], files: Path, progress: Callable[[str, int, int], None]
+    encode: Callable[..., Any],
+    inputs: list[Any],
+    files: Path,
+    progress: Callable[[str, int, int], None],
 ) -> NDArray[np.float32]:
     found = []
     for start in range(0, len(inputs), INPUTS_AT_ONCE):
@@ -188,7 +208,9 @@ def _encode(
         if not file.exists():
             scratch = file.with_suffix(".tmp")
             with scratch.open("wb") as stream:
-                np.save(stream, encode(inputs[start : start + INPUTS_AT_ONCE], show_progress_bar=False))
+                np.save(
+                    stream, encode(inputs[start : start + INPUTS_AT_ONCE], show_progress_bar=False)
+                )
             os.replace(scratch, file)
         found.append(np.load(file))
     progress(f"encoding {files.name}", len(inputs), len(inputs))
@@ -196,10 +218,15 @@ def _encode(
     return vectors
 
 
-def _nearest(queries: NDArray[np.float32], vectors: NDArray[np.float32], count: int) -> list[list[tuple[int, float]]]:
+def _nearest(
+    queries: NDArray[np.float32], vectors: NDArray[np.float32], count: int
+) -> list[list[tuple[int, float]]]:
     """For each query (document, cosine) in descending order."""
     found = semantic_search(
-        torch.from_numpy(queries), torch.from_numpy(vectors), top_k=min(count, len(vectors)), score_function=dot_score
+        torch.from_numpy(queries),
+        torch.from_numpy(vectors),
+        top_k=min(count, len(vectors)),
+        score_function=dot_score,
     )
     return [[(int(hit["corpus_id"]), float(hit["score"])) for hit in hits] for hits in found]
 
@@ -213,7 +240,9 @@ def _judge(
     views: Views,
 ) -> list[tuple[float, list[float]]]:
     """For each query the P(yes) of its least likely positive, and of its candidates."""
-    sides = [vectors[i] if view == "feat" else inputs[i] for i, view in enumerate(views.split("-"))]
+    sides = [
+        vectors[i] if view == "feat" else inputs[i] for i, view in enumerate(views.split("-"))
+    ]
     queries, documents = [], []
     for i, candidates, _ in found:
         about = [*own[i], *(j for j, _ in candidates)]
@@ -251,7 +280,7 @@ def _sort_out(
     return {"query": query, "positive_p_yes": positive, "candidates": rows}
 
 
-# ---- what is written ------------------------------------------------------------------------------------------------
+# ---- what is written ----------------------------------------------------------------------------
 
 
 def _write(
@@ -279,9 +308,13 @@ def _write(
             lines.append(json.dumps(cells, ensure_ascii=False))
         shown = set()
         for document, cosine, p_yes, reason in row["candidates"]:
-            if len(samples[reason]) < SAMPLES and reason not in shown:  # one of a kind from each query
+            if (
+                len(samples[reason]) < SAMPLES and reason not in shown
+            ):  # one of a kind from each query
                 shown.add(reason)
-                samples[reason].append((query, positive, row["positive_p_yes"], documents[document], cosine, p_yes))
+                samples[reason].append(
+                    (query, positive, row["positive_p_yes"], documents[document], cosine, p_yes)
+                )
     answered = [row["positive_p_yes"] >= rules.yes for row in blocks]
     report = {
         "queries": len(queries),
@@ -313,7 +346,10 @@ def _pictures(item: Item) -> Sequence[Picture]:
 
 def _cell(item: Item, output: Path, work: Path) -> str | dict[str, Any]:
     """An item as training data has it, pictures relative to the file."""
-    names = [os.path.relpath(_as_file(picture, output, work), output.parent) for picture in _pictures(item)]
+    names = [
+        os.path.relpath(_as_file(picture, output, work), output.parent)
+        for picture in _pictures(item)
+    ]
     if not names:
         return item.text
     return {"text": item.text, "image": names} if item.text else {"image": names}
@@ -330,7 +366,10 @@ def _as_file(picture: Picture, output: Path, work: Path) -> Path:
         content = stream.getvalue()
     else:
         content = picture.read_bytes()
-    path = _pictures_of(output) / f"{digest.hex()}.{str(Image.open(io.BytesIO(content)).format).lower()}"
+    path = (
+        _pictures_of(output)
+        / f"{digest.hex()}.{str(Image.open(io.BytesIO(content)).format).lower()}"
+    )
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         scratch = work / path.name
@@ -345,17 +384,25 @@ def _pictures_of(output: Path) -> Path:
 
 def _page(report: dict[str, Any], samples: dict[str, list[Any]]) -> str:
     def shown(item: Item) -> dict[str, Any]:
-        return {"text": item.text, "images": [data_url(load_image(picture)) for picture in _pictures(item)[:2]]}
+        return {
+            "text": item.text,
+            "images": [data_url(load_image(picture)) for picture in _pictures(item)[:2]],
+        }
 
     groups = [
         (
             meaning,
             report["candidates"][reason],
-            [(shown(q), shown(p), at, shown(d), cosine, p_yes) for q, p, at, d, cosine, p_yes in samples[reason]],
+            [
+                (shown(q), shown(p), at, shown(d), cosine, p_yes)
+                for q, p, at, d, cosine, p_yes in samples[reason]
+            ],
         )
         for reason, meaning in REASONS.items()
         if samples[reason]
     ]
-    template = jinja2.Template((files("rematch") / "assets/mining.html.jinja").read_text(), autoescape=True)
+    template = jinja2.Template(
+        (files("rematch") / "assets/mining.html.jinja").read_text(), autoescape=True
+    )
     page: str = template.render(report=report, groups=groups)
     return page

@@ -1,4 +1,6 @@
-"""Which sample stands where in a training run: fixed by the seed, so that a run that was cut off goes on exactly."""
+"""Which sample stands where in a training run: fixed by the seed, so that a run that was cut off
+goes on exactly.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,7 +9,12 @@ from numpy.typing import NDArray
 
 
 def plan(
-    sizes: Sequence[int], weights: Sequence[float], batches: int, batch_size: int, seed: int, homogeneous: bool = False
+    sizes: Sequence[int],
+    weights: Sequence[float],
+    batches: int,
+    batch_size: int,
+    seed: int,
+    homogeneous: bool = False,
 ) -> NDArray[np.int64]:
     """Draw samples from several sources, each source shuffled anew whenever it is used up.
 
@@ -29,7 +36,9 @@ def plan(
     draws = batches if homogeneous else batches * batch_size
     chosen = rng.choice(len(sizes), draws, p=np.asarray(weights) / np.sum(weights))
     chosen = np.repeat(chosen, batch_size) if homogeneous else chosen
-    streams = [_shuffled(size, np.random.default_rng([seed, source])) for source, size in enumerate(sizes)]
+    streams = [
+        _shuffled(size, np.random.default_rng([seed, source])) for source, size in enumerate(sizes)
+    ]
     return np.array([(source, next(streams[source])) for source in chosen], dtype=np.int64)
 
 

@@ -1,6 +1,7 @@
 """Which arithmetic a training run uses: what the hardware computes natively.
 
-Emulated bfloat16 is slow: on a CPU with AVX2 alone a training step takes 19 times as long as in float32.
+Emulated bfloat16 is slow: on a CPU with AVX2 alone a training step takes 19 times as long as in
+float32.
 """
 
 import os
@@ -14,8 +15,9 @@ OVERRIDE = "REMATCH_NATIVE_BF16"
 def native_bfloat16(device: str) -> bool:
     """Whether a device multiplies bfloat16 matrices in hardware.
 
-    On CPUs these are AVX-512 BF16, AMX and ARM's BF16 extension; ``ATEN_CPU_CAPABILITY=avx2`` counts as a CPU without
-    them. The environment variable ``REMATCH_NATIVE_BF16`` (0 or 1) overrides what is detected.
+    On CPUs these are AVX-512 BF16, AMX and ARM's BF16 extension; ``ATEN_CPU_CAPABILITY=avx2``
+    counts as a CPU without them. The environment variable ``REMATCH_NATIVE_BF16`` (0 or 1)
+    overrides what is detected.
 
     Args:
         device: Type of the device, such as ``"cpu"`` or ``"cuda"``.
@@ -45,8 +47,9 @@ def choose(bf16: bool | str, attention: str | None, device: str) -> tuple[bool, 
         device: Type of the device.
 
     Returns:
-        Whether to use bfloat16 autocast, and the attention implementation. ``"auto"`` chooses eager attention under
-        bfloat16 on a CPU, where it is a quarter faster than sdpa, and the backbone's choice elsewhere.
+        Whether to use bfloat16 autocast, and the attention implementation. ``"auto"`` chooses
+        eager attention under bfloat16 on a CPU, where it is a quarter faster than sdpa, and the
+        backbone's choice elsewhere.
     """
     use_bf16 = native_bfloat16(device) if bf16 == "auto" else bool(bf16)
     if attention == "auto":

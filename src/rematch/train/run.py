@@ -20,9 +20,9 @@ from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
 from rematch.errors import ImageError, RecipeError, RematchError, TooLongError, TrainingError
 from rematch.files import write_json, write_text
-from rematch.losses import ReMatchLoss
 from rematch.model import ReMatch
 from rematch.train.collator import Collator
+from rematch.train.loss import ReMatchLoss
 from rematch.train.precision import choose, native_bfloat16
 from rematch.train.recipe import Recipe, View
 from rematch.train.sources import build_dataset, build_validation
@@ -34,26 +34,35 @@ def build_model(recipe: Recipe) -> ReMatch:
     settings = recipe.model
     lora = None
     if settings.lora:
-        lora = LoraConfig(r=settings.lora.r, lora_alpha=settings.lora.alpha, lora_dropout=settings.lora.dropout)
+        lora = LoraConfig(
+            r=settings.lora.r, lora_alpha=settings.lora.alpha, lora_dropout=settings.lora.dropout
+        )
     torch.manual_seed(recipe.train.seed)
     vision = settings.lora.vision if settings.lora else False
-    dtype = settings.dtype or ("auto" if lora else "float32")  # bfloat16 would lose small updates of whole weights
+    dtype = settings.dtype or (
+        "auto" if lora else "float32"
+    )  # bfloat16 would lose small updates of whole weights
     options: dict[str, Any] = {"dtype": dtype}
     _, attention = _precision(recipe)
     if attention:
         options["attn_implementation"] = attention
     if settings.liger and not (torch.cuda.is_available() and find_spec("liger_kernel")):
-        raise RecipeError("model.liger needs a CUDA device and liger-kernel (pip install liger-kernel).")
+        raise RecipeError(
+            "model.liger needs a CUDA device and liger-kernel (pip install liger-kernel)."
+        )
     if settings.four_bit:
         if not is_bitsandbytes_available():
             raise RecipeError(
-                f"model.four_bit needs bitsandbytes {BITSANDBYTES_MIN_VERSION} or newer (pip install bitsandbytes)."
+                f"model.four_bit needs bitsandbytes {BITSANDBYTES_MIN_VERSION} or newer (pip "
+                "install bitsandbytes)."
             )
         compute = torch.bfloat16 if native_bfloat16(device_type()) else torch.float32
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
         )
-        options["device_map"] = {"": get_device_name()}  # by default all processes would load onto the first GPU
+        options["device_map"] = {
+            "": get_device_name()
+        }  # by default all processes would load onto the first GPU
     model = ReMatch.from_backbone(
         settings.backbone, settings.num_tokens, lora=lora, lora_vision=vision, model_kwargs=options
     )
@@ -76,7 +85,9 @@ def build_model(recipe: Recipe) -> ReMatch:
 
 def device_type() -> str:
     """Type of the device that a run uses."""
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
+    return (
+        torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    )  # type: ignore[union-attr]
 
 
 def _precision(recipe: Recipe) -> tuple[bool, str | None]:
@@ -86,7 +97,9 @@ def _precision(recipe: Recipe) -> tuple[bool, str | None]:
 def build_loss(recipe: Recipe, model: ReMatch) -> ReMatchLoss:
     """The loss of a recipe."""
     options = recipe.loss.model_dump(exclude={"matching", "views"})
-    return ReMatchLoss(model, views=_views(recipe), features_gb=recipe.train.features_gb, **options)
+    return ReMatchLoss(
+        model, views=_views(recipe), features_gb=recipe.train.features_gb, **options
+    )
 
 
 def build_collator(recipe: Recipe, model: ReMatch) -> Collator:
@@ -106,12 +119,14 @@ def _views(recipe: Recipe) -> list[View]:
     return ["feat-feat"] if recipe.loss.matching == "feat" else recipe.loss.views
 
 
-def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bool = False) -> ReMatch:
+def train(
+    recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bool = False
+) -> ReMatch:
     """Train a model and write it to ``recipe.train.output``.
 
-    The directory is written under a temporary name and renamed when it is whole; ``recipe.json``, ``log.json`` (every
-    logged step) and TensorBoard files lie in it. With checkpoints (``train.save_every``), a run of the same recipe that
-    was cut off is continued.
+    The directory is written under a temporary name and renamed when it is whole; ``recipe.json``,
+    ``log.json`` (every logged step) and TensorBoard files lie in it. With checkpoints
+    (``train.save_every``), a run of the same recipe that was cut off is continued.
 
     Args:
         recipe: What to do.
@@ -119,11 +134,11 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
         quiet: No progress bar.
 
     Raises:
-        RecipeError: If the output directory exists already, DeepSpeed launched the run, or an unfinished run does not
-            say which recipe it belongs to.
+        RecipeError: If the output directory exists already, DeepSpeed launched the run, or an
+            unfinished run does not say which recipe it belongs to.
         DataError: If the data cannot be read, or holds less than one batch.
-        TrainingError: If the loss is no number, SIGTERM stopped the run (a checkpoint is written then), or files of the
-            checkpoint to resume from are missing or cut.
+        TrainingError: If the loss is no number, SIGTERM stopped the run (a checkpoint is written
+            then), or files of the checkpoint to resume from are missing or cut.
     """
     settings = recipe.train
     output = Path(settings.output)
@@ -131,17 +146,21 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
     if output.is_file() or (output.exists() and any(output.iterdir())):
         raise RecipeError(f"{output}: exists already. Choose another train.output=… or remove it.")
     if settings.batch_size % world:
-        raise RecipeError(f"train.batch_size={settings.batch_size} cannot be shared evenly by {world} processes.")
+        raise RecipeError(
+            f"train.batch_size={settings.batch_size} cannot be shared evenly by {world} processes."
+        )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise RecipeError(
-            "DeepSpeed is not supported: ZeRO reduces each gradient in one backward pass per step, but the gradient "
-            "cache runs several, and weights that ZeRO has flattened cannot be saved. Launch with "
-            "recipes/launch/fsdp2.yaml instead: FSDP2 also shards weights, gradients and optimizer states."
+            "DeepSpeed is not supported: ZeRO reduces each gradient in one backward pass per "
+            "step, but the gradient cache runs several, and weights that ZeRO has flattened "
+            "cannot be saved. Launch with recipes/launch/fsdp2.yaml instead: FSDP2 also shards "
+            "weights, gradients and optimizer states."
         )
     if recipe.model.four_bit and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise RecipeError(
-            "model.four_bit does not work with FSDP, which cannot put 4-bit weights together again to save them. Use "
-            "torchrun (each GPU then holds the whole base in 4 bits), or set model.four_bit=false."
+            "model.four_bit does not work with FSDP, which cannot put 4-bit weights together "
+            "again to save them. Use torchrun (each GPU then holds the whole base in 4 bits), or "
+            "set model.four_bit=false."
         )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     partial = output.with_name(output.name + ".partial")
@@ -155,7 +174,11 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
         "attention": model.backbone.model.config.get_text_config()._attn_implementation,
     }
     if first and not quiet:
-        sys.stderr.write("training on {}: {precision}, {attention} attention\n".format(device_type(), **arithmetic))
+        sys.stderr.write(
+            "training on {}: {precision}, {attention} attention\n".format(
+                device_type(), **arithmetic
+            )
+        )
     loss = build_loss(recipe, model)
     collator = build_collator(recipe, model)
     if first:
@@ -192,7 +215,9 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
         ddp_find_unused_parameters=False,  # the loss touches them all (parallel.touch)
         disable_tqdm=quiet,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel: the loss calls parts of the model by name
+    arguments._n_gpu = min(
+        arguments.n_gpu, 1
+    )  # no DataParallel: the loss calls parts of the model by name
     stop = StopOnSignal()
     trainer = Trainer(
         model=model,
@@ -206,7 +231,9 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
     if quiet:
         trainer.remove_callback(PrinterCallback)
     if checkpoint is not None and first:
-        sys.stderr.write(f"{partial}: continuing after step {checkpoint.name.rpartition('-')[2]}\n")
+        sys.stderr.write(
+            f"{partial}: continuing after step {checkpoint.name.rpartition('-')[2]}\n"
+        )
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RematchError:
@@ -219,20 +246,25 @@ def train(recipe: Recipe, callbacks: tuple[TrainerCallback, ...] = (), quiet: bo
         os.environ.pop("TENSORBOARD_LOGGING_DIR")
     if stop.stopped and trainer.state.global_step < settings.steps:
         raise TrainingError(
-            f"stopped after step {trainer.state.global_step} of {settings.steps}; a checkpoint is written. Start the "
-            "same command again to go on."
+            f"stopped after step {trainer.state.global_step} of {settings.steps}; a checkpoint is "
+            "written. Start the same command again to go on."
         )
-    if trainer.is_fsdp_enabled:  # every process holds a part of each weight; the first one puts them together
+    if (
+        trainer.is_fsdp_enabled
+    ):  # every process holds a part of each weight; the first one puts them together
         weights = trainer.accelerator.get_state_dict(trainer.model)
         model = build_model(recipe)
         if first:
             model.load_state_dict(weights)
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward ran under autocast
+    trainer.accelerator.unwrap_model(
+        model, keep_fp32_wrapper=False
+    )  # its forward ran under autocast
     model.eval()
     if first:
         model.save_pretrained(str(partial))
         write_text(
-            partial / "log.json", json.dumps([{"step": 0} | arithmetic, *trainer.state.log_history], indent=1) + "\n"
+            partial / "log.json",
+            json.dumps([{"step": 0} | arithmetic, *trainer.state.log_history], indent=1) + "\n",
         )
         _write_card(partial, model, recipe, trainer.state.log_history)
         for old in partial.glob("checkpoint-*"):
@@ -249,39 +281,59 @@ def _resumable(recipe: Recipe, partial: Path) -> Path | None:
     if checkpoint is None:
         return None
     try:
-        before = {part: dict(values) for part, values in json.loads((partial / "recipe.json").read_text()).items()}
+        before = {
+            part: dict(values)
+            for part, values in json.loads((partial / "recipe.json").read_text()).items()
+        }
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        state = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read as a recipe"
+        state = (
+            "is missing" if isinstance(error, FileNotFoundError) else "cannot be read as a recipe"
+        )
         raise RecipeError(
-            f"{partial}: holds {checkpoint.name} of an unfinished run, but its recipe.json {state}, so nothing says "
-            "which recipe the checkpoint belongs to. Restore recipe.json, choose another train.output=…, or remove "
-            "the directory."
+            f"{partial}: holds {checkpoint.name} of an unfinished run, but its recipe.json "
+            f"{state}, so nothing says which recipe the checkpoint belongs to. Restore "
+            "recipe.json, choose another train.output=…, or remove the directory."
         ) from None
     now = record(recipe)
-    changed = [f"{part}.{key}" for part in now for key in now[part] if before.get(part, {}).get(key) != now[part][key]]
+    changed = [
+        f"{part}.{key}"
+        for part in now
+        for key in now[part]
+        if before.get(part, {}).get(key) != now[part][key]
+    ]
     if changed:
         raise RecipeError(
-            f"{partial}: an unfinished run of another recipe lies there (it differs in {', '.join(changed)}). Finish "
-            "it with its own recipe, choose another train.output=…, or remove the directory."
+            f"{partial}: an unfinished run of another recipe lies there (it differs in "
+            f"{', '.join(changed)}). Finish it with its own recipe, choose another "
+            "train.output=…, or remove the directory."
         )
     check_checkpoint(checkpoint)
     return checkpoint
 
 
 def record(recipe: Recipe) -> dict[str, Any]:
-    """A recipe, and what it leaves to the hardware: on another machine a run would go on in other arithmetic."""
+    """A recipe, and what it leaves to the hardware: on another machine a run would go on in other
+    arithmetic.
+    """
     use_bf16, attention = _precision(recipe)
     record: dict[str, Any] = json.loads(recipe.model_dump_json())
     return record | {"settled": {"bf16": use_bf16, "attention": attention}}
 
 
-def _write_card(directory: Path, model: ReMatch, recipe: Recipe, history: list[dict[str, Any]]) -> None:
+def _write_card(
+    directory: Path, model: ReMatch, recipe: Recipe, history: list[dict[str, Any]]
+) -> None:
     """Add how it was trained to the model card."""
     last = [row for row in history if "loss" in row][-1:]
     names = ("torch", "transformers", "sentence-transformers", "peft", "rematch-mm")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     chosen = yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False)
-    losses = {k: round(v, 4) for row in last for k, v in row.items() if k in ("loss", "contrastive", "matching")}
+    losses = {
+        k: round(v, 4)
+        for row in last
+        for k, v in row.items()
+        if k in ("loss", "contrastive", "matching")
+    }
     card = directory / "README.md"
     text = (
         card.read_text()

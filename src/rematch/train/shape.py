@@ -1,7 +1,7 @@
 """A backbone's shape, read from its config alone, and the bytes that autograd saves when it runs.
 
-Formulas over widths and tokens; tests/test_shape.py compares them with what real passes save. In them: D width, I width
-of the MLP, Q heads · head width, L layers, V vocabulary, T length of a row.
+Formulas over widths and tokens; tests/test_shape.py compares them with what real passes save. In
+them: D width, I width of the MLP, Q heads · head width, L layers, V vocabulary, T length of a row.
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForMultimodalLM
 from transformers.image_processing_base import ImageProcessingMixin
 
-from rematch.backbone import resolve
+from rematch.backbone.lora import inject
+from rematch.backbone.module import resolve
 from rematch.errors import RecipeError
-from rematch.lora import inject
 from rematch.train.recipe import Recipe
 
 
@@ -75,7 +75,8 @@ def load_shape(recipe: Recipe) -> Shape:
     """Read a backbone's config and count its weights; no weights are read or downloaded.
 
     Raises:
-        RecipeError: If the config cannot be read, or the size of a picture in tokens does not follow from it.
+        RecipeError: If the config cannot be read, or the size of a picture in tokens does not
+            follow from it.
     """
     name = recipe.model.backbone
     try:
@@ -84,13 +85,20 @@ def load_shape(recipe: Recipe) -> Shape:
             model = AutoModelForMultimodalLM.from_config(config)
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"model.backbone={name}: its config.json cannot be read ({str(error).strip().splitlines()[0]}). --estimate "
-            "needs this one file: connect to the hub once, or give a directory that holds it."
+            f"model.backbone={name}: its config.json cannot be read "
+            f"({str(error).strip().splitlines()[0]}). --estimate needs this one file: connect to "
+            "the hub once, or give a directory that holds it."
         ) from error
     text, vision = config.get_text_config(), config.vision_config
-    decoder, embedding, head = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
+    decoder, embedding, head = (
+        model.get_decoder(),
+        model.get_input_embeddings(),
+        model.get_output_embeddings(),
+    )
     layer_weights = sum(p.numel() for p in decoder.layers.parameters())
-    vocabulary_weights = {id(p): p.numel() for module in (embedding, head) for p in module.parameters()}
+    vocabulary_weights = {
+        id(p): p.numel() for module in (embedding, head) for p in module.parameters()
+    }
     language = {id(p) for p in decoder.parameters()} | set(vocabulary_weights)
     tower = {id(p): p.numel() for p in model.parameters() if id(p) not in language}
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
@@ -109,7 +117,11 @@ def load_shape(recipe: Recipe) -> Shape:
     ratio = getattr(vision, "mlp_ratio", None)
     whole = getattr(vision, "fullatt_block_indexes", None)
     loaded = recipe.model.dtype or ("auto" if lora else "float32")
-    dtype = (config.dtype or torch.float32).itemsize if loaded == "auto" else {"bfloat16": 2, "float32": 4}[loaded]
+    dtype = (
+        (config.dtype or torch.float32).itemsize
+        if loaded == "auto"
+        else {"bfloat16": 2, "float32": 4}[loaded]
+    )
     return Shape(
         width=width,
         inner=text.intermediate_size,
@@ -146,26 +158,29 @@ def _picture_tokens(recipe: Recipe, config: Any) -> int:
                 settings, _ = ImageProcessingMixin.get_image_processor_dict(resolve(name))
             except OSError as error:
                 raise RecipeError(
-                    f"model.max_pixels is not set, and the preprocessor_config.json of {name}, which has the default, "
-                    "cannot be read. Set model.max_pixels."
+                    f"model.max_pixels is not set, and the preprocessor_config.json of {name}, "
+                    "which has the default, cannot be read. Set model.max_pixels."
                 ) from error
             pixels = int(settings.get("max_pixels") or settings["size"]["longest_edge"])
         tokens: int = pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
         return tokens
     if config.model_type != "llava":
         raise RecipeError(
-            f"model.backbone={name}: how many tokens a picture of {config.model_type} becomes depends on its shape, "
-            "which --estimate does not know. It estimates Qwen-VL and LLaVA."
+            f"model.backbone={name}: how many tokens a picture of {config.model_type} becomes "
+            "depends on its shape, which --estimate does not know. It estimates Qwen-VL and LLaVA."
         )
-    return int(getattr(config, "image_seq_length", 0) or (vision.image_size // vision.patch_size) ** 2)
+    return int(
+        getattr(config, "image_seq_length", 0) or (vision.image_size // vision.patch_size) ** 2
+    )
 
 
 def layer_bytes(shape: Shape, length: int, *, bf16: bool, eager: bool = False) -> float:
     """Bytes that autograd saves in one decoder layer for one token of a row of ``length``.
 
-    What both norms read, in float32; the input of every linear layer (each casts its own under autocast, or with a
-    float32 adapter on bfloat16 weights); the adapter's r numbers; queries, keys and values of all heads, the result,
-    its log-sum and the mask's row; three inner vectors of the MLP.
+    What both norms read, in float32; the input of every linear layer (each casts its own under
+    autocast, or with a float32 adapter on bfloat16 weights); the adapter's r numbers; queries,
+    keys and values of all heads, the result, its log-sum and the mask's row; three inner vectors
+    of the MLP.
     """
     width, inner, queries = shape.width, shape.inner, shape.heads * shape.head_width
     compute = 2 if bf16 else shape.dtype
@@ -187,7 +202,13 @@ def layer_bytes(shape: Shape, length: int, *, bf16: bool, eager: bool = False) -
 
 
 def pass_bytes(
-    shape: Shape, rows: int, length: int, *, bf16: bool, checkpointing: bool = False, eager: bool = False
+    shape: Shape,
+    rows: int,
+    length: int,
+    *,
+    bf16: bool,
+    checkpointing: bool = False,
+    eager: bool = False,
 ) -> float:
     """Bytes that autograd saves in one forward pass of the language model, weights excluded.
 
@@ -196,12 +217,15 @@ def pass_bytes(
         rows: Sequences in the pass.
         length: T, of each.
         bf16: Whether it runs under bfloat16 autocast.
-        checkpointing: Each layer's input alone, and the activations of the layer that is computed again.
+        checkpointing: Each layer's input alone, and the activations of the layer that is computed
+            again.
         eager: Attention that keeps its weights.
     """
     layer = layer_bytes(shape, length, bf16=bf16, eager=eager)
     norm = 4 * shape.width + 4 + (0 if shape.rank else shape.dtype * shape.width)
-    layers = shape.layers * shape.dtype * shape.width + layer if checkpointing else shape.layers * layer
+    layers = (
+        shape.layers * shape.dtype * shape.width + layer if checkpointing else shape.layers * layer
+    )
     cast = 0  # weights that autocast has converted
     if bf16:
         cast += 2 * (shape.adapter - projector_weights(shape.width)) if shape.rank else 0
@@ -210,8 +234,8 @@ def pass_bytes(
 
 
 def head_bytes(shape: Shape, slots: int, *, bf16: bool) -> float:
-    """Bytes that logits at ``slots`` answer positions take, gradients included, and the head's weights where the rows
-    of learnable tokens are put into a copy of them.
+    """Bytes that logits at ``slots`` answer positions take, gradients included, and the head's
+    weights where the rows of learnable tokens are put into a copy of them.
     """
     compute = 2 if bf16 else shape.dtype
     copies = 2 * shape.vocabulary * shape.width * compute if shape.tied and shape.rank else 0

@@ -1,4 +1,6 @@
-"""The trainer: sentence-transformers' own, in the plan's order, with checkpoints to trust and more in the log."""
+"""The trainer: sentence-transformers' own, in the plan's order, with checkpoints to trust and more
+in the log.
+"""
 
 import json
 import signal
@@ -19,10 +21,10 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from rematch.batch import Batch
+from rematch.backbone.lora import restore
 from rematch.errors import TrainingError
 from rematch.files import write_json
-from rematch.lora import restore
+from rematch.train.batch import Batch
 
 logger = logging.get_logger("rematch")
 COMPLETE = "complete.json"
@@ -40,12 +42,12 @@ PEAK_TFLOPS = {  # dense bfloat16, from the makers' data sheets
 
 
 class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-transformers ships no types
-    """Feeds :class:`~rematch.batch.Batch` to the loss.
+    """Feeds :class:`~rematch.train.batch.Batch` to the loss.
 
-    Logged besides each loss and the gradient's norm: Yes/No accuracy per view pair with d+ and d-, the mean |cosine|
-    between the token vectors of an input, samples and tokens a second, samples skipped so far, peak memory, and on
-    known GPUs the share of their peak arithmetic (MFU). A loss that is not a number stops the run with the step and the
-    samples.
+    Logged besides each loss and the gradient's norm: Yes/No accuracy per view pair with d+ and d-,
+    the mean |cosine| between the token vectors of an input, samples and tokens a second, samples
+    skipped so far, peak memory, and on known GPUs the share of their peak arithmetic (MFU). A loss
+    that is not a number stops the run with the step and the samples.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -61,14 +63,17 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         batch: Batch = inputs["batch"]
         self._report_skipped(batch.skipped)
-        with self.accelerator.autocast():  # around all forward passes of the step: weights are converted once
+        with (
+            self.accelerator.autocast()
+        ):  # around all forward passes of the step: weights are converted once
             result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss):
             shown = ", ".join(batch.ids[:20]) + (" …" if len(batch.ids) > 20 else "")
             raise TrainingError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()}. The samples of this step: {shown}. "
-                "Look at them, lower train.learning_rate, or train without half precision."
+                f"step {self.state.global_step + 1}: the loss is {loss.item()}. The samples of "
+                f"this step: {shown}. Look at them, lower train.learning_rate, or train without "
+                "half precision."
             )
         if torch.is_grad_enabled():
             self._samples += len(batch.inputs)
@@ -76,7 +81,9 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
         return result
 
     def _report_skipped(self, skipped: list[str]) -> None:
-        """Name samples that were left out: each once in ``skipped.txt``, the first on the terminal too."""
+        """Name samples that were left out: each once in ``skipped.txt``, the first on the terminal
+        too.
+        """
         if not skipped:
             return
         file = Path(self.args.output_dir) / "skipped.txt"
@@ -114,7 +121,9 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
             peak = next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
             if peak:
                 weights = sum(p.numel() for p in self.model.parameters())
-                passes = 8 if self.loss.gradient_cache else 6  # multiplications and additions per weight and token
+                passes = (
+                    8 if self.loss.gradient_cache else 6
+                )  # multiplications and additions per weight and token
                 found["mfu"] = round(passes * weights * self._tokens / seconds / (peak * 1e12), 4)
         self._tokens = self._samples = 0
         self._since = time.monotonic()
@@ -124,13 +133,16 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
             if 46 < mean < 54:
                 self._warned = True
                 logger.warning(
-                    f"step {self.state.global_step}: Yes/No answers are {mean:.0f} % right, no better than guessing. "
-                    "The matching stage helps only if the backbone can answer such questions: look at the data's "
-                    "negatives, or use a stronger backbone."
+                    f"step {self.state.global_step}: Yes/No answers are {mean:.0f} % right, no "
+                    "better than guessing. The matching stage helps only if the backbone can "
+                    "answer such questions: look at the data's negatives, or use a stronger "
+                    "backbone."
                 )
         return found
 
-    def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> DataLoader[Any]:
+    def _build_dataloader(
+        self, dataset: Any, batch_size: int, dataset_kind: str
+    ) -> DataLoader[Any]:
         """In the order of the plan."""
         return DataLoader(
             dataset,
@@ -145,7 +157,7 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
     def validate_column_names(self, dataset: Any, dataset_name: str | None = None) -> None:
         """Rows are made by a transform, so that the stored columns are not those the model sees."""
 
-    # ---- checkpoints --------------------------------------------------------------------------------------------
+    # ---- checkpoints ----------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -155,7 +167,11 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
             torch.save(own, directory / "loss.pt")
         self.accelerator.wait_for_everyone()  # for the others' shards, if there are any
         if self.args.should_save:  # written last, in one go: a checkpoint without it was cut off
-            sizes = {str(f.relative_to(directory)): f.stat().st_size for f in directory.rglob("*") if f.is_file()}
+            sizes = {
+                str(f.relative_to(directory)): f.stat().st_size
+                for f in directory.rglob("*")
+                if f.is_file()
+            }
             write_json(directory / COMPLETE, {"step": self.state.global_step, "files": sizes})
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -166,13 +182,17 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
             transformers.Trainer._load_from_checkpoint(self, checkpoint_path, model)
-        elif self.model.backbone.has_adapter:  # only what was trained: the base is there, perhaps in 4 bits
+        elif (
+            self.model.backbone.has_adapter
+        ):  # only what was trained: the base is there, perhaps in 4 bits
             restore(self.model.backbone.model, Path(checkpoint_path))
             fusion = Path(checkpoint_path) / "1_MultiTokenFusion" / "model.safetensors"
             self.model.fusion.load_state_dict(load_file(fusion))
         else:
             super()._load_from_checkpoint(checkpoint_path)
-        self.loss.load_state_dict(torch.load(Path(checkpoint_path) / "loss.pt", map_location="cpu"), strict=False)
+        self.loss.load_state_dict(
+            torch.load(Path(checkpoint_path) / "loss.pt", map_location="cpu"), strict=False
+        )
 
     def _load_best_model(self) -> None:
         """The library's own logs an error and goes on with the last weights."""
@@ -197,24 +217,29 @@ def check_checkpoint(checkpoint: Path) -> None:
         sizes = json.loads((checkpoint / COMPLETE).read_text())["files"]
     except (ValueError, TypeError, KeyError):
         raise TrainingError(
-            f"{checkpoint / COMPLETE}: does not list the files of its checkpoint, so they cannot be checked. {remedy}"
+            f"{checkpoint / COMPLETE}: does not list the files of its checkpoint, so they cannot "
+            f"be checked. {remedy}"
         ) from None
     for name, size in sizes.items():
         file = checkpoint / name
         if not file.is_file():
-            raise TrainingError(f"{file}: is missing, so the run cannot be resumed from this checkpoint. {remedy}")
+            raise TrainingError(
+                f"{file}: is missing, so the run cannot be resumed from this checkpoint. {remedy}"
+            )
         if (now := file.stat().st_size) != size:
             raise TrainingError(
-                f"{file}: has {now:,} bytes, but was written with {size:,}, so the run cannot be resumed from this "
-                f"checkpoint. {remedy}"
+                f"{file}: has {now:,} bytes, but was written with {size:,}, so the run cannot be "
+                f"resumed from this checkpoint. {remedy}"
             )
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers ships no types for it
-    """On SIGTERM, finish the step, write a checkpoint, and leave; ``stopped`` tells that it happened.
+    """On SIGTERM, finish the step, write a checkpoint, and leave; ``stopped`` tells that it
+    happened.
 
-    Several processes stop after the same step, even if the signal reaches only one of them or each at another step.
-    Python hands signals to the main thread only: a run in another thread does not listen.
+    Several processes stop after the same step, even if the signal reaches only one of them or each
+    at another step. Python hands signals to the main thread only: a run in another thread does not
+    listen.
     """
 
     def __init__(self) -> None:
@@ -222,7 +247,9 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers ships
         self._before: Any = None
         self._listening = False
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._stop)
             self._listening = True
@@ -230,7 +257,9 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers ships
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopped = True
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         if args.world_size > 1:
             stopped = torch.tensor(int(self.stopped), device=args.device)
             dist.all_reduce(stopped, dist.ReduceOp.MAX)

@@ -1,4 +1,6 @@
-"""One user turn in a backbone's chat template: rendered, tokenized, and what the template writes around the content."""
+"""One user turn in a backbone's chat template: rendered, tokenized, and what the template writes
+around the content.
+"""
 
 import re
 from collections.abc import Sequence
@@ -51,22 +53,33 @@ class Turns:
     def render(self, pictures: Sequence[Image.Image], text: str) -> str:
         """A turn as the template writes it, up to where the assistant would answer."""
         turn = user_turn(pictures, text)
-        return str(self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+        return str(
+            self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        )
 
     def read_template(self) -> dict[tuple[bool, bool], Frame]:
-        """The frames; templates write other things before a picture than before text ("User:" and "User: ")."""
+        """The frames; templates write other things before a picture than before text ("User:" and
+        "User: ").
+        """
         picture = Image.new("RGB", (1, 1))
         try:
-            text, shown, both = self.render([], _MARK), self.render([picture], ""), self.render([picture], _MARK)
+            text, shown, both = (
+                self.render([], _MARK),
+                self.render([picture], ""),
+                self.render([picture], _MARK),
+            )
             (prefix, suffix), (start, end) = text.split(_MARK), both.split(_MARK)
         except Exception as error:
             raise ModelError(
-                f"the chat template cannot render a user turn of text and a picture ({error}). Use a backbone whose "
-                "template takes structured content."
+                f"the chat template cannot render a user turn of text and a picture ({error}). "
+                "Use a backbone whose template takes structured content."
             ) from error
         before_picture = _shared_start(prefix, start)
         if not start.removeprefix(before_picture).strip():
-            raise ModelError("the chat template leaves pictures out. Use a backbone whose template takes pictures.")
+            raise ModelError(
+                "the chat template leaves pictures out. Use a backbone whose template takes "
+                "pictures."
+            )
         if shown.startswith(start):  # what is written behind a picture belongs to it ("<image> ")
             after_picture = shown.removeprefix(start)
         else:  # unless it is there for the text's sake
@@ -74,11 +87,15 @@ class Turns:
         return {
             (False, True): self._frame(prefix, prefix + "a", suffix),
             (True, True): self._frame(before_picture, start + "a", end),
-            (True, False): self._frame(before_picture, shown.removesuffix(after_picture), after_picture),
+            (True, False): self._frame(
+                before_picture, shown.removesuffix(after_picture), after_picture
+            ),
         }
 
     def _frame(self, prefix: str, before_suffix: str, suffix: str) -> Frame:
-        """The suffix is tokenized behind something, where a tokenizer that puts a space before a text puts none."""
+        """The suffix is tokenized behind something, where a tokenizer that puts a space before a
+        text puts none.
+        """
         behind = self.ids(before_suffix + suffix)[len(self.ids(before_suffix)) :]
         return Frame(prefix, suffix, self.opening_ids(prefix), behind)
 
@@ -86,19 +103,27 @@ class Turns:
         """A user's text must be nothing but text.
 
         Raises:
-            RematchError: If it holds one of the tokenizer's special tokens or of the processor's placeholders: it would
-                end the turn, or stand for a picture.
+            RematchError: If it holds one of the tokenizer's special tokens or of the processor's
+                placeholders: it would end the turn, or stand for a picture.
         """
         size = len(self.tokenizer)  # learnable tokens are added after the backbone has been loaded
         if size not in self._control_tokens:
             added = self.tokenizer.added_tokens_decoder.values()
-            placeholders = (getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video", "audio"))
-            tokens = {token.content for token in added if token.special} | {*filter(None, placeholders)}
+            placeholders = (
+                getattr(self.processor, f"{kind}_token", None)
+                for kind in ("image", "video", "audio")
+            )
+            tokens = {token.content for token in added if token.special} | {
+                *filter(None, placeholders)
+            }
             longest_first = sorted(tokens, key=len, reverse=True)
-            self._control_tokens[size] = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+            self._control_tokens[size] = re.compile(
+                "|".join(map(re.escape, longest_first)) or "(?!)"
+            )
         if token := self._control_tokens[size].search(text):
             raise RematchError(
-                f"input {row}: its text holds {token[0]}, which the model reads as a control token. Take it out."
+                f"input {row}: its text holds {token[0]}, which the model reads as a control "
+                "token. Take it out."
             )
 
     def ids(self, text: str) -> list[int]:
@@ -107,16 +132,21 @@ class Turns:
         return ids
 
     def opening_ids(self, text: str) -> list[int]:
-        """Of a text that opens a sequence: the template or the tokenizer puts BOS before it, where a model has one."""
+        """Of a text that opens a sequence: the template or the tokenizer puts BOS before it, where
+        a model has one.
+        """
         ids, bos = self.ids(text), self.tokenizer.bos_token_id
         adds_bos = bos in self.tokenizer.encode(text)[:1] and ids[:1] != [bos]
         return [bos, *ids] if adds_bos else ids
 
-    def tokenize(self, text: str, pictures: list[Image.Image], *, bare: bool = False) -> dict[str, Tensor]:
+    def tokenize(
+        self, text: str, pictures: list[Image.Image], *, bare: bool = False
+    ) -> dict[str, Tensor]:
         """The processor's output for one text, its token features without the batch dimension.
 
         Args:
-            text: A rendered turn; as ``apply_chat_template`` has it, the tokenizer adds BOS unless it is there.
+            text: A rendered turn; as ``apply_chat_template`` has it, the tokenizer adds BOS unless
+                it is there.
             pictures: Whose placeholders it holds.
             bare: Add no BOS: it is a part of a turn.
         """
@@ -130,7 +160,9 @@ class Turns:
             return_tensors="pt",
             **({"add_special_tokens": False} if bare or has_bos else {}),
         )
-        return {name: value[0] if name in TEXT_FEATURES else value for name, value in features.items()}
+        return {
+            name: value[0] if name in TEXT_FEATURES else value for name, value in features.items()
+        }
 
 
 def _shared_start(a: str, b: str) -> str:
@@ -139,4 +171,8 @@ def _shared_start(a: str, b: str) -> str:
     >>> _shared_start("User: ", "User:<image>")
     'User:'
     """
-    return a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))]
+    return a[
+        : next(
+            (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+        )
+    ]

@@ -1,4 +1,6 @@
-"""The demo's HTML report: one self-contained file with tables, loss curves, example searches and attention maps."""
+"""The demo's HTML report: one self-contained file with tables, loss curves, example searches and
+attention maps.
+"""
 
 import random
 from importlib.resources import files
@@ -8,18 +10,25 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from rematch.attention import attention_maps, overlay
 from rematch.data import picto
 from rematch.data.images import data_url
 from rematch.data.schema import Item
 from rematch.evaluate.run import TaskResult
 from rematch.files import write_text
+from rematch.interpretability import attention_maps, overlay
 from rematch.model import ReMatch
 
-_COLOURS = {"contrastive": "#888", "rematch": "#c2410c", "orthogonality": "#0e7490", "matching": "#7c3aed"}
+_COLOURS = {
+    "contrastive": "#888",
+    "rematch": "#c2410c",
+    "orthogonality": "#0e7490",
+    "matching": "#7c3aed",
+}
 
 
-def example_maps(model: ReMatch, rng: random.Random) -> list[tuple[str, Image.Image, Image.Image, list[Image.Image]]]:
+def example_maps(
+    model: ReMatch, rng: random.Random
+) -> list[tuple[str, Image.Image, Image.Image, list[Image.Image]]]:
     """Where the learnable document tokens look in two unseen scenes.
 
     Returns:
@@ -43,18 +52,29 @@ def example_maps(model: ReMatch, rng: random.Random) -> list[tuple[str, Image.Im
 
 def curves(logs: dict[str, list[dict[str, float]]], key: str) -> dict[str, Any]:
     """Polylines of one logged quantity for a 320×140 plot, with the range of the values."""
-    series = {name: [(row["step"], row[key]) for row in rows if key in row] for name, rows in logs.items()}
+    series = {
+        name: [(row["step"], row[key]) for row in rows if key in row]
+        for name, rows in logs.items()
+    }
     series = {name: points for name, points in series.items() if points}
     values = [v for points in series.values() for _, v in points]
     low, high = min(values), max(values)
     last = max(step for points in series.values() for step, _ in points)
     lines = {
         name: " ".join(
-            f"{10 + 300 * s / last:.1f},{130 - 120 * (v - low) / ((high - low) or 1):.1f}" for s, v in points
+            f"{10 + 300 * s / last:.1f},{130 - 120 * (v - low) / ((high - low) or 1):.1f}"
+            for s, v in points
         )
         for name, points in series.items()
     }
-    return {"key": key, "low": low, "high": high, "last": last, "lines": lines, "colours": _COLOURS}
+    return {
+        "key": key,
+        "low": low,
+        "high": high,
+        "last": last,
+        "lines": lines,
+        "colours": _COLOURS,
+    }
 
 
 def write_report(
@@ -66,9 +86,14 @@ def write_report(
     maps: list[tuple[str, Image.Image, Image.Image, list[Image.Image]]],
 ) -> Path:
     """Render the report under a temporary name and rename it."""
-    template = jinja2.Template((files("rematch") / "assets/report.html.jinja").read_text(), autoescape=True)
+    template = jinja2.Template(
+        (files("rematch") / "assets/report.html.jinja").read_text(), autoescape=True
+    )
     views = {f"match_accuracy/{v}" for v in content["matching_accuracy"]}
-    accuracy = {k.partition("/")[2]: [(r["step"], r[k]) for r in logs["rematch"] if k in r] for k in sorted(views)}
+    accuracy = {
+        k.partition("/")[2]: [(r["step"], r[k]) for r in logs["rematch"] if k in r]
+        for k in sorted(views)
+    }
     html = template.render(
         report=content,
         plots=[
@@ -78,15 +103,24 @@ def write_report(
         ],
         accuracy=accuracy,
         searches=[_search_view(query, hits) for query, hits in searches],
-        tasks=[(r.task.name, r.task.meta_task, r.scores["hit@1"], r.scores["hit@10"]) for r in tiny],
-        maps=[(caption, data_url(p), data_url(m), [data_url(t) for t in tokens]) for caption, p, m, tokens in maps],
+        tasks=[
+            (r.task.name, r.task.meta_task, r.scores["hit@1"], r.scores["hit@10"]) for r in tiny
+        ],
+        maps=[
+            (caption, data_url(p), data_url(m), [data_url(t) for t in tokens])
+            for caption, p, m, tokens in maps
+        ],
     )
     write_text(path, html)
     return path
 
 
 def _search_view(query: dict[str, Any], hits: list[tuple[Item, float]]) -> dict[str, Any]:
-    shown = [(data_url(item.image), item.key, score) for item, score in hits if isinstance(item.image, Image.Image)]
+    shown = [
+        (data_url(item.image), item.key, score)
+        for item, score in hits
+        if isinstance(item.image, Image.Image)
+    ]
     return {
         "text": query.get("text", ""),
         "image": data_url(query["image"]) if "image" in query else None,

@@ -1,8 +1,10 @@
-"""The MLLM as the first module of a SentenceTransformer: loading and checking it, reading inputs, running it.
+"""The MLLM as the first module of a SentenceTransformer: loading and checking it, reading inputs,
+running it.
 
-:class:`Backbone` is sentence-transformers' ``Transformer`` with three differences: inputs may be paths, pictures with
-transparency and several pictures at once, with errors that name the row; only the base model runs (no LM head, hidden
-states after the final norm); and the same weights answer packed matching questions (:mod:`rematch.matching`).
+:class:`Backbone` is sentence-transformers' ``Transformer`` with three differences: inputs may be
+paths, pictures with transparency and several pictures at once, with errors that name the row; only
+the base model runs (no LM head, hidden states after the final norm); and the same weights answer
+packed matching questions (:mod:`rematch.matching`).
 """
 
 import json
@@ -19,22 +21,29 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForMultimodalLM, Cache, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForMultimodalLM,
+    Cache,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.utils import logging as transformers_logging
 
-from rematch import lora
-from rematch.cache import KeyValues
+from rematch.backbone import lora
+from rematch.backbone.key_values import KeyValues
+from rematch.backbone.reading import Reader, too_long
+from rematch.backbone.turns import user_turn
 from rematch.errors import ModelError, RematchError
 from rematch.matching import additive, block_mask, unified_mask
 from rematch.prompts import NO, YES
-from rematch.reading import Reader, too_long
-from rematch.turns import user_turn
 
 PACKAGED = {"rematch-base": "assets/base", "rematch-tiny": "assets/tiny"}
 
 
 def resolve(name: str) -> str:
-    """The directory of a packaged model (``rematch-base``, ``rematch-tiny``) or local model; a hub name unchanged.
+    """The directory of a packaged model (``rematch-base``, ``rematch-tiny``) or local model; a hub
+    name unchanged.
 
     Raises:
         ModelError: If it is nearly a packaged model's name.
@@ -54,15 +63,19 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
     Args:
         model_name_or_path: A hub name, a directory, or the name of a packaged model.
         fingerprint: Of the base that a saved adapter belongs to; checked on load.
-        adapter: Whether the checkpoint is an adapter, so that one that lost it is not taken for a whole model.
+        adapter: Whether the checkpoint is an adapter, so that one that lost it is not taken for a
+            whole model.
         answer_ids: Token ids of Yes and No; checked against the tokenizer on load.
-        document_instructions: Whether documents were trained with their instruction; evaluation does as training did.
-        matching: How it was trained to answer, ``"packed"`` or ``"reuse"``; scoring does as training did.
+        document_instructions: Whether documents were trained with their instruction; evaluation
+            does as training did.
+        matching: How it was trained to answer, ``"packed"`` or ``"reuse"``; scoring does as
+            training did.
         kwargs: As for sentence-transformers' ``Transformer``.
 
     Raises:
-        ModelError: If the backbone has no chat template, no pictures, no single-token Yes and No, if training would
-            read other tokens than ``encode``, or if a checkpoint lacks its adapter or was made for another base.
+        ModelError: If the backbone has no chat template, no pictures, no single-token Yes and No,
+            if training would read other tokens than ``encode``, or if a checkpoint lacks its
+            adapter or was made for another base.
     """
 
     config_keys = [
@@ -87,15 +100,23 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
     ) -> None:
         path = resolve(str(model_name_or_path))
         if adapter and not Path(path).is_dir():
-            path = snapshot_download(path)  # its files are checked below; the base is fetched by its own name
+            path = snapshot_download(
+                path
+            )  # its files are checked below; the base is fetched by its own name
         self.saved_fingerprint = fingerprint
-        if adapter and not any((Path(path) / f).exists() for f in ("adapter_model.safetensors", "adapter_model.bin")):
+        if adapter and not any(
+            (Path(path) / f).exists() for f in ("adapter_model.safetensors", "adapter_model.bin")
+        ):
             raise ModelError(
-                f"{path}: this checkpoint is an adapter, but adapter_model.safetensors is not there; without it the "
-                "model would answer as its untrained base. Copy the file back or save the model again."
+                f"{path}: this checkpoint is an adapter, but adapter_model.safetensors is not "
+                "there; without it the model would answer as its untrained base. Copy the file "
+                "back or save the model again."
             )
         self.adapter = adapter
-        kwargs = {"transformer_task": "any-to-any", "processing_kwargs": _GENERATION_PROMPT} | kwargs
+        kwargs = {
+            "transformer_task": "any-to-any",
+            "processing_kwargs": _GENERATION_PROMPT,
+        } | kwargs
         try:
             super().__init__(path, **kwargs)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -103,8 +124,8 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
                 raise
             raise ModelError(
                 f"{model_name_or_path}: cannot be loaded as an image-text-to-text model "
-                f"({str(error).strip().splitlines()[0]}). Give a hub name, a directory that holds such a model, or "
-                f"one of {', '.join(PACKAGED)}."
+                f"({str(error).strip().splitlines()[0]}). Give a hub name, a directory that holds "
+                f"such a model, or one of {', '.join(PACKAGED)}."
             ) from error
         self.module_output_name = "token_embeddings"
         self._check_processor(model_name_or_path)
@@ -116,19 +137,24 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         self.answer_ids = [self._single_token(word) for word in (YES, NO)]
         if answer_ids is not None and answer_ids != self.answer_ids:
             raise ModelError(
-                f"{path}: saved with the answer tokens {answer_ids}, but its tokenizer now gives {self.answer_ids}. "
-                "The tokenizer files were changed; restore those that belong to the checkpoint."
+                f"{path}: saved with the answer tokens {answer_ids}, but its tokenizer now gives "
+                f"{self.answer_ids}. The tokenizer files were changed; restore those that belong "
+                "to the checkpoint."
             )
 
-    # ---- loading and saving -------------------------------------------------------------------------------------
+    # ---- loading and saving ---------------------------------------------------------------------
 
-    def _load_config(self, model_name_or_path: str, backend: str, config_kwargs: dict[str, Any]) -> tuple[Any, bool]:
+    def _load_config(
+        self, model_name_or_path: str, backend: str, config_kwargs: dict[str, Any]
+    ) -> tuple[Any, bool]:
         if not (Path(model_name_or_path) / "adapter_config.json").exists():
             config, is_adapter = super()._load_config(model_name_or_path, backend, config_kwargs)
             if not is_adapter:
                 return config, False
         base = self._base_of_adapter(model_name_or_path)
-        return AutoConfig.from_pretrained(base, **{k: v for k, v in config_kwargs.items() if k in _HUB_KEYS}), True
+        return AutoConfig.from_pretrained(
+            base, **{k: v for k, v in config_kwargs.items() if k in _HUB_KEYS}
+        ), True
 
     def _base_of_adapter(self, path: str) -> str:
         settings = json.loads((Path(path) / "adapter_config.json").read_text())
@@ -143,8 +169,8 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
             )
             if lost := sorted(report["missing_keys"]):
                 raise ModelError(
-                    f"{path}: {len(lost)} weights are missing ({', '.join(lost[:3])}, …); they would be random. "
-                    "The checkpoint is incomplete: download or save it again."
+                    f"{path}: {len(lost)} weights are missing ({', '.join(lost[:3])}, …); they "
+                    "would be random. The checkpoint is incomplete: download or save it again."
                 )
             self.fingerprint = lora.base_fingerprint(model, path, kwargs.get("cache_dir"))
             lora.keep_scales(model)
@@ -157,8 +183,8 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         if self.saved_fingerprint and self.saved_fingerprint not in (self.fingerprint, former):
             raise ModelError(
                 f"{path}: this adapter was trained on another base than {base} (fingerprint "
-                f"{self.saved_fingerprint}, found {self.fingerprint}). Point base_model_name_or_path in its "
-                "adapter_config.json to the base it was trained on."
+                f"{self.saved_fingerprint}, found {self.fingerprint}). Point "
+                "base_model_name_or_path in its adapter_config.json to the base it was trained on."
             )
         lora.keep_scales(model)
         tokenizer_size = json.loads((Path(path) / "rematch.json").read_text())["vocabulary"]
@@ -167,8 +193,9 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
             lost = lora.load(model, Path(path))
         if lost:
             raise ModelError(
-                f"{path}: its adapter does not fit the base {base} ({', '.join(lost[:3])}, …). Point "
-                "base_model_name_or_path in adapter_config.json to the base it was trained on."
+                f"{path}: its adapter does not fit the base {base} ({', '.join(lost[:3])}, …). "
+                "Point base_model_name_or_path in adapter_config.json to the base it was trained "
+                "on."
             )
         return model
 
@@ -190,33 +217,48 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
 
     @property
     def base_name(self) -> str:
-        """Name or path of the base model; that of a packaged one stays a name, so that adapters can be moved."""
+        """Name or path of the base model; that of a packaged one stays a name, so that adapters
+        can be moved.
+        """
         path = str(self.model.config._name_or_path)
         return next((name for name in PACKAGED if resolve(name) == path), path)
 
-    # ---- what the backbone must have ----------------------------------------------------------------------------
+    # ---- what the backbone must have ------------------------------------------------------------
 
     def _check_processor(self, name: str) -> None:
-        if not isinstance(self.processor, ProcessorMixin) or not hasattr(self.processor, "image_processor"):
+        if not isinstance(self.processor, ProcessorMixin) or not hasattr(
+            self.processor, "image_processor"
+        ):
             raise ModelError(
-                f"{name}: its processor came back as {type(self.processor).__name__}, which reads no pictures. Either "
-                "the model is text-only, or its image processor needs a package that is missing (often torchvision)."
+                f"{name}: its processor came back as {type(self.processor).__name__}, which reads "
+                "no pictures. Either the model is text-only, or its image processor needs a "
+                "package that is missing (often torchvision)."
             )
         if not getattr(self.processor, "chat_template", None):
             raise ModelError(
-                f"{name}: has no chat template, but queries, documents and the Yes/No question are put as chat turns. "
-                "Use the instruction-tuned variant of the model, or set processor.chat_template and save it."
+                f"{name}: has no chat template, but queries, documents and the Yes/No question "
+                "are put as chat turns. Use the instruction-tuned variant of the model, or set "
+                "processor.chat_template and save it."
             )
 
     def check_reading(self, name: str) -> None:
-        """As :meth:`~rematch.reading.Reader.check`; again when the template or the tokenizer has been changed."""
+        """As :meth:`~rematch.backbone.reading.Reader.check`; again when the template or the
+        tokenizer has been changed.
+        """
         encode = super().preprocess
-        self.reader.check(name, lambda x, task: encode([user_turn(*self.reader.parts(x, 0))], task=task))
+        self.reader.check(
+            name, lambda x, task: encode([user_turn(*self.reader.parts(x, 0))], task=task)
+        )
 
     def _check_attention(self, name: str) -> None:
         """Matching writes its own 4-D mask, and looks at pictures apart from the text."""
-        text, accepted = self.model.config.get_text_config(), signature(self.base.forward).parameters
-        other = sorted({kind for kind in getattr(text, "layer_types", None) or [] if kind != "full_attention"})
+        text, accepted = (
+            self.model.config.get_text_config(),
+            signature(self.base.forward).parameters,
+        )
+        other = sorted(
+            {kind for kind in getattr(text, "layer_types", None) or [] if kind != "full_attention"}
+        )
         reason = ""
         if "token_type_ids" in accepted or getattr(text, "use_bidirectional_attention", None):
             reason = "lets the tokens of a picture see those behind them, which matching's causal mask does not"
@@ -226,25 +268,32 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
             reason = "takes no picture features that were computed before (mm_encoder_outputs)"
         if reason:
             raise ModelError(
-                f"{name}: {type(self.model).__name__} {reason}. Use one of another family, such as Qwen2-VL, Qwen3-VL, "
-                "LLaVA-OneVision, SmolVLM or InternVL."
+                f"{name}: {type(self.model).__name__} {reason}. Use one of another family, such "
+                "as Qwen2-VL, Qwen3-VL, LLaVA-OneVision, SmolVLM or InternVL."
             )
 
     def _single_token(self, word: str) -> int:
         ids = self.tokenizer.encode(word, add_special_tokens=False)
         if len(ids) != 1:
             raise ModelError(
-                f"the tokenizer cuts {word!r} into {len(ids)} tokens; matching needs {YES} and {NO} to be one token "
-                "each. Use another backbone."
+                f"the tokenizer cuts {word!r} into {len(ids)} tokens; matching needs {YES} and "
+                f"{NO} to be one token each. Use another backbone."
             )
         return int(ids[0])
 
-    # ---- embedding ----------------------------------------------------------------------------------------------
+    # ---- embedding ------------------------------------------------------------------------------
 
-    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
-        """Chat-template and tokenize inputs; see :func:`~rematch.data.inputs.as_parts` for what an input may be."""
+    def preprocess(
+        self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Chat-template and tokenize inputs; see :func:`~rematch.data.inputs.as_parts` for what an
+        input may be.
+        """
         kwargs["task"] = kwargs.get("task") or "document"
-        turns = [user_turn(*self.reader.parts(value, row, prompt or "")) for row, value in enumerate(inputs)]
+        turns = [
+            user_turn(*self.reader.parts(value, row, prompt or ""))
+            for row, value in enumerate(inputs)
+        ]
         features: dict[str, Any] = super().preprocess(turns, **kwargs)
         self._check_tokens(features, kwargs["task"])
         return features
@@ -262,7 +311,9 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         """The learnable tokens are found from the attention mask: either padding side is right."""
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Adds ``token_embeddings`` (B, T, D), the base model's last hidden states after the final norm."""
+        """Adds ``token_embeddings`` (B, T, D), the base model's last hidden states after the final
+        norm.
+        """
         accepted = signature(self.base.forward).parameters
         inputs = {name: value for name, value in features.items() if name in accepted}
         features["token_embeddings"] = self.base(**inputs).last_hidden_state
@@ -291,10 +342,12 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         return any(p.requires_grad for p in self._vision_parameters())
 
     def limit_pixels(self, smallest: int | None, largest: int | None) -> None:
-        """Scale pictures to sizes between these, in pixels; saved with the processor. ``None`` leaves a limit as it is.
+        """Scale pictures to sizes between these, in pixels; saved with the processor. ``None``
+        leaves a limit as it is.
 
         Raises:
-            ModelError: If the processor scales pictures to a fixed size, or the limits exclude each other.
+            ModelError: If the processor scales pictures to a fixed size, or the limits exclude
+                each other.
         """
         limit_pixels(self.processor, smallest, largest)
 
@@ -304,31 +357,42 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         return int(self.model.get_input_embeddings().weight.shape[1])
 
     def feature_bytes(self, visual_tokens: int) -> int:
-        """Size of the vision tower's features of so many visual tokens, with all levels that the model reads."""
+        """Size of the vision tower's features of so many visual tokens, with all levels that the
+        model reads.
+        """
         vision = getattr(self.model.config, "vision_config", None)
         levels = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or [])
         return int(visual_tokens * levels * self.width * self.model.dtype.itemsize)
 
-    # ---- matching -----------------------------------------------------------------------------------------------
+    # ---- matching -------------------------------------------------------------------------------
 
     def answer_logits(
-        self, features: dict[str, Any], embeddings: Tensor | None = None, cache: Cache | None = None
+        self,
+        features: dict[str, Any],
+        embeddings: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Next-token logits over the vocabulary at every answer slot; the LM head runs there only.
 
         Args:
-            features: The fields of :class:`~rematch.matching.Packed`, and the pictures as the base model takes them.
+            features: The fields of :class:`~rematch.matching.Packed`, and the pictures as the base
+                model takes them.
             embeddings: ``Z*`` for the placeholders in reading order, (number of placeholders, D).
             cache: Keys and values of the context, if there is any.
 
         Returns:
             (B, A, V); rows of absent slots (-1) hold no meaning.
         """
-        logits: Tensor = self.model.get_output_embeddings()(self._answer_states(features, embeddings, cache))
+        logits: Tensor = self.model.get_output_embeddings()(
+            self._answer_states(features, embeddings, cache)
+        )
         return logits
 
     def answer_margins(
-        self, features: dict[str, Any], embeddings: Tensor | None = None, cache: Cache | None = None
+        self,
+        features: dict[str, Any],
+        embeddings: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Logit of Yes minus logit of No at every answer slot, at least in float32.
 
@@ -353,57 +417,76 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
             margins = margins + (yes - no)
         return margins
 
-    def _answer_states(self, features: dict[str, Any], embeddings: Tensor | None, cache: Cache | None) -> Tensor:
+    def _answer_states(
+        self, features: dict[str, Any], embeddings: Tensor | None, cache: Cache | None
+    ) -> Tensor:
         slots = features["slots"]
         rows = torch.arange(len(slots), device=slots.device)[:, None]
         return self.run_packed(features, embeddings, cache)[rows, slots]
 
     def run_packed(
-        self, features: dict[str, Any], embeddings: Tensor | None = None, cache: Cache | None = None
+        self,
+        features: dict[str, Any],
+        embeddings: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
-        """Last hidden states of packed sequences, (B, T, D); arguments as for :meth:`answer_logits`."""
+        """Last hidden states of packed sequences, (B, T, D); arguments as for
+        :meth:`answer_logits`.
+        """
         positions = features["position_ids"]
         layout = features["owner"], features["visible"], features["context"].shape[1]
         flexible = self.model.config.get_text_config()._attn_implementation == "flex_attention"
         inputs = {
             "input_ids": features["input_ids"],
-            "attention_mask": block_mask(*layout) if flexible else additive(unified_mask(*layout), self.model.dtype),
+            "attention_mask": block_mask(*layout)
+            if flexible
+            else additive(unified_mask(*layout), self.model.dtype),
             "position_ids": positions[0] if len(positions) == 1 else positions,
         }
         pictures = {name: value for name, value in features.items() if name.startswith("mm_")}
         with self._replaced(features["features"], embeddings):
-            out = self.base(**inputs, **pictures, past_key_values=cache, use_cache=cache is not None)
+            out = self.base(
+                **inputs, **pictures, past_key_values=cache, use_cache=cache is not None
+            )
         states: Tensor = out.last_hidden_state
         return states
 
-    def embed_keeping(self, parts: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    def embed_keeping(
+        self, parts: Sequence[dict[str, Any]]
+    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """Embed, and keep what attention has computed.
 
         Args:
             parts: Padded batches, as for :meth:`forward`.
 
         Returns:
-            The last hidden states of each part, (B, L, D); and per layer the keys and the values of all their tokens
-            one after the other, padding included, (sum of B · L, heads, head width) each.
+            The last hidden states of each part, (B, L, D); and per layer the keys and the values
+            of all their tokens one after the other, padding included, (sum of B · L, heads, head
+            width) each.
         """
         accepted = signature(self.base.forward).parameters
         states, layers = [], []
         for part in parts:
             cache = KeyValues()
             inputs = {name: value for name, value in part.items() if name in accepted}
-            states.append(self.base(**inputs, past_key_values=cache, use_cache=True).last_hidden_state)
+            states.append(
+                self.base(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+            )
             layers.append(cache.new)
 
         def flat(found: list[Tensor]) -> Tensor:
             return torch.cat([one.transpose(1, 2).flatten(0, 1) for one in found])
 
         return states, [
-            (flat([k for k, _ in level]), flat([v for _, v in level])) for level in zip(*layers, strict=True)
+            (flat([k for k, _ in level]), flat([v for _, v in level]))
+            for level in zip(*layers, strict=True)
         ]
 
     @contextmanager
     def _replaced(self, where: Tensor, embeddings: Tensor | None) -> Iterator[None]:
-        """Put ``embeddings`` in place of the input embeddings at ``where`` (B, T) while the block runs."""
+        """Put ``embeddings`` in place of the input embeddings at ``where`` (B, T) while the block
+        runs.
+        """
         if embeddings is None:
             yield
             return
@@ -423,17 +506,25 @@ def limit_pixels(processor: Any, smallest: int | None, largest: int | None) -> N
     if smallest is None and largest is None:
         return
     images = getattr(processor, "image_processor", None)
-    size = {name: edge for name, edge in dict(getattr(images, "size", None) or {}).items() if edge is not None}
+    size = {
+        name: edge
+        for name, edge in dict(getattr(images, "size", None) or {}).items()
+        if edge is not None
+    }
     # processors that merge patches give these two as numbers of pixels, others as lengths of edges
     if size.keys() != {"shortest_edge", "longest_edge"} or not hasattr(images, "merge_size"):
         raise ModelError(
-            f"{type(images).__name__} scales pictures to a fixed size or by their edges ({size}), so limits of their "
-            "pixels do not apply. Leave min_pixels and max_pixels out."
+            f"{type(images).__name__} scales pictures to a fixed size or by their edges ({size}), "
+            "so limits of their pixels do not apply. Leave min_pixels and max_pixels out."
         )
-    size = {"shortest_edge": smallest or size["shortest_edge"], "longest_edge": largest or size["longest_edge"]}
+    size = {
+        "shortest_edge": smallest or size["shortest_edge"],
+        "longest_edge": largest or size["longest_edge"],
+    }
     if size["shortest_edge"] > size["longest_edge"]:
         raise ModelError(
-            f"min_pixels={size['shortest_edge']} is more than max_pixels={size['longest_edge']}. Set both, or others."
+            f"min_pixels={size['shortest_edge']} is more than max_pixels={size['longest_edge']}. "
+            "Set both, or others."
         )
     assert images is not None
     images.size = type(images.size)(**size)
@@ -454,6 +545,8 @@ _HUB_KEYS = frozenset({"token", "cache_dir", "local_files_only", "trust_remote_c
 
 
 def resize_vocabulary(model: PreTrainedModel, size: int) -> None:
-    """Grow the input embedding to ``size`` rows; many released models have spare rows, and nothing changes then."""
+    """Grow the input embedding to ``size`` rows; many released models have spare rows, and nothing
+    changes then.
+    """
     if size > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(size, mean_resizing=False)

@@ -1,4 +1,6 @@
-"""LoRA on a backbone: injecting an adapter, folding it into the weights, and knowing the base it belongs to."""
+"""LoRA on a backbone: injecting an adapter, folding it into the weights, and knowing the base it
+belongs to.
+"""
 
 import hashlib
 import json
@@ -18,11 +20,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 
 def inject(model: PreTrainedModel, lora: LoraConfig, token_ids: list[int], vision: bool) -> None:
-    """Add an adapter to the linear layers of the language model, and make the learnable tokens' rows trainable.
+    """Add an adapter to the linear layers of the language model, and make the learnable tokens'
+    rows trainable.
 
     Args:
         model: The backbone with its LM head.
-        lora: Rank and so on; ``target_modules`` and ``trainable_token_indices`` are filled in unless set.
+        lora: Rank and so on; ``target_modules`` and ``trainable_token_indices`` are filled in
+            unless set.
         token_ids: Of the learnable tokens.
         vision: Reach the vision tower too.
     """
@@ -32,7 +36,9 @@ def inject(model: PreTrainedModel, lora: LoraConfig, token_ids: list[int], visio
         reached = [model.get_decoder()]
         if vision:
             reached += [m for m in model.modules() if "Vision" in type(m).__name__]
-        layers = {layer for part in reached for layer in part.modules() if isinstance(layer, nn.Linear)}
+        layers = {
+            layer for part in reached for layer in part.modules() if isinstance(layer, nn.Linear)
+        }
         lora.target_modules = sorted(names[layer] for layer in layers if layer is not head)
     if lora.trainable_token_indices is None and token_ids:
         lora.trainable_token_indices = {names[embedding].rpartition(".")[2]: token_ids}
@@ -51,7 +57,8 @@ def load(model: PreTrainedModel, directory: Path) -> list[str]:
     """Add a saved adapter to its base, frozen and in the precision it was trained in.
 
     Returns:
-        The names of weights that only the saved adapter or only the model has; nothing is restored if there are any.
+        The names of weights that only the saved adapter or only the model has; nothing is restored
+        if there are any.
     """
     model.load_adapter(str(directory), is_trainable=True)
     lost = sorted(set(get_peft_model_state_dict(model)) ^ set(_saved(directory)))
@@ -73,23 +80,31 @@ def restore(model: PreTrainedModel, directory: Path) -> None:
 
 
 def merge(model: PreTrainedModel) -> None:
-    """Fold the adapter, if there is one, into the weights in place; weights in 4 bits are dequantized first."""
+    """Fold the adapter, if there is one, into the weights in place; weights in 4 bits are
+    dequantized first.
+    """
     if not getattr(model, "_hf_peft_config_loaded", False):
         return
     if four_bit := getattr(model, "is_loaded_in_4bit", False):
         model.dequantize(model.dtype)
         model.is_loaded_in_4bit = False
         for layer in model.modules():
-            if isinstance(layer, nn.Linear) and layer.bias is not None:  # bitsandbytes had made it its compute dtype
+            if (
+                isinstance(layer, nn.Linear) and layer.bias is not None
+            ):  # bitsandbytes had made it its compute dtype
                 layer.bias.data = layer.bias.data.to(layer.weight.dtype)
     done: list[str] = []  # a replaced wrapper's own layers need no second look
     for name, layer in list(model.named_modules()):
         if any(name.startswith(prefix) for prefix in done):
             continue
         if isinstance(layer, AuxiliaryTrainingWrapper):
-            merged = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            merged = layer.unload_and_optionally_merge_module(
+                merge=True, safe_merge=False, adapter_names=None
+            )
         elif isinstance(layer, BaseTunerLayer):
-            LoraLinear.merge(layer) if four_bit else layer.merge()  # that of a 4-bit layer would quantize the sum again
+            LoraLinear.merge(
+                layer
+            ) if four_bit else layer.merge()  # that of a 4-bit layer would quantize the sum again
             merged = layer.get_base_layer()
         else:
             continue
@@ -102,25 +117,32 @@ def merge(model: PreTrainedModel) -> None:
 
 
 def keep_scales(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from packing 4-bit weights anew in the first evaluation on a CPU with AVX-512 BF16: that rounds
-    their scales for good, and dequantizing cannot read it.
+    """Keep bitsandbytes from packing 4-bit weights anew in the first evaluation on a CPU with
+    AVX-512 BF16: that rounds their scales for good, and dequantizing cannot read it.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
-def base_fingerprint(model: PreTrainedModel, name_or_path: str, cache_dir: str | None = None) -> str:
-    """That of the files a base was just loaded from; of its weights in memory if the files are not safetensors."""
+def base_fingerprint(
+    model: PreTrainedModel, name_or_path: str, cache_dir: str | None = None
+) -> str:
+    """That of the files a base was just loaded from; of its weights in memory if the files are not
+    safetensors.
+    """
     revision = getattr(model.config, "_commit_hash", None)
-    return files_fingerprint(name_or_path, cache_dir=cache_dir, revision=revision) or fingerprint(model)
+    return files_fingerprint(name_or_path, cache_dir=cache_dir, revision=revision) or fingerprint(
+        model
+    )
 
 
 def files_fingerprint(name_or_path: str, **hub: Any) -> str | None:
-    """Sixteen hex digits that tell one base from another, from the safetensors files it was loaded from.
+    """Sixteen hex digits that tell one base from another, from the safetensors files it was loaded
+    from.
 
-    They do not depend on the dtype or quantization it is loaded in: name, shape and up to 64 values of each stored
-    weight, rounded to bfloat16, are digested.
+    They do not depend on the dtype or quantization it is loaded in: name, shape and up to 64
+    values of each stored weight, rounded to bfloat16, are digested.
 
     Args:
         name_or_path: A directory, or a hub name whose files have been downloaded.
@@ -137,7 +159,9 @@ def files_fingerprint(name_or_path: str, **hub: Any) -> str | None:
         files = [path_of(SAFE_WEIGHTS_NAME)]
     except OSError:
         try:
-            names = set(json.loads(path_of(SAFE_WEIGHTS_INDEX_NAME).read_text())["weight_map"].values())
+            names = set(
+                json.loads(path_of(SAFE_WEIGHTS_INDEX_NAME).read_text())["weight_map"].values()
+            )
         except OSError:
             return None
         files = [path_of(name) for name in names]
@@ -153,8 +177,8 @@ def files_fingerprint(name_or_path: str, **hub: Any) -> str | None:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Twelve hex digits that tell the weights of one model from another's, whatever dtype they have: shapes of all
-    weights and the values of a few.
+    """Twelve hex digits that tell the weights of one model from another's, whatever dtype they
+    have: shapes of all weights and the values of a few.
 
     The input embedding is left out: learnable tokens may have been added to it.
     """
@@ -165,5 +189,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     for name, weight in weights:
         digest.update(f"{name}{tuple(weight.shape)}".encode())
     for _, weight in weights[:: max(1, len(weights) // 8)]:
-        digest.update(weight.detach().flatten()[:64].bfloat16().view(torch.int16).cpu().numpy().tobytes())
+        digest.update(
+            weight.detach().flatten()[:64].bfloat16().view(torch.int16).cpu().numpy().tobytes()
+        )
     return digest.hexdigest()[:12]

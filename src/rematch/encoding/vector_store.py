@@ -1,14 +1,15 @@
-"""Vectors on disk: one SQLite file per model, filled batch by batch, found again by the content of what was encoded.
+"""Vectors on disk: one SQLite file per model, filled batch by batch, found again by the content of
+what was encoded.
 
-What a vector depends on is its key: the model (weights, configuration, chat template, tokenizer, picture settings,
-prompts, libraries and this package's code) names the file; the input's text and pictures name the row. SQLite commits a
-batch whole or not at all, whatever kills the process; each row carries a checksum besides.
+What a vector depends on is its key: the model (weights, configuration, chat template, tokenizer,
+picture settings, prompts, libraries and this package's code) names the file; the input's text and
+pictures name the row. SQLite commits a batch whole or not at all, whatever kills the process; each
+row carries a checksum besides.
 """
 
 import json
 import os
 import sqlite3
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -27,9 +28,13 @@ from rematch.errors import DataError
 
 FINGERPRINT = "2:"  # how fingerprints of this kind begin; those before it knew no configuration
 _BOOKKEEPING = frozenset(
-    "_name_or_path architectures auto_map dtype torch_dtype transformers_version id2label label2id problem_type "
-    "use_cache return_dict output_attentions output_hidden_states initializer_range initializer_factor".split()
+    "_name_or_path architectures auto_map dtype torch_dtype transformers_version id2label "
+    "label2id problem_type use_cache return_dict output_attentions output_hidden_states initializer_range initializer_factor".split()
 )  # of a configuration: vectors do not depend on it
+_MODULES = (  # turn inputs into vectors; an edit of another one leaves everybody's vectors valid
+    "prompts tokens model backbone/module backbone/reading backbone/turns backbone/pictures "
+    "backbone/key_values backbone/lora data/images data/inputs encoding/encoder"
+).split()
 _LIBRARIES = ("torch", "transformers", "sentence-transformers", "pillow")
 
 
@@ -47,8 +52,9 @@ def describe(model: SentenceTransformer) -> dict[str, Any]:
 
 
 def fingerprint(model: SentenceTransformer) -> str:
-    """Digest of what makes two vectors comparable: weights (rounded to bfloat16, so that it does not matter in which
-    precision they were loaded), configuration, chat template, tokenizer, picture settings, prompts.
+    """Digest of what makes two vectors comparable: weights (rounded to bfloat16, so that it does
+    not matter in which precision they were loaded), configuration, chat template, tokenizer,
+    picture settings, prompts.
     """
     content = _settings(model) | {"weights": _weights(model, torch.bfloat16)}
     return FINGERPRINT + _digest(json.dumps(content, sort_keys=True, default=str))
@@ -85,14 +91,18 @@ def _configs(model: SentenceTransformer) -> Iterator[tuple[str, PreTrainedConfig
 
 
 def _configuration(config: PreTrainedConfig) -> dict[str, Any]:
-    """What differs from the defaults, so that a setting that a later Transformers adds changes nothing."""
+    """What differs from the defaults, so that a setting that a later Transformers adds changes
+    nothing.
+    """
     values = config.to_dict()
     try:
         usual = type(config)().to_dict()
     except Exception:  # a few have settings without a default; of these all count
         usual = {}
     parts = {key for key, value in vars(config).items() if isinstance(value, PreTrainedConfig)}
-    different = {k for k, v in values.items() if k not in usual or usual[k] != v} - parts - _BOOKKEEPING
+    different = (
+        {k for k, v in values.items() if k not in usual or usual[k] != v} - parts - _BOOKKEEPING
+    )
     return {"model_type": config.model_type} | {key: values[key] for key in different}
 
 
@@ -108,7 +118,9 @@ def _weights(model: SentenceTransformer, dtype: torch.dtype | None = None) -> st
 def _vocabulary(tokenizer: Any) -> str:
     """A fast tokenizer without the padding and truncation that its last call has left behind."""
     content = json.loads(tokenizer.to_str())
-    return json.dumps({k: v for k, v in content.items() if k not in ("padding", "truncation")}, sort_keys=True)
+    return json.dumps(
+        {k: v for k, v in content.items() if k not in ("padding", "truncation")}, sort_keys=True
+    )
 
 
 def _digest(text: str) -> str:
@@ -119,10 +131,9 @@ def _digest(text: str) -> str:
 def _code() -> str:
     """Digest of those modules of this package that turn inputs into vectors."""
     digest = xxh3_128()
-    root = Path(__file__).parent
-    for path in sorted([*root.glob("*.py"), *(root / "data").glob("i*.py")]):
-        if path.name not in ("cli.py", "demo.py", "report.py"):
-            digest.update(path.read_bytes())
+    root = Path(__file__).parents[1]
+    for module in _MODULES:
+        digest.update((root / f"{module}.py").read_bytes())
     return digest.hexdigest()
 
 
@@ -131,7 +142,8 @@ class VectorStore:
 
     Args:
         directory: Created if need be; may hold the stores of other models.
-        model: Whose vectors they are; another model, or the same with other settings, has another file.
+        model: Whose vectors they are; another model, or the same with other settings, has another
+            file.
         warn: Told what was found broken.
 
     Raises:
@@ -139,7 +151,10 @@ class VectorStore:
     """
 
     def __init__(
-        self, directory: Path | str, model: SentenceTransformer, warn: Callable[[str], None] = lambda _: None
+        self,
+        directory: Path | str,
+        model: SentenceTransformer,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         description = json.dumps(describe(model), indent=1, sort_keys=True, default=str)
         self.path = Path(directory) / f"{_digest(description)[:16]}.sqlite"
@@ -148,7 +163,9 @@ class VectorStore:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open(description)
         except (OSError, sqlite3.OperationalError) as error:
-            raise DataError(f"{self.path}: cannot be written ({error}). Choose another --cache.") from None
+            raise DataError(
+                f"{self.path}: cannot be written ({error}). Choose another --cache."
+            ) from None
         except sqlite3.DatabaseError:
             self._start_afresh(description)
 
@@ -159,7 +176,8 @@ class VectorStore:
         self.database.execute("pragma journal_mode = wal")
         self.database.execute("create table if not exists model (description text)")
         self.database.execute(
-            "create table if not exists vectors (key blob primary key, shape text, vector blob, crc integer)"
+            "create table if not exists vectors (key blob primary key, shape text, vector blob, "
+            "crc integer)"
         )
         if self.database.execute("select count(*) from model").fetchone() == (0,):
             self.database.execute("insert into model values (?)", [description])
@@ -177,7 +195,9 @@ class VectorStore:
         """Those of the keys' vectors that are there and whole."""
         found = {}
         for key in keys:
-            row = self.database.execute("select shape, vector, crc from vectors where key = ?", [key]).fetchone()
+            row = self.database.execute(
+                "select shape, vector, crc from vectors where key = ?", [key]
+            ).fetchone()
             if row is None:
                 continue
             shape, blob, crc = row
@@ -189,15 +209,12 @@ class VectorStore:
 
     def put(self, vectors: dict[bytes, NDArray[np.float32]]) -> None:
         """Add the vectors of a batch, all of them or none."""
-        rows = [(k, json.dumps(v.shape), b := v.tobytes(), zlib.crc32(b)) for k, v in vectors.items()]
+        rows = [
+            (k, json.dumps(v.shape), b := v.tobytes(), zlib.crc32(b)) for k, v in vectors.items()
+        ]
         self.database.execute("begin immediate")
         self.database.executemany("insert or replace into vectors values (?, ?, ?, ?)", rows)
         self.database.execute("commit")
 
     def __len__(self) -> int:
         return int(self.database.execute("select count(*) from vectors").fetchone()[0])
-
-
-def say(message: str) -> None:
-    """A warning on the terminal."""
-    sys.stderr.write(f"warning: {message}\n")

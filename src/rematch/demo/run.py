@@ -19,13 +19,13 @@ from rematch.data import picto
 from rematch.data.picto import Scene
 from rematch.data.picto_tasks import BLOCK, evaluation_tasks
 from rematch.data.schema import Item
-from rematch.encoder import Encoder
+from rematch.demo.report import example_maps, write_report
+from rematch.encoding.encoder import Encoder
 from rematch.errors import RematchError
 from rematch.evaluate.run import TaskResult, baselines, evaluate, summary
 from rematch.files import write_json
 from rematch.model import ReMatch
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
-from rematch.report import example_maps, write_report
 from rematch.train.precision import choose
 from rematch.train.recipe import Loss, Model, Recipe, Train
 from rematch.train.run import build_collator, build_loss, build_model, train
@@ -36,7 +36,8 @@ IMAGE = DOCUMENT_INSTRUCTIONS["image"]
 MINUTES = 5.0
 FEWEST_STEPS, MOST_STEPS = 30, 100  # with 30, both arms are far above chance (docs/log.md)
 _PROBED = 4  # steps that are timed, the first not counted
-_SHARE = 0.7  # of the time left that is planned for: real steps took up to 1.25 times as long as timed ones
+# of the time left that is planned for: real steps took up to 1.25 times as long as timed ones
+_SHARE = 0.7
 _LOADING = 15.0  # seconds before and after what is measured: imports, the report
 _START = 4.0  # seconds that a training run takes beside its steps
 
@@ -57,7 +58,8 @@ class Pace:
 
     @property
     def fitting(self) -> int:
-        """The steps per arm that fit into the time left, at least ``FEWEST_STEPS`` and at most ``MOST_STEPS``.
+        """The steps per arm that fit into the time left, at least ``FEWEST_STEPS`` and at most
+        ``MOST_STEPS``.
 
         >>> Pace({"contrastive": 1.0, "rematch": 3.0}, evaluation=20.0, left=260.0).fitting
         33
@@ -69,7 +71,9 @@ class Pace:
 
 
 def recipes(steps: int, directory: Path) -> dict[str, Recipe]:
-    """The two arms: the same base, samples and steps; contrastive-only pools the last token and asks no questions."""
+    """The two arms: the same base, samples and steps; contrastive-only pools the last token and
+    asks no questions.
+    """
 
     def run(name: str, loss: Loss) -> Recipe:
         settings = Train(
@@ -81,15 +85,26 @@ def recipes(steps: int, directory: Path) -> dict[str, Recipe]:
             report_to=["none"],
             workers=0,  # on two cores a second process slows the first one down more than it helps
         )
-        return Recipe(model=Model(num_tokens=16 if name == "rematch" else 0), loss=loss, train=settings)
+        return Recipe(
+            model=Model(num_tokens=16 if name == "rematch" else 0), loss=loss, train=settings
+        )
 
-    return {"contrastive": run("contrastive", Loss(w_orth=0, w_qdm=0)), "rematch": run("rematch", Loss())}
+    return {
+        "contrastive": run("contrastive", Loss(w_orth=0, w_qdm=0)),
+        "rematch": run("rematch", Loss()),
+    }
 
 
 def seconds_per_step(recipe: Recipe) -> float:
-    """Time a few training steps of a recipe: the median of reading a batch, forward and backward pass."""
+    """Time a few training steps of a recipe: the median of reading a batch, forward and backward
+    pass.
+    """
     model = build_model(recipe).train()
-    loss, collator, rows = build_loss(recipe, model), build_collator(recipe, model), build_dataset(recipe)
+    loss, collator, rows = (
+        build_loss(recipe, model),
+        build_collator(recipe, model),
+        build_dataset(recipe),
+    )
     use_bf16, _ = choose(recipe.train.bf16, recipe.model.attention, model.device.type)
     seconds = []
     for step in range(_PROBED):
@@ -111,11 +126,13 @@ class _Advance(TrainerCallback):  # type: ignore[misc]
 
 
 def run_demo(output: Path, steps: int | None = None) -> Path:
-    """Evaluate and search with ``rematch-tiny``, train and evaluate both arms, and write both reports.
+    """Evaluate and search with ``rematch-tiny``, train and evaluate both arms, and write both
+    reports.
 
     Args:
         output: Directory of the reports.
-        steps: Training steps per arm; by default as many as let the whole demo end within five minutes.
+        steps: Training steps per arm; by default as many as let the whole demo end within five
+            minutes.
 
     Returns:
         Path of the HTML report.
@@ -134,7 +151,10 @@ def run_demo(output: Path, steps: int | None = None) -> Path:
     )
     results: dict[str, list[TaskResult]] = {}
     logs: dict[str, list[dict[str, Any]]] = {}
-    with tempfile.TemporaryDirectory() as work, Progress(*columns, speed_estimate_period=60) as progress:
+    with (
+        tempfile.TemporaryDirectory() as work,
+        Progress(*columns, speed_estimate_period=60) as progress,
+    ):
         bar = progress.add_task("evaluating rematch-tiny", total=MINUTES * 60)
         tiny = ReMatch("rematch-tiny")
         started = time.time()
@@ -143,7 +163,9 @@ def run_demo(output: Path, steps: int | None = None) -> Path:
         progress.update(bar, description="searching", completed=time.time() - began)
         searches, maps = example_searches(tiny), example_maps(tiny, random.Random(3))
         progress.update(bar, description="timing training steps", completed=time.time() - began)
-        probed = {name: seconds_per_step(recipe) for name, recipe in recipes(_PROBED, Path(work)).items()}
+        probed = {
+            name: seconds_per_step(recipe) for name, recipe in recipes(_PROBED, Path(work)).items()
+        }
         pace = Pace(probed, evaluation, MINUTES * 60 - _LOADING - (time.time() - began))
         chosen = steps or pace.fitting
         arms = recipes(chosen, Path(work))
@@ -181,7 +203,9 @@ def run_demo(output: Path, steps: int | None = None) -> Path:
     }
     write_json(output / "report.json", content)
     steps_logged = {name: rows[1:] for name, rows in logs.items()}
-    return write_report(output / "report.html", content, steps_logged, searches, results["rematch-tiny"], maps)
+    return write_report(
+        output / "report.html", content, steps_logged, searches, results["rematch-tiny"], maps
+    )
 
 
 def explain(pace: Pace, steps: int, asked_for: bool) -> str:
@@ -194,8 +218,8 @@ def explain(pace: Pace, steps: int, asked_for: bool) -> str:
     if needed > pace.left:
         late = (needed - pace.left) / 60
         return (
-            f"{sentence}: the fewest with which both arms are above chance. The demo will take about {late:.0f} "
-            f"minutes longer than {MINUTES:.0f} on this machine."
+            f"{sentence}: the fewest with which both arms are above chance. The demo will take "
+            f"about {late:.0f} minutes longer than {MINUTES:.0f} on this machine."
         )
     if steps == MOST_STEPS:
         return f"{sentence}: the most that the demo trains."
@@ -219,9 +243,16 @@ def example_searches(model: ReMatch) -> list[tuple[dict[str, Any], list[tuple[It
     before = scenes[1]
     old, new = before.objects[0], scenes[2].objects[0]
     a, b, c, d = (new if name == old else name for name in before.cells)
-    scenes += [Scene((a, b, c, d), before.background), *(picto.near_miss(scene, rng) for scene in scenes[:19])]
+    scenes += [
+        Scene((a, b, c, d), before.background),
+        *(picto.near_miss(scene, rng) for scene in scenes[:19]),
+    ]
     corpus = [
-        Item(image=picto.render(scene, rng.choice(picto.TRAIN_STYLES), i), instruction=IMAGE, key=picto.caption(scene))
+        Item(
+            image=picto.render(scene, rng.choice(picto.TRAIN_STYLES), i),
+            instruction=IMAGE,
+            key=picto.caption(scene),
+        )
         for i, scene in enumerate(scenes)
     ]
     vectors = model.encode_document([item.as_input() for item in corpus], show_progress_bar=False)
@@ -231,7 +262,9 @@ def example_searches(model: ReMatch) -> list[tuple[dict[str, Any], list[tuple[It
         {"text": to_scene + picto.caption(scenes[3])},
         {
             "text": "Find an image that shows the same scene drawn in another style.",
-            "image": picto.render(next(s for s in scenes if len(s.objects) == 2), picto.OOD_STYLE, 99),
+            "image": picto.render(
+                next(s for s in scenes if len(s.objects) == 2), picto.OOD_STYLE, 99
+            ),
         },
         {
             "text": "Find a similar image with the described change: "

@@ -28,7 +28,9 @@ def attention_maps(model: ReMatch, value: Any, task: str = "document") -> NDArra
     backbone.model.set_attn_implementation("eager")  # the others do not give their attention out
     try:
         features = model.preprocess([value], task=task)
-        inputs = {k: v.to(model.device) for k, v in features.items() if isinstance(v, torch.Tensor)}
+        inputs = {
+            k: v.to(model.device) for k, v in features.items() if isinstance(v, torch.Tensor)
+        }
         known = signature(backbone.base.forward).parameters
         accepted = {k: v for k, v in inputs.items() if k in known}
         attentions = backbone.base(**accepted, output_attentions=True).attentions
@@ -44,7 +46,9 @@ def attention_maps(model: ReMatch, value: Any, task: str = "document") -> NDArra
         height, width = height // merged, width // merged
     else:
         height = width = round(count**0.5)
-    maps: NDArray[np.float32] = mean[-k:, is_patch][:, : height * width].reshape(k, height, width).numpy()
+    maps: NDArray[np.float32] = (
+        mean[-k:, is_patch][:, : height * width].reshape(k, height, width).numpy()
+    )
     return maps
 
 
@@ -56,5 +60,9 @@ def overlay(picture: Image.Image, weights: NDArray[np.float32]) -> Image.Image:
         weights: (h, w); the largest one is full brightness.
     """
     light = np.clip(weights / weights.max(), 0, 1)
-    mask = Image.fromarray((255 * light).astype(np.uint8)).resize(picture.size, Image.Resampling.BICUBIC)
-    return Image.composite(picture, Image.eval(picture.convert("L"), lambda v: v // 4).convert("RGB"), mask)
+    mask = Image.fromarray((255 * light).astype(np.uint8)).resize(
+        picture.size, Image.Resampling.BICUBIC
+    )
+    return Image.composite(
+        picture, Image.eval(picture.convert("L"), lambda v: v // 4).convert("RGB"), mask
+    )

@@ -1,4 +1,6 @@
-"""Forward passes that fit into a device's memory: how large they are at first, and when they were too large."""
+"""Forward passes that fit into a device's memory: how large they are at first, and when they were
+too large.
+"""
 
 import torch
 

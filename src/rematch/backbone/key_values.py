@@ -8,10 +8,12 @@ from transformers import DynamicCache
 
 
 class KeyValues(DynamicCache):  # type: ignore[misc]
-    """Hands out the keys and values that a forward pass computes, and puts others before them, without extra copies.
+    """Hands out the keys and values that a forward pass computes, and puts others before them,
+    without extra copies.
 
     Args:
-        before: Keys and values of every layer that stand before the sequence, (B, heads, C, head width) each.
+        before: Keys and values of every layer that stand before the sequence, (B, heads, C, head
+            width) each.
 
     Attributes:
         new: Those of the sequence, layer by layer.
@@ -22,7 +24,9 @@ class KeyValues(DynamicCache):  # type: ignore[misc]
         self.before = before
         self.new: list[tuple[Tensor, Tensor]] = []
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         self.new.append((keys, values))
         if not self.before:
             return keys, values

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rematch.pictures import Pictures
+from rematch.backbone.pictures import Pictures
 
 
 @dataclass
@@ -19,8 +19,9 @@ class Step:
     Attributes:
         tensors: The model's inputs but for the pictures.
         sets: Picture sets in reading order, as numbers into :attr:`Batch.pictures`.
-        parts: In ``reuse`` mode: the padded batches that are embedded; the step's own tensors are then the questions
-            about them, with ``read``, which of the embedded inputs stand in the placeholders.
+        parts: In ``reuse`` mode: the padded batches that are embedded; the step's own tensors are
+            then the questions about them, with ``read``, which of the embedded inputs stand in the
+            placeholders.
     """
 
     tensors: dict[str, Tensor]
@@ -35,16 +36,18 @@ class Step:
 
 @dataclass
 class Batch:
-    """B samples of C columns (query, positive and, if there are any, negative), made of N distinct inputs (in ``reuse``
-    mode: distinct within a mini-batch).
+    """B samples of C columns (query, positive and, if there are any, negative), made of N distinct
+    inputs (in ``reuse`` mode: distinct within a mini-batch).
 
     Attributes:
         inputs: Which distinct input stands where, (B, C).
-        keys: A number per distinct input that is equal where, and only where, inputs are, (N,), int64.
+        keys: A number per distinct input that is equal where, and only where, inputs are, (N,),
+            int64.
         embedding: Forward passes that embed the distinct inputs in their order.
-        matching: Forward passes over the matching questions, unless embedding answers them (``reuse``). Beside the
-            fields of :class:`~rematch.matching.Packed` their tensors hold ``read``, which of the distinct inputs stand
-            in the placeholders, in reading order, and ``relevant`` (b, 2): whether a slot's document is the positive.
+        matching: Forward passes over the matching questions, unless embedding answers them
+            (``reuse``). Beside the fields of :class:`~rematch.matching.Packed` their tensors hold
+            ``read``, which of the distinct inputs stand in the placeholders, in reading order, and
+            ``relevant`` (b, 2): whether a slot's document is the positive.
         pictures: The distinct picture sets; ``None`` without any.
         budget: Tokens of a forward pass; visual ones, when the vision tower runs alone.
         temperatures: τ of each sample's source, (B,); ``None`` for the loss's.
@@ -65,17 +68,22 @@ class Batch:
     def __reduce__(self) -> tuple[Callable[[bytes], "Batch"], tuple[bytes]]:
         """From a data worker a batch comes through the pipe as one string of bytes.
 
-        torch would hand over each of its hundreds of tensors as a file descriptor of shared memory, more than many
-        machines allow a process, and more memory than many containers have in /dev/shm.
+        torch would hand over each of its hundreds of tensors as a file descriptor of shared
+        memory, more than many machines allow a process, and more memory than many containers have
+        in /dev/shm.
         """
         stream = io.BytesIO()
-        _Pickler(stream, protocol=5).dump({item.name: getattr(self, item.name) for item in fields(self)})
+        _Pickler(stream, protocol=5).dump(
+            {item.name: getattr(self, item.name) for item in fields(self)}
+        )
         return _unpickle, (stream.getvalue(),)
 
     @property
     def tokens(self) -> int:
         """Tokens of all its forward passes, padding included."""
-        steps = [part for step in [*self.embedding, *self.matching] for part in (step, *step.parts)]
+        steps = [
+            part for step in [*self.embedding, *self.matching] for part in (step, *step.parts)
+        ]
         return sum(step.tensors["input_ids"].numel() for step in steps)
 
 

@@ -1,4 +1,6 @@
-"""A corpus, document by document: a folder of pictures, a JSONL or parquet file, or a Hugging Face data set."""
+"""A corpus, document by document: a folder of pictures, a JSONL or parquet file, or a Hugging Face
+data set.
+"""
 
 import json
 import os
@@ -24,7 +26,8 @@ class Document:
     """One document, its picture not read yet.
 
     Attributes:
-        id: What it is called in the index: in a folder the path below it, else the row's ``id`` or its number.
+        id: What it is called in the index: in a folder the path below it, else the row's ``id`` or
+            its number.
         text: May be empty if there is a picture.
         image: A path, or a picture's file out of a data set.
         metadata: To filter by.
@@ -54,7 +57,8 @@ class Document:
         return int.from_bytes(digest.digest()[:7], "little")  # fits into int64
 
     def read(self, instruction: bool = True) -> dict[str, Any]:
-        """What a model encodes, the picture's file read once, so that nothing changes between a look and the next.
+        """What a model encodes, the picture's file read once, so that nothing changes between a
+        look and the next.
 
         Raises:
             ImageError: If the picture cannot be read.
@@ -71,10 +75,17 @@ class Document:
         """The document with its instruction, as in training."""
         image = image or self.image
         instruction = DOCUMENT_INSTRUCTIONS["image"] if image else ""
-        return Item(self.text, image, instruction + " " if instruction and self.text else instruction, self.id)
+        return Item(
+            self.text,
+            image,
+            instruction + " " if instruction and self.text else instruction,
+            self.id,
+        )
 
 
-Found = Document | tuple[str, RematchError]  # a document, or the id of one that cannot be used and why
+Found = (
+    Document | tuple[str, RematchError]
+)  # a document, or the id of one that cannot be used and why
 
 
 @dataclass(frozen=True)
@@ -99,10 +110,11 @@ def open_corpus(source: Path | str) -> Corpus:
     """A corpus.
 
     Args:
-        source: A folder: every picture in it, at any depth, with the text of ``NAME.txt`` or ``NAME.json`` beside
-            ``NAME.jpg`` (in JSON ``text`` or ``caption``; the rest is metadata). Or a .jsonl/.parquet file of rows with
-            ``text`` and/or ``image`` (or ``document``), perhaps ``id``; the rest is metadata. Or a Hugging Face data
-            set: a directory made by ``save_to_disk``, or ``hf:NAME`` from the hub.
+        source: A folder: every picture in it, at any depth, with the text of ``NAME.txt`` or
+            ``NAME.json`` beside ``NAME.jpg`` (in JSON ``text`` or ``caption``; the rest is
+            metadata). Or a .jsonl/.parquet file of rows with ``text`` and/or ``image`` (or
+            ``document``), perhaps ``id``; the rest is metadata. Or a Hugging Face data set: a
+            directory made by ``save_to_disk``, or ``hf:NAME`` from the hub.
 
     Raises:
         DataError: If there is nothing there.
@@ -122,9 +134,14 @@ def open_corpus(source: Path | str) -> Corpus:
 
         return Corpus(str(path.resolve()), count, documents)
     if not path.is_file():
-        raise DataError(f"{path}: no such folder or file. Give a folder of pictures, or a .jsonl or .parquet file.")
+        raise DataError(
+            f"{path}: no such folder or file. Give a folder of pictures, or a .jsonl or .parquet "
+            "file."
+        )
     if path.suffix not in (".jsonl", ".json", ".parquet"):
-        raise DataError(f"{path}: is neither .jsonl nor .parquet. Give one of them, or a folder of pictures.")
+        raise DataError(
+            f"{path}: is neither .jsonl nor .parquet. Give one of them, or a folder of pictures."
+        )
     return Corpus(str(path.resolve()), None, lambda: _from_rows(path))
 
 
@@ -145,13 +162,17 @@ def documents_of(source: Path) -> list[Item]:
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
-    """Every picture below, in the order of the names; links to folders are followed, but not in circles."""
+    """Every picture below, in the order of the names; links to folders are followed, but not in
+    circles.
+    """
 
     def walk(place: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
         try:
             entries = sorted(os.scandir(place), key=lambda e: e.name)
         except OSError as error:
-            raise DataError(f"{place}: cannot be listed ({error.strerror}). Check its permissions.") from None
+            raise DataError(
+                f"{place}: cannot be listed ({error.strerror}). Check its permissions."
+            ) from None
         for entry in entries:
             if entry.is_dir():
                 about = entry.stat()
@@ -192,9 +213,13 @@ def _sidecar(picture: Path) -> tuple[str, Metadata]:
         try:
             record = json.loads(content)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}: not valid JSON ({error.msg}, line {error.lineno}).") from None
+            raise DataError(
+                f"{path}: not valid JSON ({error.msg}, line {error.lineno})."
+            ) from None
         if not isinstance(record, dict):
-            raise DataError(f"{path}: holds a {type(record).__name__}; it should hold an object with 'text'.")
+            raise DataError(
+                f"{path}: holds a {type(record).__name__}; it should hold an object with 'text'."
+            )
         text = record.pop("text", None) or record.pop("caption", None) or ""
         return str(text).strip(), _metadata(record)
     return "", {}
@@ -205,9 +230,17 @@ def _from_rows(path: Path) -> Iterator[Found]:
         rest: dict[str, Any] = {}
         value = record
         if isinstance(record, dict):
-            rest = {k: v for k, v in record.items() if k not in ("id", "document", "text", "image")}
-            value = record.get("document") or {k: record[k] for k in ("text", "image") if record.get(k)}
-        name = str(record["id"]) if isinstance(record, dict) and record.get("id") is not None else str(number)
+            rest = {
+                k: v for k, v in record.items() if k not in ("id", "document", "text", "image")
+            }
+            value = record.get("document") or {
+                k: record[k] for k in ("text", "image") if record.get(k)
+            }
+        name = (
+            str(record["id"])
+            if isinstance(record, dict) and record.get("id") is not None
+            else str(number)
+        )
         try:
             if isinstance(value, dict) and isinstance(value.get("image"), dict | bytes):
                 yield _with_encoded(name, value, rest)
@@ -232,11 +265,15 @@ def _data_set(name: str) -> Corpus:
         else:
             found = datasets.load_from_disk(name)
     except Exception as error:
-        raise DataError(f"{name}: cannot be loaded as a data set ({str(error).splitlines()[0]}).") from error
+        raise DataError(
+            f"{name}: cannot be loaded as a data set ({str(error).splitlines()[0]})."
+        ) from error
     parts = found if isinstance(found, dict) else {"": found}
     columns = {n: c for part in parts.values() for n, c in (part.features or {}).items()}
     if not {"image", "text", "caption"} & columns.keys():
-        raise DataError(f"{name}: has the columns {', '.join(columns)}; it needs image, text or caption.")
+        raise DataError(
+            f"{name}: has the columns {', '.join(columns)}; it needs image, text or caption."
+        )
     sizes = [len(part) if hasattr(part, "__len__") else None for part in parts.values()]
     size = None if None in sizes else sum(s for s in sizes if s is not None)
 
@@ -246,7 +283,10 @@ def _data_set(name: str) -> Corpus:
                 part = part.cast_column("image", datasets.Image(decode=False))
             for number, record in enumerate(part):
                 key = record.pop("id", None)
-                value = {"image": record.pop("image", None), "text": record.pop("text", None) or record.get("caption")}
+                value = {
+                    "image": record.pop("image", None),
+                    "text": record.pop("text", None) or record.get("caption"),
+                }
                 own = str(key) if key is not None else f"{split}{'/' if split else ''}{number}"
                 yield _with_encoded(own, value, record)
 
@@ -270,5 +310,7 @@ def _metadata(record: dict[str, Any]) -> Metadata:
         if value is None or isinstance(value, str | bool):
             found[name] = value
         else:
-            found[name] = float(value) if isinstance(value, int | float) else json.dumps(value, default=str)
+            found[name] = (
+                float(value) if isinstance(value, int | float) else json.dumps(value, default=str)
+            )
     return found

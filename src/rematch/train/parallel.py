@@ -1,7 +1,8 @@
-"""Several processes as one: vectors of all of them in the loss, as many forward passes in each, one reduction a step.
+"""Several processes as one: vectors of all of them in the loss, as many forward passes in each,
+one reduction a step.
 
-Gradients are averaged over processes by DDP or FSDP2, and every process takes means over as many samples, so the sum of
-it all is the gradient of the global batch (tests/test_parallel.py).
+Gradients are averaged over processes by DDP or FSDP2, and every process takes means over as many
+samples, so the sum of it all is the gradient of the global batch (tests/test_parallel.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,9 @@ T = TypeVar("T")
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Rows of all processes, one after the other; gradients flow back to the process that a row came from."""
+    """Rows of all processes, one after the other; gradients flow back to the process that a row
+    came from.
+    """
     if get_world_size() == 1:
         return tensor
     gathered: Tensor = all_gather(tensor.contiguous(), with_grad=tensor.requires_grad)
@@ -47,7 +50,8 @@ def largest(counts: Sequence[int], device: torch.device) -> list[int]:
 
 
 def aligned(steps: Sequence[T], count: int, idle: T | None = None) -> list[tuple[T, float]]:
-    """Steps and their weights, ``count`` in every process: sharded weights are gathered by all processes together.
+    """Steps and their weights, ``count`` in every process: sharded weights are gathered by all
+    processes together.
 
     Args:
         steps: Of this process.
@@ -58,11 +62,15 @@ def aligned(steps: Sequence[T], count: int, idle: T | None = None) -> list[tuple
     [('a', 1.0), ('b', 1.0), ('b', 0.0)]
     """
     filler = list(steps[-1:]) if idle is None else [idle]
-    return [(step, 1.0) for step in steps] + [(step, 0.0) for step in filler] * (count - len(steps))
+    return [(step, 1.0) for step in steps] + [(step, 0.0) for step in filler] * (
+        count - len(steps)
+    )
 
 
 def touch(model: nn.Module) -> Tensor | float:
-    """Zero, through every trainable weight: under DDP none of them may be missing from a backward pass."""
+    """Zero, through every trainable weight: under DDP none of them may be missing from a backward
+    pass.
+    """
     if not isinstance(model, DistributedDataParallel):
         return 0.0
     return torch.stack([p.sum() for p in model.parameters() if p.requires_grad]).sum() * 0.0
@@ -70,7 +78,9 @@ def touch(model: nn.Module) -> Tensor | float:
 
 @contextmanager
 def piling_up(model: nn.Module, last: bool = False) -> Iterator[None]:
-    """Let gradients pile up in each process, but for the ``last`` backward pass, which reduces them all."""
+    """Let gradients pile up in each process, but for the ``last`` backward pass, which reduces
+    them all.
+    """
     if last:
         yield
     elif isinstance(model, DistributedDataParallel):

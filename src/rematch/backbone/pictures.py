@@ -1,7 +1,8 @@
-"""Pictures of a batch: collected once each, seen once by the vision tower, handed out wherever they stand.
+"""Pictures of a batch: collected once each, seen once by the vision tower, handed out wherever
+they stand.
 
-A *set* is the pictures of one input (usually one picture). What the vision tower makes of a set, :class:`Seen`, goes
-back into the backbone as ``mm_encoder_outputs``, in place of ``pixel_values``.
+A *set* is the pictures of one input (usually one picture). What the vision tower makes of a set,
+:class:`Seen`, goes back into the backbone as ``mm_encoder_outputs``, in place of ``pixel_values``.
 """
 
 from collections.abc import Sequence
@@ -21,8 +22,8 @@ class Pictures:
         values: ``pixel_values`` and the like of all sets, concatenated along the first dimension.
         sizes: How many rows of each value belong to each set.
         tokens: Visual tokens of each set.
-        levels: For values stored as 8-bit levels (:meth:`compact`), the number that each level of each channel stands
-            for, (channels, 256).
+        levels: For values stored as 8-bit levels (:meth:`compact`), the number that each level of
+            each channel stands for, (channels, 256).
     """
 
     values: dict[str, Tensor]
@@ -32,7 +33,9 @@ class Pictures:
 
     @classmethod
     def collect(cls, visions: Sequence[dict[str, Tensor]], tokens: Sequence[int]) -> "Pictures":
-        """Several sets as one; those of other shapes (processors pad per call) are padded with zeros alike."""
+        """Several sets as one; those of other shapes (processors pad per call) are padded with
+        zeros alike.
+        """
         names = list(visions[0])
         values = {name: _cat([vision[name] for vision in visions]) for name in names}
         sizes = {name: [len(vision[name]) for vision in visions] for name in names}
@@ -65,12 +68,14 @@ class Pictures:
             filled += own
         return [*found, range(start, len(self.tokens))]
 
-    def compact(self, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> "Pictures":
+    def compact(
+        self, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+    ) -> "Pictures":
         """The same pictures in less memory.
 
-        Processors map the 256 levels of each colour channel to normalised numbers. Where all numbers of a value are
-        such, the levels are stored, one byte each, with a table of the very numbers. Other values are stored in
-        ``dtype`` if that is smaller.
+        Processors map the 256 levels of each colour channel to normalised numbers. Where all
+        numbers of a value are such, the levels are stored, one byte each, with a table of the very
+        numbers. Other values are stored in ``dtype`` if that is smaller.
 
         Args:
             mean: Of each channel, as the processor normalises.
@@ -101,7 +106,9 @@ class Pictures:
 
 
 def _by_channel(value: Tensor, channels: int) -> Tensor | None:
-    """A view with the channels second: (N, C, …) patches that were flattened, or pictures (…, C, H, W)."""
+    """A view with the channels second: (N, C, …) patches that were flattened, or pictures (…, C,
+    H, W).
+    """
     if value.ndim == 2 and value.shape[1] % channels == 0:
         return value.view(len(value), channels, -1)
     if value.ndim > 3 and value.shape[-3] == channels:
@@ -109,8 +116,12 @@ def _by_channel(value: Tensor, channels: int) -> Tensor | None:
     return None
 
 
-def _as_levels(value: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor] | None:
-    """(levels, table) from which :func:`_from_levels` restores ``value`` to the bit; ``None`` if there is no such."""
+def _as_levels(
+    value: Tensor, mean: Sequence[float], std: Sequence[float]
+) -> tuple[Tensor, Tensor] | None:
+    """(levels, table) from which :func:`_from_levels` restores ``value`` to the bit; ``None`` if
+    there is no such.
+    """
     parts = _by_channel(value, len(mean))
     if parts is None or len(std) != len(mean):
         return None
@@ -139,7 +150,8 @@ class Seen:
 
     Attributes:
         units: Its pictures (or their tiles), (visual tokens, D) each.
-        deepstack: The same at the layers that the language model reads besides, where there are any (Qwen3-VL).
+        deepstack: The same at the layers that the language model reads besides, where there are
+            any (Qwen3-VL).
         stacked: Whether the backbone wants the units as one tensor.
     """
 
@@ -160,7 +172,10 @@ def see(base: nn.Module, pictures: Pictures) -> list[Seen]:
     """
     get_features: Any = base.get_image_features
     out = get_features(**pictures.values, return_dict=True)
-    units, levels = list(out.pooler_output), [list(level) for level in getattr(out, "deepstack_features", None) or []]
+    units, levels = (
+        list(out.pooler_output),
+        [list(level) for level in getattr(out, "deepstack_features", None) or []],
+    )
     seen, at = [], 0
     for tokens in pictures.tokens:
         start, count = at, 0
@@ -168,7 +183,9 @@ def see(base: nn.Module, pictures: Pictures) -> list[Seen]:
             count += len(units[at])
             at += 1
         if count != tokens:
-            raise AssertionError(f"{type(base).__name__}: {count} visual features for {tokens} picture tokens")
+            raise AssertionError(
+                f"{type(base).__name__}: {count} visual features for {tokens} picture tokens"
+            )
         deepstack = [level[start:at] for level in levels]
         seen.append(Seen(units[start:at], deepstack, isinstance(out.pooler_output, Tensor)))
     return seen
@@ -182,7 +199,8 @@ def as_inputs(seen: Sequence[Seen]) -> dict[str, Any]:
     pooled = torch.stack(units) if seen[0].stacked else tuple(units)
     out = BaseModelOutputWithPooling(pooler_output=pooled)
     levels = [
-        [unit for level in found for unit in level] for found in zip(*(one.deepstack for one in seen), strict=True)
+        [unit for level in found for unit in level]
+        for found in zip(*(one.deepstack for one in seen), strict=True)
     ]
     if levels:
         out.deepstack_features = levels
