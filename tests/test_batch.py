@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_gradient_cache import SMALL, assert_equal, gradients
+from shared_gradients import SMALL, assert_equal, gradients
 from torch.utils.data import DataLoader
 
 from rematch.backbone.pictures import Pictures
@@ -30,7 +30,7 @@ def tensors_of(value):
 
 @pytest.mark.parametrize("reuse", [False, True])
 def test_a_batch_survives_pickling(model, triplets, reuse):
-    batch = Collator(model, tokens=SMALL, reuse=reuse)(triplets)["batch"]
+    batch = Collator(model, batch_tokens=SMALL, reuse=reuse)(triplets)["batch"]
     batch.pictures.values["more"] = torch.randn(3, dtype=torch.bfloat16)
     copy = pickle.loads(pickle.dumps(batch))
     before, after = tensors_of(batch), tensors_of(copy)
@@ -46,7 +46,7 @@ def test_a_batch_comes_from_a_worker_through_few_open_files(model, triplets):
     """Hundreds of tensors, as at a batch of 1,024; each would be an open file if torch shared
     their memory.
     """
-    collator = Collator(model, tokens=60)
+    collator = Collator(model, batch_tokens=60)
     expected = collator(triplets)["batch"]
     assert len(tensors_of(expected)) > 150
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -104,7 +104,7 @@ def test_levels_of_every_layout(shape):
 @pytest.mark.parametrize("reuse", [False, True])
 def test_features_over_the_budget_are_computed_again(model, triplets, cached, reuse):
     model.backbone.freeze_vision()
-    batch = Collator(model, tokens=SMALL, reuse=reuse)(triplets)["batch"]
+    batch = Collator(model, batch_tokens=SMALL, reuse=reuse)(triplets)["batch"]
     counts, results = [], []
     handle = model.backbone.base.vision_tower.register_forward_pre_hook(
         lambda _, args: counts.append(len(args[0]))

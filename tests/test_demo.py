@@ -15,7 +15,7 @@ from rematch.demo.run import (
     run_demo,
     seconds_per_step,
 )
-from rematch.matching import VIEWS
+from rematch.matching import View
 
 
 def test_the_demo_writes_both_reports(tmp_path, monkeypatch):
@@ -42,7 +42,7 @@ def test_the_demo_writes_both_reports(tmp_path, monkeypatch):
         }
         assert all(0 <= v <= 100 for v in scores.values())
     assert set(report["matching_accuracy"]) == {
-        f"{v}/{d}" for v in VIEWS for d in ("positive", "negative")
+        f"{v}/{d}" for v in View for d in ("positive", "negative")
     }
     html = page.read_text()
     assert report["why"] in html

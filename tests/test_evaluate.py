@@ -16,7 +16,7 @@ from rematch.evaluate.command import Options, run
 from rematch.evaluate.metrics import ranks_of_right
 from rematch.evaluate.rerank import Reranking
 from rematch.evaluate.run import TaskResult, chance, evaluate, evaluate_task, summarise, summary
-from rematch.search.cascade import maxsim
+from rematch.scoring import maxsim
 
 
 def test_metrics_equal_those_of_trec():

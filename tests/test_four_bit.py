@@ -136,7 +136,7 @@ def test_gradients_reach_the_learnable_rows_under_gradient_checkpointing(
     for checkpointing in (False, True):
         settings = four_bit_recipe(backbone_path, tmp_path, gradient_checkpointing=checkpointing)
         model = build_model(settings).train()
-        batch = Collator(model, tokens=300)(triplets[:6])["batch"]
+        batch = Collator(model, batch_tokens=300)(triplets[:6])["batch"]
         results.append(gradients(model, ReMatchLoss(model, gradient_cache=cached), [batch]))
     (losses, plain), (again, checkpointed) = results
     assert losses == again

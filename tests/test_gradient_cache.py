@@ -5,52 +5,17 @@ computed once.
 import pytest
 import torch
 from peft import LoraConfig
+from shared_gradients import SMALL, assert_equal, both, gradients
 
-from rematch.train.collator import FULL, Collator, cut
+from rematch.train.collator import MIN_FULL, Collator, split
 from rematch.train.loss import ReMatchLoss
-
-SMALL = 150  # tokens: many mini-batches
-
-
-def gradients(model, loss, batches, scale=1.0, seed=0):
-    """Losses and gradients of some batches, accumulated, as a trainer does it."""
-    model.zero_grad()
-    loss.zero_grad()
-    torch.manual_seed(seed)
-    totals = []
-    for batch in batches:
-        total = torch.stack(list(loss([batch]).values())).sum()
-        (total * scale / len(batches)).backward()
-        totals.append(total.item())
-    named = [
-        *model.named_parameters(),
-        *[(n, p) for n, p in loss.named_parameters() if not n.startswith("model.")],
-    ]
-    return totals, {n: p.grad.clone() for n, p in named if p.grad is not None}
-
-
-def assert_equal(plain, cached, tolerance):
-    assert cached[0] == pytest.approx(plain[0], rel=tolerance)
-    assert cached[1].keys() == plain[1].keys()
-    largest = max(gradient.norm() for gradient in plain[1].values())
-    for name, gradient in plain[1].items():  # some are zero but for rounding: biases of keys
-        assert (cached[1][name] - gradient).norm() <= tolerance * gradient.norm().clamp(
-            min=1e-4 * largest
-        ), name
-
-
-def both(model, batches, scale=1.0, **options):
-    return [
-        gradients(model, ReMatchLoss(model, gradient_cache=c, **options), batches, scale)
-        for c in (False, True)
-    ]
 
 
 def test_cached_equals_plain_in_value_and_gradient(model, triplets):
     """Text-only, picture-only and mixed columns; two batches accumulated; a loss scale as under
     fp16.
     """
-    collator = Collator(model, tokens=SMALL)
+    collator = Collator(model, batch_tokens=SMALL)
     batches = [collator(triplets[:6])["batch"], collator(triplets[6:])["batch"]]
     assert all(len(b.embedding) > 3 and len(b.matching) > 2 for b in batches)
     assert_equal(*both(model, batches, scale=1024.0), 1e-9)
@@ -62,7 +27,7 @@ def test_cached_equals_plain_under_dropout(make_model, triplets):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    batch = Collator(model, tokens=SMALL)(triplets)["batch"]
+    batch = Collator(model, batch_tokens=SMALL)(triplets)["batch"]
     plain, cached = both(model, [batch])
     assert_equal(plain, cached, 1e-6)  # the adapter's weights are float32
     other = gradients(model, ReMatchLoss(model, gradient_cache=True), [batch], seed=1)
@@ -74,7 +39,7 @@ def test_cached_is_as_exact_as_plain_in_single_precision(make_model, triplets):
     float64 gradient.
     """
     exact, single = make_model(), make_model(dtype=torch.float32)
-    batch = Collator(exact, tokens=SMALL)(triplets)["batch"]
+    batch = Collator(exact, batch_tokens=SMALL)(triplets)["batch"]
     _, truth = gradients(exact, ReMatchLoss(exact), [batch])
     plain, cached = both(single, [batch])
     assert truth.keys() == plain[1].keys() == cached[1].keys()
@@ -93,7 +58,7 @@ def test_cached_is_as_exact_as_plain_in_single_precision(make_model, triplets):
         {"w_qdm": 0},
         {"w_orth": 0, "views": ["raw-raw"]},
         {"learn_temperature": True, "symmetric": True, "mask_duplicates": True},
-        {"hardness": 2.0, "matryoshka": [8, 16], "largest": 40},
+        {"hardness": 2.0, "matryoshka": [8, 16], "max_scores": 40},
     ],
 )
 def test_cached_equals_plain_with_options(model, triplets, options):
@@ -107,7 +72,7 @@ def test_cached_equals_plain_with_options(model, triplets, options):
 def test_the_cut_into_mini_batches_changes_nothing(model, triplets):
     loss = ReMatchLoss(model)
     results = [
-        gradients(model, loss, [Collator(model, tokens=n)(triplets)["batch"]])
+        gradients(model, loss, [Collator(model, batch_tokens=n)(triplets)["batch"]])
         for n in (SMALL, 100_000)
     ]
     assert_equal(*results, 1e-6)  # padding moves float32 rotary tables
@@ -115,7 +80,7 @@ def test_the_cut_into_mini_batches_changes_nothing(model, triplets):
 
 def test_two_forwards_before_the_backwards(model, triplets):
     """The second forward must not spoil what the first one's backward needs."""
-    collator = Collator(model, tokens=SMALL)
+    collator = Collator(model, batch_tokens=SMALL)
     first, second = (collator(rows)["batch"] for rows in (triplets[:5], triplets[5:]))
     loss = ReMatchLoss(model, gradient_cache=True)
     model.zero_grad()
@@ -139,7 +104,7 @@ def test_gradient_checkpointing_changes_nothing(make_model, triplets, cached):
         ]
         if checkpointing:
             model.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
-        batch = Collator(model, tokens=SMALL)(triplets)["batch"]
+        batch = Collator(model, batch_tokens=SMALL)(triplets)["batch"]
         count = [0]
         for norm in norms:
             norm.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
@@ -151,7 +116,7 @@ def test_gradient_checkpointing_changes_nothing(make_model, triplets, cached):
 
 def test_a_frozen_tower_sees_each_distinct_picture_once(model, triplets):
     model.backbone.freeze_vision()
-    batch = Collator(model, tokens=SMALL)([*triplets, *triplets])["batch"]
+    batch = Collator(model, batch_tokens=SMALL)([*triplets, *triplets])["batch"]
     loss = ReMatchLoss(model, gradient_cache=True)
     passed = []
     tower = model.backbone.base.vision_tower
@@ -167,19 +132,19 @@ def test_a_frozen_tower_sees_each_distinct_picture_once(model, triplets):
     assert sum(passed) == len({p.tobytes() for p in pictures}) == len(batch.pictures)
 
     class Blind(ReMatchLoss):  # the obvious version: every forward looks at its own pictures
-        def see(self, batch):
+        def picture_features(self, batch):
             return None
 
     assert_equal(gradients(model, Blind(model), [batch]), once, 1e-9)
 
 
 def test_a_tower_in_training_switches_reuse_off(model, triplets):
-    batch = Collator(model, tokens=SMALL)(triplets)["batch"]
-    assert ReMatchLoss(model).see(batch) is None
+    batch = Collator(model, batch_tokens=SMALL)(triplets)["batch"]
+    assert ReMatchLoss(model).picture_features(batch) is None
     _, grads = gradients(model, ReMatchLoss(model, gradient_cache=True), [batch])
     assert any("vision_tower" in n for n in grads)
     model.backbone.freeze_vision()
-    assert len(ReMatchLoss(model).see(batch)) == len(batch.pictures)
+    assert len(ReMatchLoss(model).picture_features(batch)) == len(batch.pictures)
 
 
 def test_identical_inputs_are_embedded_once(model, triplets):
@@ -196,21 +161,21 @@ def test_identical_inputs_are_embedded_once(model, triplets):
 
 
 def test_mini_batches_hold_their_budget_and_little_padding(model, triplets):
-    batch = Collator(model, tokens=2000)(triplets * 3)["batch"]
+    batch = Collator(model, batch_tokens=2000)(triplets * 3)["batch"]
     for steps in (batch.embedding, batch.matching):
         for step in steps:
             assert step.tensors["input_ids"].numel() <= 2000
     real = sum(int(step.tensors["attention_mask"].sum()) for step in batch.embedding)
     padded = sum(step.tensors["input_ids"].numel() for step in batch.embedding)
-    assert real / padded >= FULL
+    assert real / padded >= MIN_FULL
     last = [
-        step.tensors["owner"] == step.tensors["visible"].shape[1] - 1 for step in batch.matching
+        step.tensors["segments"] == step.tensors["attends"].shape[1] - 1 for step in batch.matching
     ]
-    assert sum(int(m.sum()) for m in last) <= (1 - FULL) * sum(m.numel() for m in last)
+    assert sum(int(m.sum()) for m in last) <= (1 - MIN_FULL) * sum(m.numel() for m in last)
 
 
 def test_an_input_over_the_budget_is_a_mini_batch_of_its_own():
-    assert [list(r) for r in cut([5, 90], 40)] == [[0], [1]]
+    assert [list(r) for r in split([5, 90], 40)] == [[0], [1]]
 
 
 def test_training_reads_inputs_as_encoding_does(model, triplets):

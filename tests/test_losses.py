@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from test_matching import packed_and_separate
+from shared_questions import packed_and_separate
 
+from rematch.losses import info_nce, orthogonality
 from rematch.train.collator import Collator
-from rematch.train.loss import ReMatchLoss, info_nce, orthogonality
+from rematch.train.loss import ReMatchLoss
 
 
 def test_orthogonality_is_its_formula():
@@ -34,8 +35,7 @@ def test_info_nce_is_its_formula():
     assert info_nce(queries, documents, 0.02).item() == pytest.approx(sum(losses) / 3, rel=1e-12)
 
 
-@pytest.mark.parametrize("largest", [1 << 24, 7])
-def test_each_query_can_have_its_own_temperature(largest):
+def test_each_query_can_have_its_own_temperature():
     queries, documents = (
         torch.randn(3, 4, dtype=torch.float64),
         torch.randn(6, 4, dtype=torch.float64),
@@ -45,9 +45,7 @@ def test_each_query_can_have_its_own_temperature(largest):
     for i, tau in enumerate(own.flatten().tolist()):
         order = [i, *(j for j in range(6) if j != i)]
         each.append(info_nce(queries[i : i + 1], documents[order], tau).item())
-    assert info_nce(queries, documents, own, largest=largest).item() == pytest.approx(
-        sum(each) / 3, rel=1e-12
-    )
+    assert info_nce(queries, documents, own).item() == pytest.approx(sum(each) / 3, rel=1e-12)
 
 
 def test_the_whole_loss_equals_a_plain_one(model, triplets):

@@ -1,149 +1,19 @@
 """The unified mask against eight forwards of their own, and what an answer slot can see."""
 
-from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from shared_questions import MIXED, answer, one_question, packed_and_separate
 from torch.nn.attention.flex_attention import flex_attention
 
-from rematch.backbone.pictures import Pictures
 from rematch.errors import RematchError
-from rematch.matching import VIEWS, block_mask, unified_mask
-from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_QUESTION, MATCH_TASK
+from rematch.matching import Question, View, block_mask, unified_mask
 from rematch.tokens import fuse
 from rematch.train.collator import Collator
 from rematch.train.loss import ReMatchLoss
-
-MIXED = (0, 3, 6, 9)
-
-
-def embed(model, inputs, task):
-    return fuse(model(model.preprocess(inputs, task=task))["multi_vector"])
-
-
-def one_question(model, query, document, query_z, document_z, views, shifted=False):
-    """P(answer) logits of one question in a forward of its own, written out plainly: no segments,
-    no packing.
-
-    ``shifted`` puts it where it stands beside the raw query; but for rounding in float32 rotary
-    tables it is the same.
-    """
-    backbone = model.backbone
-    tokens = lambda text: backbone.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
-    raw_query = tokens(MATCH_QUERY) + backbone.reader.read(query).content.ids.tolist()
-    raw_document = tokens(MATCH_DOCUMENT) + backbone.reader.read(document).content.ids.tolist()
-    query_view, document_view = views.split("-")
-    placeholder = [backbone.tokenizer.eos_token_id]
-    prompt = tokens(backbone.reader.prefix + MATCH_TASK)
-    q = raw_query if query_view == "raw" else tokens(MATCH_QUERY) + placeholder
-    d = raw_document if document_view == "raw" else tokens(MATCH_DOCUMENT) + placeholder
-    slot = tokens(MATCH_QUESTION + backbone.reader.suffix)
-    # a document sees a prompt right before where Z_q stands or would stand, a raw query one of its
-    # own
-    feat_query = tokens(MATCH_QUERY) + placeholder
-    ids = torch.tensor([prompt + prompt + q + d + slot])
-    n = len(prompt)
-    end_q, end_d = 2 * n + len(q), 2 * n + len(q) + len(d)
-    before_document = len(q) - len(feat_query)
-    position = [
-        *range(before_document, before_document + n),
-        *range(n),
-        *range(n, n + len(q) + len(d) + len(slot)),
-    ]
-    if shifted:
-        position = [place + len(raw_query) - len(q) for place in position]
-    parts = [0] * n + [1] * n + [2] * len(q) + [3] * len(d) + [4] * len(slot)
-    sees = {0: {0}, 1: {1}, 2: {1, 2}, 3: {0, 3}, 4: {1, 2, 3, 4}}
-    mask = torch.full(
-        (1, 1, ids.shape[1], ids.shape[1]), torch.finfo(torch.float64).min, dtype=torch.float64
-    )
-    for row in range(ids.shape[1]):
-        for column in range(row + 1):
-            if parts[column] in sees[parts[row]]:
-                mask[0, 0, row, column] = 0.0
-    embeds = backbone.model.get_input_embeddings()(ids)[0]
-    rows = list(embeds)
-    if query_view == "feat":
-        rows[end_q - 1] = query_z
-    if document_view == "feat":
-        rows[end_d - 1] = document_z
-    embeds = torch.stack(rows)[None]
-    pictures = [
-        x["image"]
-        for x, v in ((query, query_view), (document, document_view))
-        if v == "raw" and "image" in x
-    ]
-    if pictures:
-        pixels = backbone.processor.image_processor(pictures, return_tensors="pt")[
-            "pixel_values"
-        ].double()
-        features = torch.cat(list(backbone.base.get_image_features(pixels).pooler_output))
-        embeds = embeds.masked_scatter(
-            (ids == backbone.model.config.image_token_id)[..., None], features
-        )
-    out = backbone.base.language_model(
-        inputs_embeds=embeds, attention_mask=mask, position_ids=torch.tensor([position])
-    ).last_hidden_state
-    return backbone.model.lm_head(out[0, -1])
-
-
-def answer(model, rows, questions, z=None):
-    """Logits of questions about inputs, in one packed forward."""
-    read = model.backbone.reader.read
-    packed, shown = model.backbone.reader.pack_matching(
-        [(read(q), [read(d) for d in ds]) for q, ds in rows], questions
-    )
-    features = vars(packed) | {"vectors": None}
-    if shown:
-        features["unseen"] = Pictures.collect(
-            [r.vision for r in shown], [r.visual_tokens for r in shown]
-        )
-    with nothing_projected(model):
-        return model(features | {"vectors": z})["answer_logits"]
-
-
-@contextmanager
-def nothing_projected(model):
-    """Take vectors for Z* themselves."""
-    projector, model.fusion.projector = model.fusion.projector, torch.nn.Identity()
-    yield
-    model.fusion.projector = projector
-
-
-def packed_and_separate(model, rows):
-    """Logits of all eight questions of every row: in one packed forward, and in forwards of their
-    own.
-    """
-    queries = embed(model, [r["query"] for r in rows], "query")
-    documents = [embed(model, [r[c] for r in rows], "document") for c in ("positive", "negative")]
-    z_query = model.fusion.projector(queries)
-    z_documents = torch.stack([model.fusion.projector(d) for d in documents], 1)
-    questions = [(q, i, d) for q, d in (v.split("-") for v in VIEWS) for i in (0, 1)]
-    sequences = [(r["query"], [r["positive"], r["negative"]]) for r in rows]
-    z = torch.cat([z_query[:, None], z_documents], 1).flatten(0, 1)
-    together = answer(model, sequences, [questions] * len(rows), z)
-    separate = torch.stack(
-        [
-            torch.stack(
-                [
-                    one_question(
-                        model,
-                        r["query"],
-                        (r["positive"], r["negative"])[i],
-                        z_query[b],
-                        z_documents[b, i],
-                        f"{q}-{d}",
-                        shifted=True,
-                    )
-                    for q, i, d in questions
-                ]
-            )
-            for b, r in enumerate(rows)
-        ]
-    )
-    return together, separate
 
 
 def test_one_forward_equals_eight_in_logits_and_gradients(model, triplets):
@@ -173,28 +43,27 @@ def test_gradient_flows_through_z_into_the_embedding(model, triplets):
     batch = Collator(model, ["feat-feat"])([triplets[i] for i in MIXED])["batch"]
     loss = ReMatchLoss(model, views=["feat-feat"])
     vectors = torch.randn(len(batch.keys), 32, dtype=torch.float64, requires_grad=True)
-    torch.stack(
-        [loss.match(step, batch, None, vectors) for step in batch.matching]
-    ).sum().backward()
+    passes = loss.passes(batch)
+    shares = [loss.match(mini_batch, passes, vectors) for mini_batch in batch.matching]
+    torch.stack(shares).sum().backward()
     assert (vectors.grad.abs().sum(1) > 0).all()
 
 
-@pytest.mark.parametrize("views", VIEWS)
-def test_no_slot_sees_another_document(model, triplets, views):
+@pytest.mark.parametrize("view", View)
+def test_no_slot_sees_another_document(model, triplets, view):
     """Another second document of the same length leaves the first one's logits equal to the bit."""
     row = triplets[0]
     others = [{"text": "a dog above a pizza"}, {"text": "a fox below a taco"}]
     assert len({len(model.backbone.reader.read(other).ids) for other in others}) == 1
-    query_view, document_view = views.split("-")
     z = torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     logits = []
     for other, last in zip(others, (z[2], -z[2]), strict=True):
-        questions = [(query_view, 0, document_view), (query_view, 1, document_view)]
-        feats = [z[0]] * (query_view == "feat") + [z[1], last] * (document_view == "feat")
-        z_given = torch.stack(feats) if feats else None
-        logits.append(
-            answer(model, [(row["query"], [row["positive"], other])], [questions], z_given)[0]
-        )
+        questions = [Question(view, 0), Question(view, 1)]
+        vectors = [z[0]] if view.query == "feat" else []
+        vectors += [z[1], last] if view.document == "feat" else []
+        stacked = torch.stack(vectors) if vectors else None
+        sequence = (row["query"], [row["positive"], other])
+        logits.append(answer(model, [sequence], [questions], stacked)[0])
     assert torch.equal(logits[0][0], logits[1][0])
     assert not torch.equal(logits[0][1], logits[1][1])
 
@@ -204,7 +73,7 @@ def test_the_place_of_the_positive_tells_nothing(model, triplets):
     scores.
     """
     row = triplets[2]
-    questions = [("raw", 0, "raw"), ("raw", 1, "raw")]
+    questions = [Question(View.RAW_RAW, 0), Question(View.RAW_RAW, 1)]
     scores = []
     for pair in ([row["positive"], row["negative"]], [row["negative"], row["positive"]]):
         scores.append(answer(model, [(row["query"], pair)], [questions])[0])
@@ -225,7 +94,7 @@ def test_without_hard_negatives_another_samples_document_serves(model, triplets)
     rows = [{"query": t["query"], "positive": t["positive"]} for t in triplets[:3]]
     batch = Collator(model)(rows)["batch"]
     for step in batch.matching:
-        for query, *documents in step.tensors["read"].view(-1, 3).tolist():
+        for query, *documents in step.tensors["placeholder_inputs"].view(-1, 3).tolist():
             row = batch.inputs[:, 0].tolist().index(query)
             assert set(documents) == {
                 batch.inputs[row, 1].item(),
@@ -242,17 +111,15 @@ def test_match_equals_the_plain_question(model, triplets):
             torch.as_tensor(model.encode_document(row["positive"])),
         ]
         z = [model.fusion.projector(v[None].double())[0] for v in vectors]
-        for views in VIEWS:
-            logits = one_question(model, row["query"], row["positive"], z[0], z[1], views)
+        for view in View:
+            logits = one_question(model, row["query"], row["positive"], z[0], z[1], view)
             expected = torch.sigmoid(logits[yes] - logits[no]).item()
-            assert model.match([row["query"]], [row["positive"]], views)[0] == pytest.approx(
+            assert model.match([row["query"]], [row["positive"]], view)[0] == pytest.approx(
                 expected, abs=1e-6
             )
 
 
-def test_match_takes_vectors_packs_neighbours_and_runs_a_query_of_many_documents_once(
-    model, triplets
-):
+def test_match_takes_vectors_as_arrays_or_lists(model, triplets):
     arrays = (
         model.encode_query([t["query"] for t in triplets]),
         model.encode_document([t["positive"] for t in triplets]),
@@ -260,28 +127,32 @@ def test_match_takes_vectors_packs_neighbours_and_runs_a_query_of_many_documents
     assert model.match(*arrays, "feat-feat") == pytest.approx(
         model.match(*map(list, arrays), "feat-feat"), abs=1e-6
     )
-    queries = (
-        [triplets[0]["query"]] * 20
-        + [triplets[1]["query"]] * 10
-        + [t["query"] for t in triplets[:2]]
-    )
-    every = [t[side] for side in ("positive", "negative") for t in triplets[:10]]
-    documents = every + every[:12]
-    q, d = model.encode_query(queries), model.encode_document(documents)
-    for views, given in (
-        ("raw-raw", (queries, documents)),
-        ("feat-feat", (list(q), list(d))),
-        ("raw-feat", (queries, list(d))),
+
+
+def test_short_and_long_lists_are_scored_as_single_pairs_are(model, triplets):
+    """Lists that share sequences with their query, and one behind a query computed once."""
+    queries = [t["query"] for t in triplets[:4]]
+    documents = [t[side] for side in ("positive", "negative") for t in triplets[:10]]
+    lists = [documents, documents[:10], documents[10:11], []]
+    q = model.encode_query(queries)
+    d = [model.encode_document(ds) if ds else ds for ds in lists]
+    for view, vectors in (
+        ("raw-raw", (queries, lists)),
+        ("feat-feat", (q, d)),
+        ("raw-feat", (queries, d)),
     ):
-        together = model.match(queries, documents, views)
-        single = [model.match([queries[i]], [documents[i]], views)[0] for i in range(32)]
-        assert together == pytest.approx(single, abs=1e-6)
-        assert model.match(*given, views) == pytest.approx(together, abs=1e-6)
+        together = model.score_lists(queries, lists, view)
+        assert [len(margins) for margins in together] == [20, 10, 1, 0]
+        for query, query_documents, margins in zip(queries, lists, together, strict=True):
+            single = [model.score(query, [document], view)[0] for document in query_documents]
+            assert margins == pytest.approx(single, abs=1e-6)
+        for margins, expected in zip(model.score_lists(*vectors, view), together, strict=True):
+            assert margins == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("many", [False, True])
-@pytest.mark.parametrize("views", VIEWS)
-def test_match_answers_what_training_answers(model, triplets, views, many):
+@pytest.mark.parametrize("view", View)
+def test_match_answers_what_training_answers(model, triplets, view, many):
     """The questions of a training batch, all views in one sequence, scored one view pair at a
     time.
     """
@@ -290,13 +161,16 @@ def test_match_answers_what_training_answers(model, triplets, views, many):
     batch = Collator(model)(rows)["batch"]
     yes, no = model.backbone.answer_ids
     with torch.no_grad():
-        multi = torch.cat([loss.embed(step, batch, None)[0] for step in batch.embedding])
+        passes = replace(loss.passes(batch), features=None)
+        multi = torch.cat([loss.embed(step, passes)[0] for step in batch.embedding])
         vectors = torch.nn.functional.normalize(fuse(multi), dim=-1)
         trained = []
         for step in batch.matching:
-            features = loss._features(step, batch, None)
-            logits = model(features | {"vectors": vectors[features["read"]]})["answer_logits"]
-            places = features["read"].view(-1, 3)
+            features = loss._inputs(step, passes)
+            logits = model.answer(
+                features | {"embeddings": vectors[features["placeholder_inputs"]]}
+            )
+            places = features["placeholder_inputs"].view(-1, 3)
             trained += [
                 (*map(int, place), answers) for place, answers in zip(places, logits, strict=True)
             ]
@@ -305,11 +179,13 @@ def test_match_answers_what_training_answers(model, triplets, views, many):
         for row, places in zip(rows, batch.inputs, strict=True)
         for c, place in zip(row, places, strict=False)
     }
-    slot = 2 * VIEWS.index(views)
+    slot = 2 * list(View).index(view)
     for query, first, second, logits in trained:
-        sides = [vectors if view == "feat" else inputs for view in views.split("-")]
-        documents = [sides[1][first], sides[1][second]] * (10 if many else 1)
-        scores = model.match([sides[0][query]] * len(documents), documents, views)
+        queries, documents = (
+            vectors if form == "feat" else inputs for form in (view.query, view.document)
+        )
+        candidates = [documents[first], documents[second]] * (10 if many else 1)
+        scores = 1 / (1 + np.exp(-model.score(queries[query], candidates, view)))
         expected = torch.sigmoid(logits[slot : slot + 2, yes] - logits[slot : slot + 2, no])
         assert scores[:2] == pytest.approx(expected.numpy(), abs=1e-6)
         assert scores[-2:] == pytest.approx(expected.numpy(), abs=1e-6)
@@ -319,7 +195,7 @@ def test_margins_tell_documents_apart_in_bfloat16(make_model, triplets):
     """Their logits, rounded to bfloat16 first, tie."""
     model = make_model(dtype=torch.bfloat16)
     documents = [t[side] for t in triplets for side in ("positive", "negative")]
-    margins = model.match_margins([triplets[0]["query"]] * len(documents), documents)
+    margins = model.score(triplets[0]["query"], documents)
     assert len(set(margins.tolist())) == len(documents)
     assert np.array_equal(
         model.match([triplets[0]["query"]], documents[:1]), 1 / (1 + np.exp(-margins[:1]))
@@ -330,7 +206,7 @@ def test_margins_are_exact_under_autocast(make_model, triplets):
     model = make_model(dtype=torch.float32)
     documents = [t["positive"] for t in triplets]
     with torch.autocast("cpu", torch.bfloat16):
-        margins = torch.from_numpy(model.match_margins([triplets[0]["query"]] * 12, documents))
+        margins = torch.from_numpy(model.score(triplets[0]["query"], documents))
     assert not torch.equal(margins, margins.bfloat16().float())
 
 
@@ -345,11 +221,11 @@ def test_inputs_of_many_pairs_are_read_and_embedded_once(model, triplets, monkey
         "encode_document",
         lambda inputs, **k: embedded.append(len(inputs)) or encode(inputs, **k),
     )
-    queries = [t["query"] for t in triplets[:4] for _ in range(3)]
-    documents = [t["positive"] for t in triplets[:3]] * 4
-    model.match(queries, documents)
+    queries = [t["query"] for t in triplets[:4]]
+    lists = [[t["positive"] for t in triplets[:3]]] * 4
+    model.score_lists(queries, lists)
     assert len(reads) == 4 + 3
-    model.match(queries, documents, "raw-feat")
+    model.score_lists(queries, lists, "raw-feat")
     assert embedded == [3]
 
 
@@ -357,24 +233,22 @@ def test_inputs_of_many_pairs_are_read_and_embedded_once(model, triplets, monkey
 def test_margins_are_those_of_the_logits(make_model, triplets, lora):
     model = make_model(lora=lora)
     yes, no = model.backbone.answer_ids
-    packed, _ = model.backbone.reader.pack_matching(
-        [(model.backbone.reader.read("a dog"), [model.backbone.reader.read("a cat")])],
-        [[("raw", 0, "raw")]],
-    )
+    query, document = (model.backbone.reader.read(text) for text in ("a dog", "a cat"))
+    packed, _ = model.backbone.questions.pack([(query, [document])], [[Question(View.RAW_RAW, 0)]])
     logits = model.backbone.answer_logits(vars(packed))
     margins = model.backbone.answer_margins(vars(packed))
     torch.testing.assert_close(margins, logits[..., yes] - logits[..., no], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("matching", ["packed", "reuse"])
+@pytest.mark.parametrize("matching", ["unified", "reuse"])
 def test_match_keeps_its_budget_and_halves_on_out_of_memory(
     model, triplets, monkeypatch, matching
 ):
     model.backbone.matching = matching
-    every = [t[side] for side in ("positive", "negative") for t in triplets]
-    queries = [triplets[0]["query"]] * 20 + [t["query"] for t in triplets for _ in range(2)]
-    documents = [*every[:20], *every]
-    expected = model.match_margins(queries, documents)
+    documents = [t[side] for side in ("positive", "negative") for t in triplets]
+    queries = [t["query"] for t in (triplets[0], *triplets)]
+    lists = [documents[:20], *(documents[i : i + 2] for i in range(0, 24, 2))]
+    expected = np.concatenate(model.score_lists(queries, lists))
     sizes = []
     run = model.backbone.answer_margins
 
@@ -385,11 +259,12 @@ def test_match_keeps_its_budget_and_halves_on_out_of_memory(
         return run(features, *args)
 
     monkeypatch.setattr(model.backbone, "answer_margins", limited)
-    assert model.match_margins(queries, documents) == pytest.approx(expected, abs=1e-6)
+    margins = np.concatenate(model.score_lists(queries, lists))
+    assert margins == pytest.approx(expected, abs=1e-6)
     assert max(sizes) > 2
     monkeypatch.setattr(model.backbone, "answer_margins", out_of_memory)
     with pytest.raises(RematchError, match="out of memory with a single query and document"):
-        model.match_margins(queries[:3], documents[:3])
+        model.match(queries[:3], documents[:3])
 
 
 def out_of_memory(*_):
@@ -405,14 +280,13 @@ def test_a_forward_pass_of_match_holds_its_budget(model, triplets, monkeypatch):
         return run(features, *args)
 
     monkeypatch.setattr(model.backbone, "run_packed", recorded)
-    queries = [t["query"] for t in triplets for _ in range(2)]
-    documents = [t[side] for t in triplets for side in ("positive", "negative")]
-    expected = model.match_margins(queries, documents, batch_tokens=100_000)
+    queries = [t["query"] for t in triplets]
+    lists = [[t["positive"], t["negative"]] for t in triplets]
+    expected = np.concatenate(model.score_lists(queries, lists, batch_tokens=100_000))
     assert len(sizes) == 1
     sizes.clear()
-    assert model.match_margins(queries, documents, batch_tokens=500) == pytest.approx(
-        expected, abs=1e-6
-    )
+    margins = np.concatenate(model.score_lists(queries, lists, batch_tokens=500))
+    assert margins == pytest.approx(expected, abs=1e-6)
     assert len(sizes) > 5
     assert max(sizes) <= 500
 
@@ -420,8 +294,8 @@ def test_a_forward_pass_of_match_holds_its_budget(model, triplets, monkeypatch):
 def test_padding_sees_itself(model, triplets):
     read = model.backbone.reader.read
     rows = [(read(t["query"]), [read(t["positive"])]) for t in triplets[:3]]
-    packed, _ = model.backbone.reader.pack_matching(rows, [[("raw", 0, "raw")]] * 3)
-    assert unified_mask(packed.owner, packed.visible).any(-1).all()
+    packed, _ = model.backbone.questions.pack(rows, [[Question(View.RAW_RAW, 0)]] * 3)
+    assert unified_mask(packed.segments, packed.attends).any(-1).all()
 
 
 @pytest.mark.parametrize("before", [0, 5])

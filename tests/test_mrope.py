@@ -7,9 +7,9 @@ import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from rematch.backbone.module import Backbone
-from rematch.backbone.pictures import Pictures, as_inputs, see
+from rematch.backbone.pictures import Pictures, feature_inputs, picture_features
 from rematch.backbone.reading import Reader
-from rematch.matching import Segment, lay_out, pack
+from rematch.matching import Question, Segment, View, lay_out, pack
 
 IMAGE, START, END = 5, 3, 4
 
@@ -81,7 +81,9 @@ def test_segment_positions_join_to_those_of_the_whole_sequence(backbone):
     prompt, slot = text_segment(backbone, 10, 11), text_segment(backbone, 12, 13)
     query, _, grid_q = picture_segment(backbone, [20], 2, 3, [21, 22])
     document, _, grid_d = picture_segment(backbone, [30, 31], 3, 2, [32])
-    segments = lay_out(prompt, {"raw": query}, [{"raw": document}], slot, [("raw", 0, "raw")], 1)
+    segments = lay_out(
+        prompt, {"raw": query}, [{"raw": document}], slot, [Question(View.RAW_RAW, 0)], 1
+    )
     packed = pack([segments[1:]], 0)  # without the documents' prompt, an ordinary sequence
     ids = packed.input_ids
     whole, _ = backbone.base.get_rope_index(
@@ -102,7 +104,12 @@ def test_packed_documents_equal_one_at_a_time(backbone):
     def logits(chosen):
         views = [{"raw": segment} for segment, _, _ in chosen]
         segments = lay_out(
-            prompt, {"raw": query}, views, slot, [("raw", i, "raw") for i in range(len(chosen))], 1
+            prompt,
+            {"raw": query},
+            views,
+            slot,
+            [Question(View.RAW_RAW, i) for i in range(len(chosen))],
+            1,
         )
         pictures = [query_picture, *[(pixels, grid) for _, pixels, grid in chosen]]
         visions = [
@@ -110,8 +117,8 @@ def test_packed_documents_equal_one_at_a_time(backbone):
         ]
         tokens = [int(grid.prod()) // 4 for _, grid in pictures]
         with torch.no_grad():
-            seen = see(backbone.base, Pictures.collect(visions, tokens))
-            return backbone.answer_logits(vars(pack([segments], 0)) | as_inputs(seen))[0]
+            features = picture_features(backbone.base, Pictures.collect(visions, tokens))
+            return backbone.answer_logits(vars(pack([segments], 0)) | feature_inputs(features))[0]
 
     together = logits(documents)
     separate = torch.stack([logits([document])[0] for document in documents])

@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from conftest import build_model
 from PIL import Image
 from safetensors.torch import load_file
-from test_gradient_cache import SMALL
+from shared_gradients import SMALL
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -45,7 +45,7 @@ MODES = [(cached, reuse) for cached in (False, True) for reuse in (False, True)]
 
 
 def step(model, wrapped, rows, cached, reuse, options):
-    batch = Collator(model, tokens=SMALL, reuse=reuse)(rows)["batch"]
+    batch = Collator(model, batch_tokens=SMALL, reuse=reuse)(rows)["batch"]
     loss = ReMatchLoss(wrapped, gradient_cache=cached, **options)
     wrapped.zero_grad()
     total = torch.stack(list(loss([batch]).values())).sum()
@@ -228,11 +228,7 @@ def test_two_processes_train_and_save_what_one_does(backbone_path, tmp_path, kin
     assert moved > 1e-3
     assert apart < moved / 10  # Adam turns rounding into steps where a gradient is nearly zero
     trained, together = ReMatch(one), ReMatch(two)
-    assert (
-        together.backbone.matching
-        == trained.backbone.matching
-        == ("reuse" if matching == "reuse" else "packed")
-    )
+    assert together.backbone.matching == trained.backbone.matching == matching
     pair = (["a dog"], [Image.new("RGB", (96, 96), "red")])
     assert together.match(*pair) == pytest.approx(trained.match(*pair), abs=0.02)
     pairs_apart = (
@@ -286,7 +282,7 @@ def test_collectives_stay_on_the_device_of_the_model(
     loss = ReMatchLoss(
         model, gradient_cache=cached, learn_temperature=True, mask_duplicates=True, symmetric=True
     )
-    batch = Collator(model, tokens=SMALL, reuse=reuse)(rows)["batch"]
+    batch = Collator(model, batch_tokens=SMALL, reuse=reuse)(rows)["batch"]
     torch.stack(list(loss.to("meta")([batch]).values())).sum().backward()
     assert loss.log_temperature.grad.device.type == "meta"
 

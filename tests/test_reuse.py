@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_gradient_cache import SMALL, assert_equal, both, gradients
+from shared_gradients import SMALL, assert_equal, both, gradients
 from transformers import DynamicCache
 
 from rematch import ReMatch
-from rematch.matching import VIEWS
+from rematch.matching import View
 from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_TASK
 from rematch.tokens import fuse
 from rematch.train.collator import Collator
@@ -35,13 +35,13 @@ def embed_with_cache(model, value, task):
     return multi, [(layer.keys, layer.values) for layer in cache.layers], states.shape[1]
 
 
-def one_question(model, query, document, views):
+def one_question(model, query, document, view):
     """Answer logits of one question: no batch, no sharing, the mask written out by hand."""
     tokens = lambda text: model.backbone.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
     reader = model.backbone.reader
     q, q_layers, q_length = embed_with_cache(model, query, "query")
     d, d_layers, d_length = embed_with_cache(model, document, "document")
-    query_view, document_view = views.split("-")
+    query_view, document_view = view.query, view.document
     prompt = tokens(reader.prefix + MATCH_TASK)
     placeholder = [model.backbone.tokenizer.eos_token_id]
     q_feat = tokens(MATCH_QUERY) + placeholder if query_view == "feat" else []
@@ -96,7 +96,7 @@ def one_question(model, query, document, views):
 
 def test_reuse_equals_one_question_at_a_time_in_value_and_gradient(model, triplets):
     rows = [triplets[i] for i in (0, 4, 7)]
-    batch = Collator(model, reuse=True, tokens=100_000)(rows)["batch"]
+    batch = Collator(model, reuse=True, batch_tokens=100_000)(rows)["batch"]
     loss = ReMatchLoss(model)
     torch.manual_seed(0)
     matching = lambda: loss([batch])["matching"]  # noqa: E731
@@ -106,9 +106,9 @@ def test_reuse_equals_one_question_at_a_time_in_value_and_gradient(model, triple
         terms = []
         for row in rows:
             for column, answer in (("positive", yes), ("negative", no)):
-                for views in VIEWS:
+                for view in View:
                     terms.append(
-                        -one_question(model, row["query"], row[column], views).log_softmax(-1)[
+                        -one_question(model, row["query"], row[column], view).log_softmax(-1)[
                             answer
                         ]
                     )
@@ -130,14 +130,15 @@ def test_reuse_equals_one_question_at_a_time_in_value_and_gradient(model, triple
 
 def test_vectors_are_those_of_ordinary_embedding(model, triplets):
     plain, reuse = (
-        Collator(model, reuse=flag, tokens=SMALL)(triplets)["batch"] for flag in (False, True)
+        Collator(model, reuse=flag, batch_tokens=SMALL)(triplets)["batch"]
+        for flag in (False, True)
     )
     parts = [ReMatchLoss(model)([batch]) for batch in (plain, reuse)]
     for name in ("contrastive", "orthogonality"):
         assert parts[0][name].item() == pytest.approx(parts[1][name].item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("views", [VIEWS, ["raw-raw"], ["feat-feat"]])
+@pytest.mark.parametrize("views", [list(View), ["raw-raw"], ["feat-feat"]])
 def test_cached_reuse_equals_plain_reuse(model, triplets, views):
     batch = Collator(model, views, SMALL, reuse=True)(triplets)["batch"]
     assert len(batch.embedding) > 4
@@ -146,7 +147,7 @@ def test_cached_reuse_equals_plain_reuse(model, triplets, views):
 
 
 def test_a_frozen_tower_serves_reuse(model, triplets):
-    batch = Collator(model, tokens=SMALL, reuse=True)(triplets)["batch"]
+    batch = Collator(model, batch_tokens=SMALL, reuse=True)(triplets)["batch"]
     free = gradients(model, ReMatchLoss(model), [batch])
     model.backbone.freeze_vision()
     frozen = gradients(model, ReMatchLoss(model), [batch])
@@ -155,27 +156,24 @@ def test_a_frozen_tower_serves_reuse(model, triplets):
 
 def test_reuse_without_hard_negatives_finds_another_document(model, triplets):
     rows = [{"query": t["query"], "positive": t["positive"]} for t in triplets[:4]]
-    batch = Collator(model, tokens=1, reuse=True)(rows)[
+    batch = Collator(model, batch_tokens=1, reuse=True)(rows)[
         "batch"
     ]  # every sample a mini-batch of its own
     assert len(batch.embedding) == 4
     assert all(step.tensors["relevant"].sum() == 1 for step in batch.embedding)
 
 
-@pytest.mark.parametrize("views", VIEWS)
-def test_match_answers_as_training_asked(model, triplets, views):
+@pytest.mark.parametrize("view", View)
+def test_match_answers_as_training_asked(model, triplets, view):
     model.backbone.matching = "reuse"
     queries, documents = [t["query"] for t in triplets[:4]], [t["positive"] for t in triplets[:4]]
     yes, no = model.backbone.answer_ids
     with torch.no_grad():
-        logits = [
-            one_question(model, q, d, views) for q, d in zip(queries, documents, strict=True)
-        ]
+        logits = [one_question(model, q, d, view) for q, d in zip(queries, documents, strict=True)]
     expected = [torch.sigmoid(x[yes] - x[no]).item() for x in logits]
-    assert model.match(queries, documents, views) == pytest.approx(expected, abs=1e-6)
-    same_query = model.match([queries[0]] * 4, documents, views)
-    assert same_query == pytest.approx(
-        [model.match([queries[0]], [d], views)[0] for d in documents], abs=1e-6
+    assert model.match(queries, documents, view) == pytest.approx(expected, abs=1e-6)
+    assert model.score(queries[0], documents, view) == pytest.approx(
+        [model.score(queries[0], [d], view)[0] for d in documents], abs=1e-6
     )
 
 

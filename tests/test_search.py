@@ -21,10 +21,11 @@ from rematch import ReMatch, cli
 from rematch.data.corpus import Corpus, Document, open_corpus
 from rematch.encoding.encoder import Encoder
 from rematch.errors import DataError, ModelError, RematchError
+from rematch.scoring import maxsim
 from rematch.search import build as building
 from rematch.search import index as indexing
 from rematch.search.build import build
-from rematch.search.cascade import Stage, maxsim, parse
+from rematch.search.cascade import Stage, parse
 from rematch.search.columns import OWN
 from rematch.search.index import EXACT_UP_TO, Index
 

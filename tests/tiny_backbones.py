@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from rematch import ReMatch
 from rematch.errors import RematchError
-from rematch.matching import VIEWS
+from rematch.matching import Question, View
 from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_QUESTION, MATCH_TASK, NO, YES
 from rematch.train.collator import Collator
 from rematch.train.loss import ReMatchLoss
@@ -508,10 +508,10 @@ def readings(model, pictures):
 def question(model, query, document):
     """What a matching question reads, as text: all but the prompt that its document sees."""
     reader = model.backbone.reader
-    packed, _ = reader.pack_matching(
-        [(reader.read(query), [reader.read(document)])], [[("raw", 0, "raw")]]
+    packed, _ = model.backbone.questions.pack(
+        [(reader.read(query), [reader.read(document)])], [[Question(View.RAW_RAW, 0)]]
     )
-    return reader.describe(packed.input_ids[0][packed.owner[0] > 0])
+    return reader.describe(packed.input_ids[0][packed.segments[0] > 0])
 
 
 def control_tokens(model):
@@ -607,25 +607,24 @@ def put_to_use(path, directory):
         {"query": one, "positive": inputs[i - 1], "negative": "a dog"}
         for i, one in enumerate(inputs)
     ]
-    batch = Collator(model, tokens=300)(rows)["batch"]
+    batch = Collator(model, batch_tokens=300)(rows)["batch"]
     loss = ReMatchLoss(model)
     with (
         torch.no_grad()
     ):  # the frozen tower's features, handed in, against the ordinary way through the processor
         embedded = torch.cat(
-            [loss.embed(step, batch, loss.see(batch))[0] for step in batch.embedding]
+            [loss.embed(step, loss.passes(batch))[0] for step in batch.embedding]
         ).mean(1)
     seen = torch.nn.functional.normalize(embedded[batch.inputs[:, 0]], dim=-1)
     found["features"] = float(np.abs(vectors - seen.numpy()).max())
 
     documents = ["a dog", {"image": pictures[0]}, {"image": pictures[1]}]
     found["match"] = {}
-    for view in VIEWS:
+    for view in View:
         packed = model.match([inputs[1]] * 3, documents, view)
-        many = model.match(
-            [inputs[1]] * 18, documents * 6, view
-        )  # the query runs once, the documents behind it
-        assert np.allclose(many, np.tile(packed, 6), atol=1e-5), (view, many, packed)
+        # the query is computed once, the documents behind it
+        p_yes = 1 / (1 + np.exp(-model.score(inputs[1], documents * 6, view)))
+        assert np.allclose(p_yes, np.tile(packed, 6), atol=1e-5), (view, p_yes, packed)
         single = [float(model.match([inputs[1]], [document], view)[0]) for document in documents]
         found["match"][view] = [packed.tolist(), single]
     return found

@@ -149,14 +149,12 @@ def mine(
     from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
     from rich.table import Table
 
-    from rematch.matching import VIEWS
+    from rematch.matching import View
     from rematch.model import ReMatch
     from rematch.train.mine import REASONS, Rules
     from rematch.train.mine import mine as run
 
-    if views not in VIEWS:
-        raise RematchError(f"--views {views} is unknown; choose one of {', '.join(VIEWS)}.")
-    rules = Rules(negatives, candidates, yes, margin, views)  # type: ignore[arg-type]
+    rules = Rules(negatives, candidates, yes, margin, View(views))
     with Progress(
         *Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn()
     ) as shown:
@@ -253,9 +251,10 @@ def evaluate(
 ) -> None:
     """Score a model on a benchmark: Hit@1 per task, per meta-task, in and out of distribution."""
     from rematch.evaluate.command import Options, run
+    from rematch.matching import View
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    chosen = tuple(view.strip() for view in views.split(","))
+    chosen = tuple(View(view.strip()) for view in views.split(","))
     run(
         Options(
             model=model,

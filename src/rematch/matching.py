@@ -1,67 +1,134 @@
-"""Generative matching (MVQDM, paper.md "Idea" 2): many Yes/No questions in one forward pass under
-one mask.
+"""Generative matching (MVQDM, paper.md "Idea" 2): many Yes/No questions in one forward pass.
 
-A question is *prompt, query view, document view, answer slot*. Views are shared by questions, so
-all are laid out once, as **segments** of one sequence, and a 4-D mask decides who sees whom:
+A question consists of a prompt, a query, a document and an answer slot. Questions share queries
+and documents, so each of these is laid out once, as a **segment** of one packed sequence, and a
+4-D attention mask decides which segments attend to which:
 
-1. a prompt (the chat template up to the content) sees itself;
-2. a view (raw tokens, or one token that is replaced by ``Z* = MLP(E*)``) sees its prompt and
-   itself;
-3. an answer slot (the question and the template's start of the assistant's turn) sees the prompt
-   of its query view, its own query view, its own document view and itself, and nothing else.
+1. a prompt (the chat template up to the content) attends to itself;
+2. a query or document, as raw tokens or as one placeholder that is replaced by ``Z* = MLP(E*)``,
+   attends to its prompt and to itself;
+3. an answer slot (the question and the start of the assistant's turn) attends to the prompt of its
+   query, to its query, to its document and to itself.
 
-So the eight questions ``{q, Z_q} × {d+, Z_d+, d-, Z_d-}`` share one forward, and each equals, to
-rounding, a forward of its own. Choices that the paper leaves open, and why:
+So the eight questions ``{q, Z_q} × {d+, Z_d+, d-, Z_d-}`` share one forward pass, and each has the
+logits, up to rounding, of a forward pass of its own. The paper leaves two choices open:
 
-- A document does not see the query. Then one document segment serves both query views.
-- Positions: a document starts where its query ends, a slot where its own document ends. A raw
-  query and ``Z_q`` end at the same position, and each has a prompt right before it; documents see
-  that of ``Z_q``. So nothing but a common shift depends on what else is in the sequence, and
-  rotary positions do not show a shift: a question has the same score with vectors alone as beside
-  the raw views of training. The slot of d+ tells nothing because both documents have the *same*
-  positions: exchanging them changes no score, which sequential positions give only on average.
+- A document does not attend to the query. One document segment then serves both forms of the
+  query.
+- Positions. A document starts where its query ends; an answer slot starts where its document ends.
+  A raw query and ``Z_q`` end at the same position, and a prompt stands right before each;
+  documents attend to the prompt of ``Z_q``. What else is in the sequence therefore only shifts a
+  question's positions by a constant, which rotary embeddings do not notice: a question has the
+  same score from vectors alone as beside the raw inputs of training. Both documents have the
+  *same* positions, so the order of d+ and d- reveals nothing: exchanging them changes no score.
 
-Shapes: B sequences, T tokens, A answer slots, D width.
+Shapes: B sequences, T tokens, S segments, A answer slots, P position dimensions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-VIEWS = ("raw-raw", "raw-feat", "feat-raw", "feat-feat")
+from rematch.errors import RematchError
+
+Form = Literal["raw", "feat"]
+
+
+class View(str, Enum):
+    """The form of the query and the form of the document in a question.
+
+    ``raw`` shows the input itself, ``feat`` only its projected embedding ``Z*``.
+
+    Raises:
+        RematchError: If there is no such view.
+
+    >>> View("raw-feat").document
+    'feat'
+    """
+
+    RAW_RAW = "raw-raw"
+    RAW_FEAT = "raw-feat"
+    FEAT_RAW = "feat-raw"
+    FEAT_FEAT = "feat-feat"
+
+    @property
+    def query(self) -> Form:
+        """The form of the query."""
+        return "raw" if self in (View.RAW_RAW, View.RAW_FEAT) else "feat"
+
+    @property
+    def document(self) -> Form:
+        """The form of the document."""
+        return "raw" if self in (View.RAW_RAW, View.FEAT_RAW) else "feat"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @classmethod
+    def _missing_(cls, value: object) -> "View":
+        raise RematchError(f"view {value!r} is unknown; choose one of {', '.join(cls)}.")
+
+
+class Matching(str, Enum):
+    """How a model answers questions, in training and afterwards.
+
+    - ``unified``: raw inputs are read once more, in the packed sequence;
+    - ``feat``: the same, but training asks about embeddings alone;
+    - ``reuse``: answer slots attend to the keys and values of the embedding pass (docs/reuse.md).
+    """
+
+    UNIFIED = "unified"
+    FEAT = "feat"
+    REUSE = "reuse"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Question(NamedTuple):
+    """One Yes/No decision: the forms that it shows, and which document of the sequence."""
+
+    view: View
+    document: int
 
 
 @dataclass
 class Segment:
-    """A run of tokens that see each other causally.
+    """A run of tokens that attend to each other causally.
 
     Attributes:
         ids: Token ids, (L,).
-        positions: Positions relative to the segment's start, (P, L): P = 1, or 3 for M-RoPE
-            backbones.
-        sees: Indices of the earlier segments that it attends to.
-        start: Position of its first token in the whole.
-        is_slot: Its last token predicts the answer.
-        is_feature: Its last token is a placeholder whose input embedding is replaced by ``Z*``.
-        source: Of a segment whose keys and values are there already (:func:`lay_out_reuse`): the
-            numbers of its tokens among those that were embedded, (L,).
+        positions: Positions relative to the segment's start, (P, L): P = 1, or 3 with M-RoPE.
+        attends_to: Indices of the earlier segments that it attends to.
+        start: Position of its first token in the sequence.
+        is_slot: The answer is predicted at its last token.
+        is_placeholder: The input embedding of its last token is replaced by ``Z*``.
+        computed: If its keys and values exist already: the numbers of its tokens in the earlier
+            pass, (L,). Such a segment is context and takes no part in the pass.
     """
 
     ids: Tensor
     positions: Tensor
-    sees: tuple[int, ...] = ()
+    attends_to: tuple[int, ...] = ()
     start: int = 0
     is_slot: bool = False
-    is_feature: bool = False
-    source: Tensor | None = None
+    is_placeholder: bool = False
+    computed: Tensor | None = None
+
+    @property
+    def extent(self) -> int:
+        """How many positions it spans."""
+        return int(self.positions.max()) + 1
 
     @property
     def end(self) -> int:
-        """First position after the segment."""
-        return self.start + int(self.positions.max()) + 1
+        """The first position after it."""
+        return self.start + self.extent
 
 
 @dataclass
@@ -71,76 +138,77 @@ class Packed:
     Attributes:
         input_ids: (B, T).
         position_ids: (P, B, T).
-        owner: Number of the segment that each token belongs to, (B, C + T); padding is a segment
-            of its own.
-        visible: True where a segment (row) sees another (column), (B, S, S).
-        slots: Column of each answer slot's last token, (B, A); -1 where a sequence has fewer
-            slots.
-        features: True where the input embedding is to be replaced by a ``Z*``, (B, T).
-        context: Numbers of the tokens whose keys and values stand before the sequence, (B, C); C =
-            0 but for reuse.
+        segments: Number of the segment of each token, context first, (B, C + T). Padding is a
+            segment of its own.
+        attends: True where a segment (row) attends to another (column), (B, S, S).
+        slots: Column of the last token of each answer slot, (B, A); -1 in sequences with fewer.
+        placeholders: True where the input embedding is replaced by a ``Z*``, (B, T).
+        context: Numbers of the tokens whose keys and values were computed in an earlier pass and
+            stand before the sequence, (B, C). C is 0 unless segments are reused.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    owner: Tensor
-    visible: Tensor
+    segments: Tensor
+    attends: Tensor
     slots: Tensor
-    features: Tensor
+    placeholders: Tensor
     context: Tensor
 
 
 def pack(sequences: Sequence[Sequence[Segment]], pad_id: int) -> Packed:
-    """Lay out segments one after the other and build the mask.
+    """Concatenate the segments of each sequence and build what the mask needs.
 
     Args:
-        sequences: For each sequence its segments, in order.
+        sequences: The segments of each sequence, in order.
         pad_id: Token id of the padding.
     """
     batch = len(sequences)
-    fresh = [[s for s in segments if s.source is None] for segments in sequences]
-    reused = [[s for s in segments if s.source is not None] for segments in sequences]
-    length = max(sum(len(s.ids) for s in segments) for segments in fresh)
-    before = max(sum(len(s.ids) for s in segments) for segments in reused)
-    width = fresh[0][0].positions.shape[0]
-    most_slots = max(sum(s.is_slot for s in segments) for segments in fresh)
-    most_segments = max(map(len, sequences))
+    fresh = [[s for s in sequence if s.computed is None] for sequence in sequences]
+    reused = [[s for s in sequence if s.computed is not None] for sequence in sequences]
+    length = max(sum(len(s.ids) for s in sequence) for sequence in fresh)
+    context_length = max(sum(len(s.ids) for s in sequence) for sequence in reused)
+    position_dimensions = fresh[0][0].positions.shape[0]
+    slot_count = max(sum(s.is_slot for s in sequence) for sequence in fresh)
+    padding = max(map(len, sequences))  # the number of the segment that padding belongs to
     input_ids = torch.full((batch, length), pad_id)
-    position_ids = torch.zeros(width, batch, length, dtype=torch.long)
-    owner = torch.full((batch, before + length), most_segments)
-    visible = torch.eye(most_segments + 1, dtype=torch.bool).repeat(batch, 1, 1)
-    slots = torch.full((batch, most_slots), -1)
-    features = torch.zeros(batch, length, dtype=torch.bool)
-    context = torch.zeros(batch, before, dtype=torch.long)
-    for b, segments in enumerate(sequences):
-        place = {True: 0, False: before}  # columns of reused segments, and of fresh ones
-        answers = 0
-        for i, segment in enumerate(segments):
-            known, size = segment.source is not None, len(segment.ids)
-            start, end = place[known], place[known] + size
-            place[known] = end
-            owner[b, start:end] = i
-            visible[b, i, list(segment.sees)] = True
-            if segment.source is not None:
-                context[b, start:end] = segment.source
+    position_ids = torch.zeros(position_dimensions, batch, length, dtype=torch.long)
+    segments = torch.full((batch, context_length + length), padding)
+    attends = torch.eye(padding + 1, dtype=torch.bool).repeat(batch, 1, 1)
+    slots = torch.full((batch, slot_count), -1)
+    placeholders = torch.zeros(batch, length, dtype=torch.bool)
+    context = torch.zeros(batch, context_length, dtype=torch.long)
+    for b, sequence in enumerate(sequences):
+        context_end = end = slot = 0
+        for number, segment in enumerate(sequence):
+            attends[b, number, list(segment.attends_to)] = True
+            size = len(segment.ids)
+            if segment.computed is not None:
+                span = slice(context_end, context_end + size)
+                segments[b, span], context[b, span] = number, segment.computed
+                context_end += size
                 continue
-            input_ids[b, start - before : end - before] = segment.ids
-            position_ids[:, b, start - before : end - before] = segment.positions + segment.start
+            span = slice(end, end + size)
+            end += size
+            segments[b, context_length:][span] = number
+            input_ids[b, span] = segment.ids
+            position_ids[:, b, span] = segment.positions + segment.start
+            placeholders[b, end - 1] = segment.is_placeholder
             if segment.is_slot:
-                slots[b, answers] = end - before - 1
-                answers += 1
-            features[b, end - before - 1] = segment.is_feature
-    return Packed(input_ids, position_ids, owner, visible, slots, features, context)
+                slots[b, slot] = end - 1
+                slot += 1
+    return Packed(input_ids, position_ids, segments, attends, slots, placeholders, context)
 
 
-def unified_mask(owner: Tensor, visible: Tensor, before: int = 0) -> Tensor:
-    """True where a token (row) sees another (column): its segment sees the other's, and the other
-    is not later.
+def unified_mask(segments: Tensor, attends: Tensor, context: int = 0) -> Tensor:
+    """True where a token (row) attends to another (column).
+
+    It does if its segment attends to the other's, and the other token is not later.
 
     Args:
-        owner: (B, C + T), as in :class:`Packed`.
-        visible: (B, S, S).
-        before: C, the columns whose keys and values are there already.
+        segments: As in :class:`Packed`, (B, C + T).
+        attends: As in :class:`Packed`, (B, S, S).
+        context: C, the number of columns whose keys and values exist already.
 
     Returns:
         (B, 1, T, C + T).
@@ -150,107 +218,116 @@ def unified_mask(owner: Tensor, visible: Tensor, before: int = 0) -> Tensor:
             [1, 1, 0],
             [0, 0, 1]], dtype=torch.int32)
     """
-    rows = torch.arange(len(owner), device=owner.device)[:, None, None]
-    seen = visible[rows, owner[:, before:, None], owner[:, None, :]]
-    return seen.tril(before)[:, None]
+    rows = torch.arange(len(segments), device=segments.device)[:, None, None]
+    mask = attends[rows, segments[:, context:, None], segments[:, None, :]]
+    return mask.tril(context)[:, None]
 
 
-def block_mask(owner: Tensor, visible: Tensor, before: int = 0) -> BlockMask:
-    """:func:`unified_mask` for FlexAttention, which does not compute blocks that nobody sees."""
+def block_mask(segments: Tensor, attends: Tensor, context: int = 0) -> BlockMask:
+    """:func:`unified_mask` for FlexAttention, which skips blocks that are masked entirely."""
 
-    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return visible[b, owner[b, before + q], owner[b, k]] & (k <= before + q)
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return attends[b, segments[b, context + q], segments[b, k]] & (k <= context + q)
 
-    batch, columns = owner.shape
-    return create_block_mask(sees, batch, None, columns - before, columns, device=owner.device)
+    batch, columns = segments.shape
+    return create_block_mask(
+        visible, batch, None, columns - context, columns, device=segments.device
+    )
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as numbers to add to attention scores.
+
+    Under eager attention, a boolean mask would silently be wrong.
+
+    >>> additive(torch.tensor([[True, False]]), torch.float16)
+    tensor([[     0., -65504.]], dtype=torch.float16)
+    """
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def lay_out(
     prompt: Segment,
-    queries: dict[str, Segment],
-    documents: Sequence[dict[str, Segment]],
+    query: Mapping[Form, Segment],
+    documents: Sequence[Mapping[Form, Segment]],
     slot: Segment,
-    questions: Sequence[tuple[str, int, str]],
-    gap: int,
+    questions: Sequence[Question],
+    placeholder_extent: int,
 ) -> list[Segment]:
-    """The segments of one sequence, with positions and visibility as the module docstring says.
+    """The segments of one sequence, with the positions and visibility of the module docstring.
 
     Args:
         prompt: The chat template up to the content.
-        queries: The query's views, ``"raw"`` and/or ``"feat"``.
-        documents: Each document's views.
+        query: The query in each form that questions show.
+        documents: Each document in each form that questions show.
         slot: The question and the start of the assistant's turn.
-        questions: (query view, index of the document, document view) of each answer slot, in
-            order.
-        gap: Positions of a query's ``"feat"`` view, whether or not it is there.
+        questions: What each answer slot asks, in order.
+        placeholder_extent: Positions that a query spans as ``feat``, even if it is only ``raw``.
     """
-    query_end = prompt.end + max([gap, *map(_extent, queries.values())])
-    segments = [replace(prompt, start=query_end - gap - prompt.end)]
-    place: dict[tuple[str, int, str], int] = {}
-    prompts = {"feat": 0}
+    query_end = prompt.extent + max(placeholder_extent, *(s.extent for s in query.values()))
+    segments = [replace(prompt, start=query_end - placeholder_extent - prompt.extent)]
 
-    def add(segment: Segment, start: int, *sees: int) -> int:
-        segments.append(replace(segment, sees=sees, start=start))
+    def add(segment: Segment, start: int, *attends_to: int) -> int:
+        segments.append(replace(segment, attends_to=attends_to, start=start))
         return len(segments) - 1
 
-    for name, view in queries.items():
-        start = query_end - _extent(view)
-        if name == "raw":
-            prompts["raw"] = add(prompt, start - prompt.end)
-        place["query", 0, name] = add(view, start, prompts[name])
-    for i, views in enumerate(documents):
-        for name, view in views.items():
-            place["document", i, name] = add(view, query_end, 0)
-    for query_view, i, document_view in questions:
-        query, document = place["query", 0, query_view], place["document", i, document_view]
-        add(
-            replace(slot, is_slot=True),
-            segments[document].end,
-            prompts[query_view],
-            query,
-            document,
-        )
+    prompts, queries = {"feat": 0}, {}
+    for form, segment in query.items():
+        start = query_end - segment.extent
+        if form == "raw":
+            prompts["raw"] = add(prompt, start - prompt.extent)
+        queries[form] = add(segment, start, prompts[form])
+    places = [
+        {form: add(segment, query_end, 0) for form, segment in forms.items()}
+        for forms in documents
+    ]
+    for view, number in questions:
+        document = places[number][view.document]
+        attends_to = prompts[view.query], queries[view.query], document
+        add(replace(slot, is_slot=True), segments[document].end, *attends_to)
     return segments
 
 
 def lay_out_prefix(
-    prompt: Segment, query: Segment, head: Segment, gap: int, is_raw: bool
+    prompt: Segment, query: Segment, head: Segment, placeholder_extent: int, form: Form
 ) -> list[Segment]:
-    """What all questions about one query have in common: prompt, query view, the documents'
-    prompt, and their head.
+    """What all questions about one query share: prompt, query, the documents' prompt, their head.
 
     Args:
         prompt: As for :func:`lay_out`.
-        query: The query's one view.
-        head: The tokens before a document's content; :func:`lay_out` has them in each document's
-            view.
-        gap: As for :func:`lay_out`.
-        is_raw: Whether the view is raw; ``Z_q`` shares the documents' prompt.
+        query: The query in its one form.
+        head: The tokens before the content of a document ("Document:").
+        placeholder_extent: As for :func:`lay_out`.
+        form: The form of the query; ``Z_q`` shares the prompt of the documents.
     """
-    query = replace(query, sees=(0,), start=prompt.end)
+    query = replace(query, attends_to=(0,), start=prompt.extent)
     segments = [prompt, query]
-    if is_raw:
-        segments.append(replace(prompt, start=query.end - gap - prompt.end))
-    return [*segments, replace(head, sees=(len(segments) - 1 if is_raw else 0,), start=query.end)]
+    if form == "raw":
+        segments.append(replace(prompt, start=query.end - placeholder_extent - prompt.extent))
+    documents_prompt = len(segments) - 1 if form == "raw" else 0
+    return [*segments, replace(head, attends_to=(documents_prompt,), start=query.end)]
 
 
 def lay_out_behind(
     prefix: Sequence[Segment], documents: Sequence[Segment], slot: Segment
 ) -> list[Segment]:
-    """Documents and their questions behind a prefix that was run before; scores are those of
-    :func:`lay_out`.
+    """Documents and their questions behind a prefix that was computed before.
+
+    The scores are those of :func:`lay_out`.
 
     Args:
-        prefix: Of :func:`lay_out_prefix`, with :attr:`Segment.source`.
-        documents: Their views, without head.
+        prefix: The segments of :func:`lay_out_prefix`, with :attr:`Segment.computed`.
+        documents: The documents, without head.
         slot: As for :func:`lay_out`.
     """
-    segments = list(prefix)
     head = len(prefix) - 1
-    views = (*prefix[head].sees, head)
-    segments += [replace(document, sees=views, start=prefix[head].end) for document in documents]
-    for i in range(len(prefix), len(segments)):
-        segments.append(replace(slot, sees=(0, 1, head, i), start=segments[i].end, is_slot=True))
+    attends_to = (*prefix[head].attends_to, head)
+    segments = list(prefix)
+    segments += [replace(d, attends_to=attends_to, start=prefix[head].end) for d in documents]
+    for number in range(len(prefix), len(segments)):
+        attended = (0, 1, head, number)
+        end = segments[number].end
+        segments.append(replace(slot, attends_to=attended, start=end, is_slot=True))
     return segments
 
 
@@ -258,48 +335,48 @@ def lay_out_reuse(
     prompt: Segment,
     heads: tuple[Segment, Segment],
     embedded: Sequence[Segment | None],
-    feat: Segment,
+    placeholder: Segment,
     slot: Segment,
-    questions: Sequence[tuple[str, int, str]],
+    questions: Sequence[Question],
 ) -> list[Segment]:
-    """The segments of one sequence whose raw views and prompt are read off the embedding pass
-    (docs/reuse.md).
+    """The segments of one sequence that reuses the embedding pass (docs/reuse.md).
 
-    A query or document stands in its own chat turn, learnable tokens included, at positions from
-    0; so does the prompt. An answer slot starts after the longest of what it sees. Whatever else
-    is in the sequence, a question's positions are those that it has alone.
+    A raw query or document stands in its own chat turn, learnable tokens included, at positions
+    from 0; so does the prompt. An answer slot starts after the longest segment that it attends to.
+    A question's positions do not depend on what else is in the sequence.
 
     Args:
-        prompt: As for :func:`lay_out`, with :attr:`Segment.source`.
-        heads: "Query:" and "Document:" behind the prompt, for vectors, with their ``source``.
-        embedded: The query and the documents, with their ``source``; ``None`` for one without a
-            raw view.
-        feat: The placeholder of a vector.
-        slot: What a question is closed with.
+        prompt: As for :func:`lay_out`, with :attr:`Segment.computed`.
+        heads: "Query:" and "Document:" behind the prompt, with :attr:`Segment.computed`.
+        embedded: The query and then the documents as they were embedded, with
+            :attr:`Segment.computed`; ``None`` where no question shows the raw form.
+        placeholder: The token that a vector replaces.
+        slot: The end of a question.
         questions: As for :func:`lay_out`.
     """
-    segments = [prompt, *(replace(head, sees=(0,), start=prompt.end) for head in heads)]
-    sees: dict[tuple[int, str], tuple[int, ...]] = {}
-    for number, one in enumerate(embedded):
-        if one is not None:
-            sees[number, "raw"] = (len(segments),)
-            segments.append(one)
-    asked = {(0, q) for q, _, _ in questions} | {(i + 1, d) for _, i, d in questions}
+    segments = [prompt, *(replace(head, attends_to=(0,), start=prompt.end) for head in heads)]
+    attended: dict[tuple[int, Form], tuple[int, ...]] = {}  # (input, form) → segments of a slot
+    for number, segment in enumerate(embedded):
+        if segment is not None:
+            attended[number, "raw"] = (len(segments),)
+            segments.append(segment)
+    shown = {(0, view.query) for view, _ in questions}
+    shown |= {(number + 1, view.document) for view, number in questions}
     for number in range(len(embedded)):
-        if (number, "feat") in asked:
-            head = 1 + min(number, 1)
-            sees[number, "feat"] = (head, len(segments))
-            segments.append(replace(feat, sees=(0, head), start=segments[head].end))
-    for query_view, i, document_view in questions:
-        seen = (0, *sees[0, query_view], *sees[i + 1, document_view])
-        start = max(segments[j].end for j in seen)
-        segments.append(replace(slot, sees=seen, start=start, is_slot=True))
+        if (number, "feat") in shown:
+            head = 1 if number == 0 else 2
+            attended[number, "feat"] = (head, len(segments))
+            start = segments[head].end
+            segments.append(replace(placeholder, attends_to=(0, head), start=start))
+    for view, number in questions:
+        attends_to = (0, *attended[0, view.query], *attended[number + 1, view.document])
+        start = max(segments[i].end for i in attends_to)
+        segments.append(replace(slot, attends_to=attends_to, start=start, is_slot=True))
     return segments
 
 
 def token_numbers(masks: Sequence[Tensor]) -> list[Tensor]:
-    """For each input of some padded batches the numbers of its tokens, counted through all of
-    them, padding included.
+    """The numbers of each input's tokens, counted through several padded batches with the padding.
 
     Args:
         masks: Attention mask of each batch, (B, L).
@@ -307,23 +384,9 @@ def token_numbers(masks: Sequence[Tensor]) -> list[Tensor]:
     >>> token_numbers([torch.tensor([[1, 1], [1, 0]]), torch.tensor([[1]])])
     [tensor([0, 1]), tensor([2]), tensor([4])]
     """
-    found, at = [], 0
+    numbers_of_inputs, start = [], 0
     for mask in masks:
-        numbers = at + torch.arange(mask.numel()).view(mask.shape)
-        found += [row[attended] for row, attended in zip(numbers, mask.bool(), strict=True)]
-        at += mask.numel()
-    return found
-
-
-def _extent(view: Segment) -> int:
-    return int(view.positions.max()) + 1
-
-
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as numbers to add to attention scores (a bool mask would be silently wrong under
-    eager attention).
-
-    >>> additive(torch.tensor([[True, False]]), torch.float16)
-    tensor([[     0., -65504.]], dtype=torch.float16)
-    """
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+        numbers = start + torch.arange(mask.numel()).view(mask.shape)
+        numbers_of_inputs += [row[m] for row, m in zip(numbers, mask.bool(), strict=True)]
+        start += mask.numel()
+    return numbers_of_inputs

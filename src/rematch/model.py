@@ -1,4 +1,4 @@
-"""ReMatch: one MLLM that embeds (``encode_query``, ``encode_document``) and judges (``match``).
+"""ReMatch: one MLLM that embeds (``encode_query``, ``encode_document``) and reranks (``score``).
 
 A :class:`ReMatch` *is* a ``SentenceTransformer`` of two modules,
 :class:`~rematch.backbone.module.Backbone` and :class:`~rematch.tokens.MultiTokenFusion`; what this
@@ -7,7 +7,7 @@ file adds is building one from a backbone, several vectors per input, and matchi
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,29 +19,31 @@ from torch import Tensor
 from rematch.backbone.lora import inject, merge
 from rematch.backbone.memory import default_batch_tokens
 from rematch.backbone.module import Backbone, resize_vocabulary, resolve
-from rematch.backbone.pictures import Pictures, Seen, as_inputs, see
+from rematch.backbone.pictures import PictureFeatures, Pictures, feature_inputs
 from rematch.errors import ModelError, RematchError
+from rematch.matching import View
 from rematch.prompts import document_token, query_token
-from rematch.scoring import Judge, embed_and_answer
+from rematch.scoring import MatchingHead, embed_and_answer
 from rematch.tokens import MultiTokenFusion, add_tokens_to_template
 
-Views = Literal["raw-raw", "raw-feat", "feat-raw", "feat-feat"]
 _CARD = """---
 library_name: sentence-transformers
 tags: [sentence-transformers, multimodal, retrieval, reranking, rematch]
 ---
 # ReMatch retriever
 
-Embeds and judges pictures and texts; fine-tuned from `{base}` with {tokens} learnable tokens.
+Embeds and reranks pictures and texts; fine-tuned from `{base}` with {tokens} learnable tokens.
 
 ```python
 from rematch import ReMatch
 
 model = ReMatch("this directory")
-model.encode_query(["a dog"]), model.encode_document(["dog.png"]), model.match(["a dog"], ["dog.png"])
+queries, documents = model.encode_query(["a dog"]), model.encode_document(["dog.png"])
+p_yes = model.match(["a dog"], ["dog.png"])
 ```
 
-With `rematch-mm` installed, `SentenceTransformer("this directory", trust_remote_code=True)` gives the same vectors.
+With `rematch-mm` installed, `SentenceTransformer("this directory", trust_remote_code=True)` gives
+the same vectors.
 """
 
 
@@ -57,9 +59,10 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
     """
 
     def __init__(self, model_name_or_path: str | Path | None = None, **kwargs: Any) -> None:
+        # sentence-transformers asks for trust_remote_code to load any other class
         self._module_classes = {
             f"{c.__module__}.{c.__qualname__}": c for c in (Backbone, MultiTokenFusion)
-        }  # our own classes need no trust_remote_code
+        }
         if model_name_or_path is None:
             super().__init__(**kwargs)
             return
@@ -134,9 +137,9 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         backbone.tokenizer.add_tokens(names, special_tokens=True)
         ids = backbone.tokenizer.convert_tokens_to_ids(names)
         embedding = backbone.model.get_input_embeddings().weight
-        known = embedding.detach()[: len(backbone.tokenizer) - len(names)]
+        words = embedding.detach()[: len(backbone.tokenizer) - len(names)]
         resize_vocabulary(backbone.model, len(backbone.tokenizer))
-        scale = known.float().pow(2).mean().sqrt().item()
+        scale = words.float().pow(2).mean().sqrt().item()
         with torch.no_grad():
             embedding = backbone.model.get_input_embeddings().weight
             embedding[ids] = (torch.randn(len(ids), embedding.shape[1]) * scale).to(embedding)
@@ -224,95 +227,146 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         self,
         queries: Sequence[Any],
         documents: Sequence[Any],
-        views: Views = "raw-raw",
+        view: View | str = View.RAW_RAW,
         batch_tokens: int | None = None,
     ) -> NDArray[np.float32]:
-        """P(yes): how likely the MLLM finds each document relevant to its query.
+        """P(yes) of pairs: how likely the model finds each document relevant to its query.
 
         Args:
-            queries: N queries, as for :meth:`encode_query`; for a ``feat`` view also their
-                vectors, (N, D).
-            documents: N documents, the i-th for the i-th query; for a ``feat`` view also their
-                vectors.
-            views: Query view and document view: ``raw`` reads the input again, ``feat`` only its
-                embedding.
-            batch_tokens: Tokens of a forward pass, padding included; by default 2,048 on a CPU,
-                16,384 elsewhere. Neighbouring pairs of one query (the same object) share a
-                sequence, in which the query is computed once.
+            queries: N queries, as for :meth:`encode`; for the feat form also vectors, (N, D).
+            documents: N documents, the i-th for the i-th query; for the feat form also vectors.
+            view: Forms of query and document: ``raw`` reads the input again, ``feat`` reads only
+                its embedding.
+            batch_tokens: Tokens of a forward pass, padding included; by default 2,048 on a CPU and
+                16,384 elsewhere.
 
         Returns:
-            (N,) probabilities, Yes against No. Near 1 they are rounded to the same number where
-            :meth:`match_margins` still tells documents apart.
+            (N,) probabilities. Near 1 they round to the same number; :meth:`score` still tells
+            such documents apart.
 
         Raises:
-            RematchError: If there are not as many documents as queries, ``views`` is unknown, or
-                one pair alone does not fit into memory.
+            RematchError: If there are not as many documents as queries, the view is unknown, or a
+                single pair does not fit into memory.
         """
-        return (
-            torch.from_numpy(self.match_margins(queries, documents, views, batch_tokens))
-            .sigmoid()
-            .numpy()
-        )
+        if len(queries) != len(documents):
+            raise RematchError(
+                f"{len(queries)} queries and {len(documents)} documents: match takes pairs. Pass "
+                "one document for each query, or use score for one query and many documents."
+            )
+        lists = self.score_lists(queries, [[d] for d in documents], view, batch_tokens)
+        margins = np.concatenate([np.zeros(0, np.float32), *lists])
+        return torch.from_numpy(margins).sigmoid().numpy()
 
-    @torch.inference_mode()
-    def match_margins(
+    def score(
         self,
-        queries: Sequence[Any],
+        query: Any,
         documents: Sequence[Any],
-        views: Views = "raw-raw",
+        view: View | str = View.RAW_RAW,
         batch_tokens: int | None = None,
     ) -> NDArray[np.float32]:
-        """Logit of Yes minus logit of No for each pair, the number to order documents by; else as
-        :meth:`match`.
+        """Margins of the documents of one query: the numbers to order them by.
+
+        Arguments as for :meth:`match`, but one query, which is computed once for many documents.
+
+        Returns:
+            (N,) logits of Yes minus logits of No.
         """
+        return self.score_lists([query], [documents], view, batch_tokens)[0]
+
+    @torch.inference_mode()
+    def score_lists(
+        self,
+        queries: Sequence[Any],
+        document_lists: Sequence[Sequence[Any]],
+        view: View | str = View.RAW_RAW,
+        batch_tokens: int | None = None,
+    ) -> list[NDArray[np.float32]]:
+        """:meth:`score` for several queries, each with its own documents, in shared passes."""
         self.eval()
-        judge = Judge(self.backbone, self.fusion, self._embeddings)
-        return judge.margins(
-            queries, documents, views, batch_tokens or default_batch_tokens(self.device)
-        )
+        budget = batch_tokens or default_batch_tokens(self.device)
+        head = MatchingHead(self.backbone, self.fusion, self._embeddings, View(view), budget)
+        return head.score_lists(queries, document_lists)
 
     def _embeddings(self, inputs: list[Any], task: str) -> Tensor:
         encode = self.encode_query if task == "query" else self.encode_document
         with self.truncate_embeddings(None):  # the projector reads whole vectors
-            return torch.as_tensor(encode(inputs, convert_to_tensor=True, show_progress_bar=False))
+            vectors = encode(inputs, convert_to_tensor=True, show_progress_bar=False)
+            return torch.as_tensor(vectors)
 
-    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """All that training and scoring run on the weights, told apart by what the features hold.
+    # ---- forward passes -------------------------------------------------------------------------
 
-        - ``pictures``: the vision tower alone → ``seen``;
-        - ``slots``: packed matching questions (:class:`~rematch.matching.Packed`), with
-          ``vectors``, the E* of their placeholders in reading order → ``answer_logits`` (B, A, V);
-        - ``slots`` and ``parts``: padded batches of inputs to embed, and questions that read them
-          where they stand, with ``read``, which of them stand in the placeholders, or ``vectors``
-          → ``multi_vector``, ``answer_logits``;
-        - else embedding, as any SentenceTransformer → ``multi_vector``, ``sentence_embedding``.
+    def forward(self, features: dict[str, Any], *, method: str = "embed", **kwargs: Any) -> Any:
+        """Run :meth:`embed`, as sentence-transformers does, or another of the methods below.
 
-        In place of ``pixel_values`` may come ``seen``, the features of the picture sets in reading
-        order, or ``unseen``, the :class:`~rematch.backbone.pictures.Pictures` themselves; ``idle``
-        ones stand nowhere.
+        DDP and FSDP2 wrap ``forward`` alone, so training calls those methods by name through it.
         """
-        if "pictures" in features:
-            return {"seen": self._see(features["pictures"])}
-        features = dict(features)
-        idle = self._see(features.pop("idle")) if "idle" in features else []
-        seen = (
-            self._see(features.pop("unseen")) if "unseen" in features else features.pop("seen", [])
-        )
-        if "slots" not in features:
-            out: dict[str, Any] = super().forward(features | as_inputs(seen), **kwargs)
-        elif "parts" in features:
-            out = embed_and_answer(
-                self.backbone, self.fusion, features, seen, self.backbone.answer_logits
-            )
-            out["answer_logits"] = out.pop("answers")
-        else:
-            vectors = features["vectors"]
-            z = self.fusion.projector(vectors) if vectors is not None else None
-            out = {"answer_logits": self.backbone.answer_logits(features | as_inputs(seen), z)}
-        for one in idle:  # pictures that stand nowhere
-            name = "answer_logits" if "answer_logits" in out else "multi_vector"
-            out[name] = out[name] + 0.0 * sum(unit.sum() for unit in one.units)
-        return out
+        return getattr(self, method)(features, **kwargs)
 
-    def _see(self, pictures: Pictures) -> list[Seen]:
-        return see(self.backbone.base, pictures.to(self.device, self.backbone.model.dtype))
+    def embed(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Embed a padded batch: adds ``multi_vector`` and ``sentence_embedding``.
+
+        Args:
+            features: Inputs of the backbone. Pictures come as ``pixel_values``, or as
+                ``picture_features`` or ``pictures`` of the sets in reading order.
+                ``idle_pictures`` pass the vision tower and are used nowhere.
+            kwargs: As for ``SentenceTransformer.forward``.
+        """
+        inputs, features_in_order, idle = self._with_picture_features(features)
+        out = super().forward(inputs | feature_inputs(features_in_order), **kwargs)
+        if idle is not None:
+            out["multi_vector"] = out["multi_vector"] + idle
+        return dict(out)
+
+    def answer(self, features: dict[str, Any]) -> Tensor:
+        """Answer packed questions.
+
+        Args:
+            features: The fields of :class:`~rematch.matching.Packed`; ``embeddings``, the E* of
+                the placeholders in reading order, or ``None``; pictures as for :meth:`embed`.
+
+        Returns:
+            Logits at the answer slots, (B, A, V).
+        """
+        inputs, features_in_order, idle = self._with_picture_features(features)
+        embeddings = inputs["embeddings"]
+        projected = None if embeddings is None else self.fusion.projector(embeddings)
+        inputs |= feature_inputs(features_in_order)
+        logits = self.backbone.answer_logits(inputs, projected)
+        return logits if idle is None else logits + idle
+
+    def embed_and_answer(self, features: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
+        """Embed inputs and answer questions from their keys and values (docs/reuse.md).
+
+        Args:
+            features: The fields of :class:`~rematch.matching.Packed`; ``parts``, the padded
+                batches to embed, with ``picture_sets``, how many picture sets each has; and
+                ``placeholder_inputs``, the inputs that stand in the placeholders, or
+                ``embeddings``; pictures as for :meth:`embed`.
+
+        Returns:
+            Multi-vectors (N, K, D), and logits at the answer slots (B, A, V).
+        """
+        inputs, features_in_order, idle = self._with_picture_features(features)
+        answer = self.backbone.answer_logits
+        multi_vector, logits = embed_and_answer(
+            self.backbone, self.fusion, inputs, features_in_order, answer
+        )
+        return multi_vector, logits if idle is None else logits + idle
+
+    def picture_features(self, pictures: Pictures) -> list[PictureFeatures]:
+        """Run the vision tower alone."""
+        return self.backbone.picture_features(pictures)
+
+    def _with_picture_features(
+        self, features: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[PictureFeatures], Tensor | None]:
+        """Features without pictures, the features of the pictures, and a zero from idle ones."""
+        inputs = dict(features)
+        idle = None
+        if "idle_pictures" in inputs:
+            idle_features = self.picture_features(inputs.pop("idle_pictures"))
+            sums = [unit.sum() for picture_set in idle_features for unit in picture_set.units]
+            idle = 0.0 * torch.stack(sums).sum()
+        if "pictures" in inputs:
+            return inputs, self.picture_features(inputs.pop("pictures")), idle
+        return inputs, inputs.pop("picture_features", []), idle

@@ -1,16 +1,21 @@
-"""Scores of the matching head: questions packed into forward passes of a bounded size.
+"""Scores of documents for a query: the matching head's margins, MaxSim, truncated embeddings.
 
-1. Pairs of one query share a sequence, in which the query is computed once.
-2. One query with many documents: prompt and query run once, and the documents read their keys and
-   values.
-3. Sequences fill forward passes up to a budget of tokens; where memory runs out, half of them are
-   tried at a time.
+The matching head scores many documents of one query as follows:
 
-The score of a pair is the margin, logit of Yes minus logit of No; P(yes) is its sigmoid.
+1. Few documents share packed sequences with the query, which is then computed once per sequence.
+2. For many documents, prompt and query are computed once, and the documents attend to their keys
+   and values.
+3. Sequences fill forward passes up to a budget of tokens. If a pass runs out of memory, it is
+   halved.
+
+The score of a document is its margin, the logit of Yes minus the logit of No; P(yes) is the
+sigmoid of the margin.
+
+Shapes: N documents, K token vectors, D width.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -22,62 +27,478 @@ from torch import Tensor
 from rematch.backbone.key_values import KeyValues
 from rematch.backbone.memory import is_out_of_memory
 from rematch.backbone.module import Backbone
-from rematch.backbone.pictures import Pictures, Seen, as_inputs, see
+from rematch.backbone.pictures import PictureFeatures, Pictures, feature_inputs
 from rematch.backbone.reading import Reading
 from rematch.errors import RematchError
-from rematch.matching import VIEWS, Packed, Segment, token_numbers
+from rematch.matching import Matching, Packed, Question, Segment, View, token_numbers
 from rematch.tokens import MultiTokenFusion, fuse
 
-_DOCUMENTS_PER_PACK, _PER_ROW = (
-    8,
-    4,
-)  # in a sequence with the query; behind a query that was run before
-_RECENT = 64  # documents whose tokens and pixels are kept
+Floats = NDArray[np.float32]
+
+_DOCUMENTS_PER_SEQUENCE = 8  # that stand in a sequence with their query
+_DOCUMENTS_PER_ROW = 4  # that stand behind a query which was computed before
+_RECENT_READINGS = 64  # documents whose tokens and pixels are kept, for the next queries
+
+
+# ---- scores from vectors ------------------------------------------------------------------------
+
+
+def maxsim(query: Floats, documents: Floats) -> Floats:
+    """Mean, over a query's token vectors, of the best cosine with a document's token vectors.
+
+    Args:
+        query: Unit-length token vectors, (K, D).
+        documents: Unit-length token vectors, (N, K, D).
+
+    Returns:
+        (N,)
+
+    >>> maxsim(np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32)[None, :1]).tolist()
+    [0.5]
+    """
+    cosines: Floats = np.einsum("nkd,qd->nqk", documents, query, optimize=True)
+    scores: Floats = cosines.max(axis=2).mean(axis=1)
+    return scores
+
+
+def truncate(vectors: Floats, dimensions: int) -> Floats:
+    """The first dimensions of vectors (N, D), brought to unit length again (Matryoshka)."""
+    if dimensions == vectors.shape[1]:
+        return vectors
+    head = vectors[:, :dimensions]
+    unit: Floats = head / np.maximum(np.linalg.norm(head, axis=1, keepdims=True), 1e-12)
+    return unit
+
+
+def probability(margins: Floats) -> NDArray[np.float64]:
+    """P(yes) in float64; in float32, every margin above 17 would give exactly 1.
+
+    >>> bool(probability(np.array([0.0, 20.0], np.float32))[1] < 1)
+    True
+    """
+    return torch.from_numpy(margins).double().sigmoid().numpy()
+
+
+# ---- the matching head --------------------------------------------------------------------------
 
 
 @dataclass
 class _Row:
-    """A sequence to be: a query with a few documents, and the numbers of these pairs.
+    """A packed sequence to be: a query and a few of its documents.
 
     Attributes:
-        query: Its vector, where that is read; else unused.
-        query_reading: Its tokens, where they are read.
-        pairs: Numbers of the pairs.
-        documents: Their vectors, where these are read.
-        readings: Their tokens, where these are read.
-        tokens: Of the whole sequence.
+        query: Vector of the query; unused in the raw form.
+        query_reading: Reading of the query; ``None`` in the feat form.
+        tokens: Length of the sequence.
         longest: Tokens of the longest input.
+        numbers: Numbers of the documents, among all documents of the call.
+        documents: Vectors of the documents; unused in the raw form.
+        readings: Readings of the documents; ``None`` in the feat form.
     """
 
     query: Any
     query_reading: Reading | None
-    pairs: list[int]
-    documents: list[Any]
-    readings: list[Reading | None]
     tokens: int
     longest: int
+    numbers: list[int] = field(default_factory=list)
+    documents: list[Any] = field(default_factory=list)
+    readings: list[Reading | None] = field(default_factory=list)
 
-    def add(self, pair: int, document: Any, reading: Reading | None, tokens: int) -> None:
-        self.pairs.append(pair)
+    def add(self, number: int, document: Any, reading: Reading | None, tokens: int) -> None:
+        self.numbers.append(number)
         self.documents.append(document)
         self.readings.append(reading)
         self.tokens += tokens
         self.longest = max(self.longest, _length(reading))
 
     def halves(self) -> list["_Row"]:
-        half = _half(len(self.pairs))
+        middle = _half(len(self.numbers))
         return [
             replace(
                 self,
-                pairs=self.pairs[part],
+                numbers=self.numbers[part],
                 documents=self.documents[part],
                 readings=self.readings[part],
             )
-            for part in (slice(half), slice(half, None))
+            for part in (slice(middle), slice(middle, None))
         ]
 
 
+class MatchingHead:
+    """What answers matching questions: backbone, projector and LM head.
+
+    Args:
+        backbone: Backbone of the model.
+        fusion: Fusion of the model, with the projector.
+        embed: Embeds inputs for a task (``"query"`` or ``"document"``), for the feat form of inputs
+            that do not come as vectors.
+        view: The forms that its questions show.
+        batch_tokens: Tokens of a forward pass, padding included.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        fusion: MultiTokenFusion,
+        embed: Callable[[list[Any], str], Tensor],
+        view: View,
+        batch_tokens: int,
+    ) -> None:
+        self.backbone, self.fusion, self.embed = backbone, fusion, embed
+        self.view, self.batch_tokens = view, batch_tokens
+        self.device = backbone.model.device
+        self.reuse = backbone.matching == Matching.REUSE
+
+    def score(self, query: Any, documents: Sequence[Any]) -> Floats:
+        """Margins of the documents of one query, (N,); see :meth:`score_lists`."""
+        return self.score_lists([query], [documents])[0]
+
+    def score_lists(
+        self, queries: Sequence[Any], document_lists: Sequence[Sequence[Any]]
+    ) -> list[Floats]:
+        """Margins of each query's documents; several queries share forward passes.
+
+        Args:
+            queries: Inputs, or vectors for the feat form.
+            document_lists: The documents of each query; inputs, or vectors for the feat form.
+
+        Returns:
+            For each query the margins of its documents, (N,).
+
+        Raises:
+            RematchError: If there are not as many lists as queries, or a single query and document
+                do not fit into memory.
+        """
+        if len(queries) != len(document_lists):
+            raise RematchError(
+                f"{len(queries)} queries and {len(document_lists)} lists of documents. Pass one "
+                "list for each query."
+            )
+        if not len(queries):
+            return []
+        ends = np.cumsum([len(documents) for documents in document_lists], dtype=int)
+        numbers = [
+            range(end - len(documents), end)
+            for end, documents in zip(ends.tolist(), document_lists, strict=True)
+        ]
+        documents = [document for documents in document_lists for document in documents]
+        queries = list(queries)
+        if self.view.query == "feat":
+            queries = self._vectors(queries, "query")
+        if self.view.document == "feat":
+            documents = self._vectors(documents, "document")
+        margins = np.empty(len(documents), np.float32)
+        short_lists: list[tuple[Any, range]] = []
+        for query, list_numbers in zip(queries, numbers, strict=True):
+            if self.reuse or len(list_numbers) <= 2 * _DOCUMENTS_PER_SEQUENCE:
+                short_lists.append((query, list_numbers))
+            else:
+                list_documents = [documents[i] for i in list_numbers]
+                margins[list_numbers] = self._score_long_list(query, list_documents)
+        for rows in self._batches(self._rows(short_lists, documents)):
+            for row, row_margins in zip(rows, self._score_rows(rows), strict=True):
+                margins[row.numbers] = row_margins
+        return np.split(margins, ends[:-1])
+
+    # ---- few documents: packed with their query -------------------------------------------------
+
+    def _rows(self, lists: list[tuple[Any, range]], documents: Sequence[Any]) -> Iterator[_Row]:
+        """Rows of a query and at most eight of its documents, read one after the other."""
+        reader = self.backbone.reader
+        query_overhead, document_overhead = self.backbone.questions.overhead()
+        recent: dict[int, Reading] = {}  # documents that several queries share are read once
+
+        def read_document(number: int) -> Reading | None:
+            if self.view.document == "feat":
+                return None
+            document = documents[number]
+            reading = recent.pop(id(document), None) or reader.read(document, number)
+            recent[id(document)] = reading
+            if len(recent) > _RECENT_READINGS:
+                del recent[next(iter(recent))]
+            return reading
+
+        for query_number, (query, numbers) in enumerate(lists):
+            query_reading = None
+            if self.view.query == "raw" and len(numbers):
+                query_reading = reader.read(query, query_number)
+            length = _length(query_reading)
+            row = empty = _Row(query, query_reading, query_overhead + length, length)
+            for number in numbers:
+                reading = read_document(number)
+                tokens = document_overhead + _length(reading)
+                too_long = row.tokens + tokens > self.batch_tokens
+                if row.numbers and (too_long or len(row.numbers) == _DOCUMENTS_PER_SEQUENCE):
+                    yield row
+                    row = replace(empty, numbers=[], documents=[], readings=[])
+                row.add(number, documents[number], reading, tokens)
+            if row.numbers:
+                yield row
+
+    def _batches(self, rows: Iterable[_Row]) -> Iterator[list[_Row]]:
+        """Rows in their order, as many at a time as fit into the budget, padding included.
+
+        In ``reuse`` mode inputs are padded to the longest input, otherwise sequences are padded.
+        """
+
+        def padded_tokens(rows: list[_Row]) -> int:
+            if self.reuse:
+                inputs = sum(1 + len(row.numbers) for row in rows)
+                return inputs * max(row.longest for row in rows)
+            return len(rows) * max(row.tokens for row in rows)
+
+        batch: list[_Row] = []
+        for row in rows:
+            if batch and padded_tokens([*batch, row]) > self.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+    def _score_rows(self, rows: list[_Row]) -> list[Floats]:
+        """Margins of each row's documents; halves the rows if memory runs out."""
+        try:
+            return self._score_batch(rows)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        if len(rows) > 1:
+            middle = len(rows) // 2
+            return self._score_rows(rows[:middle]) + self._score_rows(rows[middle:])
+        return [np.concatenate(self._score_rows(rows[0].halves()))]
+
+    def _score_batch(self, rows: list[_Row]) -> list[Floats]:
+        questions = [[Question(self.view, i) for i in range(len(row.numbers))] for row in rows]
+        readings: dict[int, tuple[Reading, str]] = {}  # each input once, with its task
+        vectors: list[Tensor] = []  # of the placeholders, in reading order
+        for row in rows:
+            if row.query_reading is not None:
+                readings[id(row.query_reading)] = (row.query_reading, "query")
+            for reading in row.readings:
+                if reading is not None:
+                    readings[id(reading)] = (reading, "document")
+            if self.view.query == "feat":
+                vectors.append(row.query)
+            if self.view.document == "feat":
+                vectors += row.documents
+        with_pictures = [reading for reading, _ in readings.values() if reading.vision]
+        ids = [id(reading) for reading in with_pictures]
+        features = dict(zip(ids, self._picture_features(with_pictures), strict=True))
+        embeddings = torch.stack(vectors) if vectors else None
+        if self.reuse:
+            margins = self._reusing_margins(rows, questions, readings, features, embeddings)
+        else:
+            packed, shown = self.backbone.questions.pack(
+                [(row.query_reading, row.readings) for row in rows], questions
+            )
+            inputs = self._to_device(packed) | feature_inputs([features[id(r)] for r in shown])
+            margins = self.backbone.answer_margins(inputs, self._project(embeddings))
+        answers = margins.float().cpu().numpy()
+        return [
+            row_answers[: len(row.numbers)] for row, row_answers in zip(rows, answers, strict=True)
+        ]
+
+    def _reusing_margins(
+        self,
+        rows: list[_Row],
+        questions: list[list[Question]],
+        readings: dict[int, tuple[Reading, str]],
+        features: dict[int, PictureFeatures],
+        embeddings: Tensor | None,
+    ) -> Tensor:
+        """Margins from the keys and values of the embedding pass, (rows, documents)."""
+        reader, packer = self.backbone.reader, self.backbone.questions
+        batches = []
+        if readings:
+            inputs, tasks = zip(*readings.values(), strict=True)
+            batches.append(reader.embedding_batch(inputs, tasks))
+        masks = [batch["attention_mask"] for batch in batches]
+        *numbers, query_prompt, document_prompt = token_numbers(
+            [*masks, packer.prompts()["attention_mask"]]
+        )
+        embedded: dict[int, Segment] = {}
+        for computed, (key, (reading, task)) in zip(numbers, readings.items(), strict=True):
+            embedded[key] = replace(reader.embedded(reading, task), computed=computed)
+        segments = [
+            [embedded[id(r)] if r else None for r in (row.query_reading, *row.readings)]
+            for row in rows
+        ]
+        packed = packer.pack_reuse(segments, questions, (query_prompt, document_prompt))
+        in_order = [features[key] for key in readings if key in features]
+        passes: dict[str, Any] = self._to_device(packed)
+        passes["embeddings"] = embeddings
+        passes["parts"] = [
+            {name: value.to(self.device) for name, value in batch.items()} for batch in batches
+        ]
+        passes["picture_sets"] = [len(in_order) for _ in batches]
+        answer = self.backbone.answer_margins
+        _, margins = embed_and_answer(self.backbone, self.fusion, passes, in_order, answer)
+        return margins
+
+    # ---- many documents: behind a query that is computed once -----------------------------------
+
+    def _score_long_list(self, query: Any, documents: Sequence[Any]) -> Floats:
+        reader, packer = self.backbone.reader, self.backbone.questions
+        query_reading = reader.read(query) if self.view.query == "raw" else None
+        packed, prefix = packer.pack_prefix(query_reading)
+        readings = [query_reading] if query_reading else []
+        projected = self._project(query[None]) if query_reading is None else None
+        computed = KeyValues()
+        try:
+            self.backbone.run_packed(self._inputs(packed, readings), projected, computed)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise _pair_too_large() from None
+        prefix_length = packed.input_ids.shape[1]
+        _, overhead = packer.overhead()
+        margins: list[Floats] = []
+        chunk: list[tuple[Any, Reading | None]] = []
+        longest = 0
+        for number, document in enumerate(documents):
+            reading = reader.read(document, number) if self.view.document == "raw" else None
+            longest = max(longest, overhead + _length(reading))
+            rows = -(-(len(chunk) + 1) // _DOCUMENTS_PER_ROW)
+            row_length = prefix_length + min(_DOCUMENTS_PER_ROW, len(chunk) + 1) * longest
+            if chunk and rows * row_length > self.batch_tokens:
+                margins.append(self._score_behind(prefix, computed, chunk))
+                chunk, longest = [], overhead + _length(reading)
+            chunk.append((document, reading))
+        return np.concatenate([*margins, self._score_behind(prefix, computed, chunk)])
+
+    def _score_behind(
+        self,
+        prefix: list[Segment],
+        computed: KeyValues,
+        chunk: list[tuple[Any, Reading | None]],
+    ) -> Floats:
+        """Margins of documents behind a computed prefix; halves them if memory runs out."""
+        try:
+            return self._score_chunk(prefix, computed, chunk)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        middle = _half(len(chunk))
+        halves = (chunk[:middle], chunk[middle:])
+        return np.concatenate([self._score_behind(prefix, computed, half) for half in halves])
+
+    def _score_chunk(
+        self,
+        prefix: list[Segment],
+        computed: KeyValues,
+        chunk: list[tuple[Any, Reading | None]],
+    ) -> Floats:
+        count = -(-len(chunk) // _DOCUMENTS_PER_ROW)
+        bounds = [len(chunk) * i // count for i in range(count + 1)]
+        readings = [reading for _, reading in chunk]
+        rows = [readings[start:end] for start, end in pairwise(bounds)]
+        packed = self.backbone.questions.pack_behind(prefix, rows)
+        projected = None
+        if self.view.document == "feat":
+            projected = self._project(torch.stack([vector for vector, _ in chunk]))
+        context = [
+            (keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1))
+            for keys, values in computed.new
+        ]
+        inputs = self._inputs(packed, [reading for reading in readings if reading])
+        margins = self.backbone.answer_margins(inputs, projected, KeyValues(context))
+        answers = margins.float().cpu().numpy()
+        return np.concatenate(
+            [
+                row[: end - start]
+                for row, (start, end) in zip(answers, pairwise(bounds), strict=True)
+            ]
+        )
+
+    # ---- inputs of the backbone -----------------------------------------------------------------
+
+    def _inputs(self, packed: Packed, readings: list[Reading]) -> dict[str, Any]:
+        """Packed sequences with the features of the pictures in their readings."""
+        with_pictures = [reading for reading in readings if reading.vision]
+        return self._to_device(packed) | feature_inputs(self._picture_features(with_pictures))
+
+    def _to_device(self, packed: Packed) -> dict[str, Any]:
+        return {name: value.to(self.device) for name, value in vars(packed).items()}
+
+    def _picture_features(self, readings: list[Reading]) -> list[PictureFeatures]:
+        if not readings:
+            return []
+        vision, tokens = [r.vision for r in readings], [r.visual_tokens for r in readings]
+        return self.backbone.picture_features(Pictures.collect(vision, tokens))
+
+    def _project(self, embeddings: Tensor | None) -> Tensor | None:
+        return None if embeddings is None else self.fusion.projector(embeddings)
+
+    def _vectors(self, inputs: Sequence[Any], task: str) -> list[Tensor]:
+        """A vector for each input: as it was passed, or its embedding.
+
+        An object that occurs several times is embedded once.
+        """
+        distinct = {id(value): value for value in inputs}
+        if all(isinstance(value, np.ndarray | Tensor) for value in distinct.values()):
+            vectors = [torch.as_tensor(value).to(self.device) for value in distinct.values()]
+        else:
+            vectors = list(self.embed(list(distinct.values()), task).to(self.device))
+        by_id = dict(zip(distinct, vectors, strict=True))
+        return [by_id[id(value)] for value in inputs]
+
+
+def embed_and_answer(
+    backbone: Backbone,
+    fusion: MultiTokenFusion,
+    inputs: dict[str, Any],
+    features: Sequence[PictureFeatures],
+    answer: Callable[..., Tensor],
+) -> tuple[Tensor | None, Tensor]:
+    """Embed inputs and answer questions about them from the same keys and values (docs/reuse.md).
+
+    Args:
+        backbone: Backbone of the model.
+        fusion: Fusion of the model.
+        inputs: As for :meth:`rematch.ReMatch.embed_and_answer`.
+        features: Features of the picture sets, in reading order.
+        answer: What is computed at the answer slots: a method of the backbone.
+
+    Returns:
+        The multi-vectors (N, K, D), or ``None`` if nothing is embedded; and the answers.
+    """
+    remaining = iter(features)
+    parts = [
+        part | feature_inputs([next(remaining) for _ in range(count)])
+        for part, count in zip(inputs["parts"], inputs["picture_sets"], strict=True)
+    ]
+    device = backbone.model.device
+    prompts = {name: value.to(device) for name, value in backbone.questions.prompts().items()}
+    (*states, prompt_states), layers = backbone.embed_keeping([*parts, prompts])
+    multi_vectors = [
+        fusion({"token_embeddings": state, "attention_mask": part["attention_mask"]})[
+            "multi_vector"
+        ]
+        for state, part in zip(states, parts, strict=True)
+    ]
+    context = inputs["context"]
+
+    def gathered(tokens: Tensor) -> Tensor:  # (tokens, heads, width) → (B, heads, C, width)
+        selected = tokens.index_select(0, context.flatten())
+        return selected.view(*context.shape, *tokens.shape[1:]).transpose(1, 2)
+
+    cache = KeyValues([(gathered(keys), gathered(values)) for keys, values in layers])
+    multi_vector = torch.cat(multi_vectors) if multi_vectors else None
+    embeddings = inputs.get("embeddings")
+    if "placeholder_inputs" in inputs and multi_vector is not None:
+        embeddings = fuse(multi_vector)[inputs["placeholder_inputs"]]
+    projected = None
+    if embeddings is not None and len(embeddings):
+        projected = fusion.projector(embeddings)
+    answers = answer(inputs, projected, cache)
+    if torch.is_grad_enabled():  # FSDP2 gathers a layer's weights for the gradient of its output
+        answers = answers + 0.0 * prompt_states.sum()
+    return multi_vector, answers
+
+
 def _length(reading: Reading | None) -> int:
+    """Tokens of an input; a vector is one."""
     return len(reading.ids) if reading else 1
 
 
@@ -89,418 +510,6 @@ def _half(count: int) -> int:
 
 def _pair_too_large() -> RematchError:
     return RematchError(
-        "out of memory with a single query and document. Shorten them, use smaller pictures, or a "
-        "machine with more memory."
+        "out of memory with a single query and document. Shorten them, use smaller pictures, or "
+        "use a machine with more memory."
     )
-
-
-def _batches(rows: Iterable[_Row], budget: int, reuse: bool) -> Iterator[list[_Row]]:
-    """Rows as they come, as many at a time as fit into a budget of tokens, padding included.
-
-    In ``reuse`` mode the inputs are padded to the longest of all, else the sequences are.
-    """
-
-    def padded(rows: list[_Row]) -> int:
-        if reuse:
-            return sum(1 + len(row.pairs) for row in rows) * max(row.longest for row in rows)
-        return len(rows) * max(row.tokens for row in rows)
-
-    batch: list[_Row] = []
-    for row in rows:
-        if batch and padded([*batch, row]) > budget:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def probability(margins: NDArray[np.float32]) -> NDArray[np.float64]:
-    """P(yes), in float64: in float32 those of all margins above 17 would be 1.
-
-    >>> bool(probability(np.array([0.0, 20.0], np.float32))[1] < 1)
-    True
-    """
-    return torch.from_numpy(margins).double().sigmoid().numpy()
-
-
-class Judge:
-    """Answers of a model's matching head.
-
-    Args:
-        backbone: Of the model.
-        fusion: Of the model.
-        embed: Embeds inputs for a task, ``"query"`` or ``"document"``, where a vector is read and
-            none was passed.
-    """
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        fusion: MultiTokenFusion,
-        embed: Callable[[list[Any], str], Tensor],
-    ) -> None:
-        self.backbone, self.fusion, self.embed = backbone, fusion, embed
-        self.device = backbone.model.device
-
-    def margins(
-        self, queries: Sequence[Any], documents: Sequence[Any], views: str, budget: int
-    ) -> NDArray[np.float32]:
-        """Logit of Yes minus logit of No for each pair, (N,).
-
-        Args:
-            queries: As for :meth:`~rematch.model.ReMatch.match`.
-            documents: Likewise.
-            views: Likewise.
-            budget: Tokens of a forward pass.
-
-        Raises:
-            RematchError: As :meth:`~rematch.model.ReMatch.match`.
-        """
-        if views not in VIEWS:
-            raise RematchError(f"views={views!r} is unknown; choose one of {', '.join(VIEWS)}.")
-        if len(queries) != len(documents):
-            raise RematchError(
-                f"{len(queries)} queries and {len(documents)} documents: match wants pairs, one "
-                "for one."
-            )
-        reuse = self.backbone.matching == "reuse"
-        query_view, document_view = views.split("-")
-        queries, documents = (
-            list(queries),
-            list(documents),
-        )  # rows of an array are new objects each time
-        groups: list[list[int]] = []
-        for i, query in enumerate(queries):
-            if groups and queries[groups[-1][0]] is query:
-                groups[-1].append(i)
-            else:
-                groups.append([i])
-        if query_view == "feat":
-            queries = self._vectors(queries, "query")
-        if document_view == "feat":
-            documents = self._vectors(documents, "document")
-        margins = np.empty(len(queries), np.float32)
-        packed: list[list[int]] = []
-        for group in groups:
-            if len(group) <= 2 * _DOCUMENTS_PER_PACK or reuse:
-                packed.append(group)
-            else:
-                margins[group] = self._match_many(
-                    queries[group[0]], [documents[i] for i in group], views, budget
-                )
-        for batch in _batches(
-            self._rows(queries, documents, packed, views, budget), budget, reuse
-        ):
-            for row, judged in zip(batch, self._match_rows(batch, views), strict=True):
-                margins[row.pairs] = judged
-        return margins
-
-    def _rows(
-        self,
-        queries: Sequence[Any],
-        documents: Sequence[Any],
-        groups: list[list[int]],
-        views: str,
-        budget: int,
-    ) -> Iterator["_Row"]:
-        """Sequences of a query and a few of its documents, read one after the other."""
-        reader, (query_view, document_view) = self.backbone.reader, views.split("-")
-        for_query, for_document = reader.matching_overhead()
-        recent: dict[
-            int, Reading
-        ] = {}  # documents that several queries share are read once while they are near
-
-        def read_document(i: int) -> Reading | None:
-            if document_view == "feat":
-                return None
-            key = id(documents[i])
-            reading = recent.pop(key, None) or reader.read(documents[i], i)
-            recent[key] = reading
-            if len(recent) > _RECENT:
-                del recent[next(iter(recent))]
-            return reading
-
-        for group in groups:
-            query = queries[group[0]]
-            query_reading = reader.read(query, group[0]) if query_view == "raw" else None
-            row = None
-            for i in group:
-                reading = read_document(i)
-                tokens = for_document + _length(reading)
-                if (
-                    row is None
-                    or row.tokens + tokens > budget
-                    or len(row.pairs) == _DOCUMENTS_PER_PACK
-                ):
-                    if row is not None:
-                        yield row
-                    length = _length(query_reading)
-                    row = _Row(query, query_reading, [], [], [], for_query + length, length)
-                row.add(i, documents[i], reading, tokens)
-            if row is not None:
-                yield row
-
-    def _match_many(
-        self, query: Any, documents: Sequence[Any], views: str, budget: int
-    ) -> NDArray[np.float32]:
-        """One query with many documents: prompt and query run once, and the documents read their
-        keys and values.
-        """
-        reader = self.backbone.reader
-        query_view, document_view = views.split("-")
-        query_reading = reader.read(query) if query_view == "raw" else None
-        packed, prefix = reader.pack_prefix(query_reading)
-        z = self.fusion.projector(query[None]) if query_reading is None else None
-        computed = KeyValues()
-        try:
-            self.backbone.run_packed(
-                self._packed(packed, [query_reading] if query_reading else []), z, computed
-            )
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise _pair_too_large() from None
-        before = packed.input_ids.shape[1]
-        _, for_document = reader.matching_overhead()
-        margins: list[NDArray[np.float32]] = []
-        chunk: list[tuple[Any, Reading | None]] = []
-        longest = 0
-        for i, document in enumerate(documents):
-            reading = reader.read(document, i) if document_view == "raw" else None
-            longest = max(longest, for_document + _length(reading))
-            rows = -(-(len(chunk) + 1) // _PER_ROW)
-            if chunk and rows * (before + min(_PER_ROW, len(chunk) + 1) * longest) > budget:
-                margins.append(self._match_behind(prefix, computed, chunk))
-                chunk, longest = [], for_document + _length(reading)
-            chunk.append((document, reading))
-        return np.concatenate([*margins, self._match_behind(prefix, computed, chunk)])
-
-    def _match_behind(
-        self, prefix: list[Segment], computed: KeyValues, chunk: list[tuple[Any, Reading | None]]
-    ) -> NDArray[np.float32]:
-        """Documents behind a prefix that was run before, half of them at a time if memory runs
-        out.
-        """
-        try:
-            return self._run_behind(prefix, computed, chunk)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        half = _half(len(chunk))
-        return np.concatenate(
-            [
-                self._match_behind(prefix, computed, chunk[:half]),
-                self._match_behind(prefix, computed, chunk[half:]),
-            ]
-        )
-
-    def _run_behind(
-        self, prefix: list[Segment], computed: KeyValues, chunk: list[tuple[Any, Reading | None]]
-    ) -> NDArray[np.float32]:
-        count = -(-len(chunk) // _PER_ROW)
-        bounds = [len(chunk) * i // count for i in range(count + 1)]
-        readings = [reading for _, reading in chunk]
-        packed = self.backbone.reader.pack_behind(
-            prefix, [readings[a:b] for a, b in pairwise(bounds)]
-        )
-        z = None
-        if readings[0] is None:
-            z = self.fusion.projector(torch.stack([vector for vector, _ in chunk]))
-        keys_values = [
-            (k.expand(count, -1, -1, -1), v.expand(count, -1, -1, -1)) for k, v in computed.new
-        ]
-        features = self._packed(packed, [reading for reading in readings if reading])
-        judged = (
-            self.backbone.answer_margins(features, z, KeyValues(keys_values)).float().cpu().numpy()
-        )
-        return np.concatenate(
-            [row[: b - a] for row, (a, b) in zip(judged, pairwise(bounds), strict=True)]
-        )
-
-    def _packed(self, packed: Packed, readings: list[Reading]) -> dict[str, Any]:
-        """Packed sequences as features, with the pictures of the readings that they show."""
-        pictures = [reading for reading in readings if reading.vision]
-        seen: list[Seen] = []
-        if pictures:
-            seen = self._see(
-                Pictures.collect([r.vision for r in pictures], [r.visual_tokens for r in pictures])
-            )
-        return {name: value.to(self.device) for name, value in vars(packed).items()} | as_inputs(
-            seen
-        )
-
-    def _match_rows(self, rows: list["_Row"], views: str) -> list[NDArray[np.float32]]:
-        """Margins of each row's pairs, half of the rows at a time if memory runs out."""
-        try:
-            return self._match_batch(rows, *views.split("-"))
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        if len(rows) > 1:
-            half = _half(len(rows))
-            return self._match_rows(rows[:half], views) + self._match_rows(rows[half:], views)
-        return [np.concatenate(self._match_rows(rows[0].halves(), views))]
-
-    def _match_batch(
-        self, rows: list["_Row"], query_view: str, document_view: str
-    ) -> list[NDArray[np.float32]]:
-        reader = self.backbone.reader
-        questions = [
-            [(query_view, i, document_view) for i in range(len(row.pairs))] for row in rows
-        ]
-        tasks: dict[
-            int, tuple[Reading, str]
-        ] = {}  # an input in several rows is embedded, and its pictures seen, once
-        for row in rows:
-            for reading, task in [
-                (row.query_reading, "query"),
-                *((r, "document") for r in row.readings),
-            ]:
-                if reading is not None:
-                    tasks[id(reading)] = (reading, task)
-        pictures = {key: reading for key, (reading, _) in tasks.items() if reading.vision}
-        seen: dict[int, Seen] = {}
-        if pictures:
-            collected = Pictures.collect(
-                [r.vision for r in pictures.values()], [r.visual_tokens for r in pictures.values()]
-            )
-            seen = dict(zip(pictures, self._see(collected), strict=True))
-        vectors = []  # of the placeholders, in reading order
-        for row in rows:
-            if query_view == "feat":
-                vectors.append(row.query)
-            if document_view == "feat":
-                vectors += row.documents
-        z_inputs = torch.stack(vectors) if vectors else None
-        if self.backbone.matching == "reuse":
-            judged = self._match_reusing(rows, questions, tasks, seen, z_inputs)
-        else:
-            packed, shown = reader.pack_matching(
-                [(row.query_reading, row.readings) for row in rows], questions
-            )
-            features = {name: value.to(self.device) for name, value in vars(packed).items()}
-            z = self.fusion.projector(z_inputs) if z_inputs is not None else None
-            judged = self.backbone.answer_margins(
-                features | as_inputs([seen[id(r)] for r in shown]), z
-            )
-        answers = judged.float().cpu().numpy()
-        return [
-            row_answers[: len(row.pairs)] for row, row_answers in zip(rows, answers, strict=True)
-        ]
-
-    def _match_reusing(
-        self,
-        rows: list["_Row"],
-        questions: list[list[tuple[str, int, str]]],
-        tasks: dict[int, tuple[Reading, str]],
-        seen: dict[int, Seen],
-        vectors: Tensor | None,
-    ) -> Tensor:
-        """Margins from the keys and values of the embedding pass, for models that were trained so."""
-        reader = self.backbone.reader
-        readings = [reading for reading, _ in tasks.values()]
-        batches = (
-            [reader.embedding_batch(readings, [task for _, task in tasks.values()])]
-            if readings
-            else []
-        )
-        masks = [batch["attention_mask"] for batch in batches]
-        *numbers, first, second = token_numbers(
-            [*masks, reader.matching_prompts()["attention_mask"]]
-        )
-        embedded: dict[int, Segment] = {}
-        for tokens, (key, (reading, task)) in zip(numbers, tasks.items(), strict=True):
-            embedded[key] = replace(reader.embedded(reading, task), source=tokens)
-        segments = [
-            [embedded[id(r)] if r else None for r in (row.query_reading, *row.readings)]
-            for row in rows
-        ]
-        packed = reader.pack_reuse(segments, questions, (first, second))
-        shown = [seen[key] for key in tasks if key in seen]
-        features: dict[str, Any] = {
-            name: value.to(self.device) for name, value in vars(packed).items()
-        }
-        features["vectors"] = vectors
-        features["parts"] = [
-            {name: value.to(self.device) for name, value in batch.items()} for batch in batches
-        ]
-        features["shown"] = [len(shown)] * len(batches)
-        return embed_and_answer(
-            self.backbone, self.fusion, features, shown, self.backbone.answer_margins
-        )["answers"]  # type: ignore[no-any-return]
-
-    def _vectors(self, inputs: Sequence[Any], task: str) -> list[Tensor]:
-        """A vector for each input: as it was passed, or the embedding of the input, each distinct
-        object's once.
-
-        The same object gets the same vector, so that pairs of one query are still known by it.
-        """
-        distinct = {id(value): value for value in inputs}
-        if all(isinstance(value, np.ndarray | Tensor) for value in distinct.values()):
-            vectors = [torch.as_tensor(value).to(self.device) for value in distinct.values()]
-        else:
-            vectors = (
-                list(self.embed(list(distinct.values()), task).to(self.device)) if distinct else []
-            )
-        by_id = dict(zip(distinct, vectors, strict=True))
-        return [by_id[id(value)] for value in inputs]
-
-    def _see(self, pictures: Pictures) -> list[Seen]:
-        return see(self.backbone.base, pictures.to(self.device, self.backbone.model.dtype))
-
-
-def embed_and_answer(
-    backbone: Backbone,
-    fusion: MultiTokenFusion,
-    features: dict[str, Any],
-    seen: list[Seen],
-    answer: Callable[..., Tensor],
-) -> dict[str, Any]:
-    """Embedding and matching in one, the answer slots reading the keys and values that embedding
-    left behind.
-
-    Args:
-        backbone: Of the model.
-        fusion: Of the model.
-        features: As for :meth:`~rematch.model.ReMatch.forward`.
-        seen: Features of the picture sets in reading order.
-        answer: Of the backbone: what is computed at the answer slots.
-
-    Returns:
-        ``answers``, and ``multi_vector`` if anything is embedded.
-    """
-    remaining = iter(seen)
-    parts = [
-        part | as_inputs([next(remaining) for _ in range(count)])
-        for part, count in zip(features["parts"], features["shown"], strict=True)
-    ]
-    prompts = {
-        name: value.to(backbone.model.device)
-        for name, value in backbone.reader.matching_prompts().items()
-    }
-    (*states, last), layers = backbone.embed_keeping([*parts, prompts])
-    multi = [
-        fusion({"token_embeddings": state, "attention_mask": part["attention_mask"]})[
-            "multi_vector"
-        ]
-        for state, part in zip(states, parts, strict=True)
-    ]
-    context = features["context"]
-
-    def gathered(tokens: Tensor) -> Tensor:  # (tokens, heads, width) → (b, heads, C, width)
-        chosen = tokens.index_select(0, context.flatten())
-        return chosen.view(*context.shape, *tokens.shape[1:]).transpose(1, 2)
-
-    cache = KeyValues([(gathered(keys), gathered(values)) for keys, values in layers])
-    vectors = (
-        fuse(torch.cat(multi))[features["read"]] if "read" in features else features["vectors"]
-    )
-    z = fusion.projector(vectors) if vectors is not None and len(vectors) else None
-    answers = answer(features, z, cache)
-    if (
-        torch.is_grad_enabled()
-    ):  # FSDP2 gathers a layer's weights for the gradient of its output, none otherwise
-        answers = answers + 0.0 * last.sum()
-    out: dict[str, Any] = {"answers": answers}
-    return out | ({"multi_vector": torch.cat(multi)} if multi else {})

@@ -24,13 +24,15 @@ def add_tokens_to_template(template: str, num_tokens: int) -> str:
     """A chat template that appends the learnable tokens when it is rendered for ``task="query"``
     or ``"document"``.
 
-    >>> print(add_tokens_to_template("{{ x }}", 1))
-    {{ x }}{% if task == 'query' %}<|query_emb_0|>{% elif task == 'document' %}<|doc_emb_0|>{% endif %}
+    >>> print(add_tokens_to_template("{{ x }}", 1).replace("{% elif", "\\n{% elif"))
+    {{ x }}{% if task == 'query' %}<|query_emb_0|>
+    {% elif task == 'document' %}<|doc_emb_0|>{% endif %}
     """
     queries = "".join(query_token(i) for i in range(num_tokens))
     documents = "".join(document_token(i) for i in range(num_tokens))
-    tail = f"{{% if task == 'query' %}}{queries}{{% elif task == 'document' %}}{documents}{{% endif %}}"
-    return template + tail
+    for_query = f"{{% if task == 'query' %}}{queries}"
+    for_document = f"{{% elif task == 'document' %}}{documents}{{% endif %}}"
+    return template + for_query + for_document
 
 
 class Projector(nn.Module):

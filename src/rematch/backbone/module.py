@@ -32,10 +32,12 @@ from transformers.utils import logging as transformers_logging
 
 from rematch.backbone import lora
 from rematch.backbone.key_values import KeyValues
+from rematch.backbone.pictures import PictureFeatures, Pictures, picture_features
+from rematch.backbone.questions import QuestionPacker
 from rematch.backbone.reading import Reader, too_long
 from rematch.backbone.turns import user_turn
 from rematch.errors import ModelError, RematchError
-from rematch.matching import additive, block_mask, unified_mask
+from rematch.matching import Matching, additive, block_mask, unified_mask
 from rematch.prompts import NO, YES
 
 PACKAGED = {"rematch-base": "assets/base", "rematch-tiny": "assets/tiny"}
@@ -68,8 +70,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         answer_ids: Token ids of Yes and No; checked against the tokenizer on load.
         document_instructions: Whether documents were trained with their instruction; evaluation
             does as training did.
-        matching: How it was trained to answer, ``"packed"`` or ``"reuse"``; scoring does as
-            training did.
+        matching: How it was trained to answer questions; scoring does as training did.
         kwargs: As for sentence-transformers' ``Transformer``.
 
     Raises:
@@ -95,7 +96,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         adapter: bool = False,
         answer_ids: list[int] | None = None,
         document_instructions: bool = True,
-        matching: str = "packed",
+        matching: Matching | str = Matching.UNIFIED,
         **kwargs: Any,
     ) -> None:
         path = resolve(str(model_name_or_path))
@@ -131,9 +132,10 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         self._check_processor(model_name_or_path)
         self._check_attention(model_name_or_path)
         self.reader = Reader(self.processor, self.base)
+        self.questions = QuestionPacker(self.reader)
         self.check_reading(model_name_or_path)
         self.document_instructions = document_instructions
-        self.matching = matching
+        self.matching = Matching(matching)
         self.answer_ids = [self._single_token(word) for word in (YES, NO)]
         if answer_ids is not None and answer_ids != self.answer_ids:
             raise ModelError(
@@ -351,6 +353,10 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         """
         limit_pixels(self.processor, smallest, largest)
 
+    def picture_features(self, pictures: Pictures) -> list[PictureFeatures]:
+        """Features of picture sets, each computed once by the vision tower."""
+        return picture_features(self.base, pictures.to(self.model.device, self.model.dtype))
+
     @property
     def width(self) -> int:
         """D."""
@@ -434,7 +440,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         :meth:`answer_logits`.
         """
         positions = features["position_ids"]
-        layout = features["owner"], features["visible"], features["context"].shape[1]
+        layout = features["segments"], features["attends"], features["context"].shape[1]
         flexible = self.model.config.get_text_config()._attn_implementation == "flex_attention"
         inputs = {
             "input_ids": features["input_ids"],
@@ -444,7 +450,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
             "position_ids": positions[0] if len(positions) == 1 else positions,
         }
         pictures = {name: value for name, value in features.items() if name.startswith("mm_")}
-        with self._replaced(features["features"], embeddings):
+        with self._replaced(features["placeholders"], embeddings):
             out = self.base(
                 **inputs, **pictures, past_key_values=cache, use_cache=cache is not None
             )

@@ -1,8 +1,7 @@
-"""Pictures of a batch: collected once each, seen once by the vision tower, handed out wherever
-they stand.
+"""Pictures of a batch: each is collected once and passes the vision tower once.
 
-A *set* is the pictures of one input (usually one picture). What the vision tower makes of a set,
-:class:`Seen`, goes back into the backbone as ``mm_encoder_outputs``, in place of ``pixel_values``.
+A *set* is the pictures of one input, usually one. Its :class:`PictureFeatures` replace
+``pixel_values`` wherever the input occurs: the backbone takes them as ``mm_encoder_outputs``.
 """
 
 from collections.abc import Sequence
@@ -145,14 +144,13 @@ def _from_levels(codes: Tensor, table: Tensor) -> Tensor:
 
 
 @dataclass
-class Seen:
-    """What the vision tower made of one set.
+class PictureFeatures:
+    """What the vision tower computes for one set.
 
     Attributes:
-        units: Its pictures (or their tiles), (visual tokens, D) each.
-        deepstack: The same at the layers that the language model reads besides, where there are
-            any (Qwen3-VL).
-        stacked: Whether the backbone wants the units as one tensor.
+        units: Features of each picture, or of each of its tiles, (visual tokens, D).
+        deepstack: The same for each further layer that the language model reads (Qwen3-VL).
+        stacked: Whether the backbone takes all units as one tensor.
     """
 
     units: list[Tensor]
@@ -160,47 +158,46 @@ class Seen:
     stacked: bool
 
 
-def see(base: nn.Module, pictures: Pictures) -> list[Seen]:
-    """Run the vision tower.
+def picture_features(base: nn.Module, pictures: Pictures) -> list[PictureFeatures]:
+    """Run the vision tower on picture sets.
 
     Args:
         base: The backbone without its LM head.
         pictures: The sets, on its device.
 
     Returns:
-        One :class:`Seen` per set.
+        The features of each set.
     """
     get_features: Any = base.get_image_features
     out = get_features(**pictures.values, return_dict=True)
-    units, levels = (
-        list(out.pooler_output),
-        [list(level) for level in getattr(out, "deepstack_features", None) or []],
-    )
-    seen, at = [], 0
+    units = list(out.pooler_output)
+    levels = [list(level) for level in getattr(out, "deepstack_features", None) or []]
+    features, end = [], 0
     for tokens in pictures.tokens:
-        start, count = at, 0
+        start, count = end, 0
         while count < tokens:
-            count += len(units[at])
-            at += 1
+            count += len(units[end])
+            end += 1
         if count != tokens:
             raise AssertionError(
                 f"{type(base).__name__}: {count} visual features for {tokens} picture tokens"
             )
-        deepstack = [level[start:at] for level in levels]
-        seen.append(Seen(units[start:at], deepstack, isinstance(out.pooler_output, Tensor)))
-    return seen
+        deepstack = [level[start:end] for level in levels]
+        stacked = isinstance(out.pooler_output, Tensor)
+        features.append(PictureFeatures(units[start:end], deepstack, stacked))
+    return features
 
 
-def as_inputs(seen: Sequence[Seen]) -> dict[str, Any]:
-    """The sets as keyword argument of the backbone, in reading order; nothing for no sets."""
-    if not seen:
+def feature_inputs(features: Sequence[PictureFeatures]) -> dict[str, Any]:
+    """Keyword arguments of the backbone that stand for the sets, in reading order."""
+    if not features:
         return {}
-    units = [unit for one in seen for unit in one.units]
-    pooled = torch.stack(units) if seen[0].stacked else tuple(units)
+    units = [unit for picture_set in features for unit in picture_set.units]
+    pooled = torch.stack(units) if features[0].stacked else tuple(units)
     out = BaseModelOutputWithPooling(pooler_output=pooled)
     levels = [
-        [unit for level in found for unit in level]
-        for found in zip(*(one.deepstack for one in seen), strict=True)
+        [unit for units in level for unit in units]
+        for level in zip(*(picture_set.deepstack for picture_set in features), strict=True)
     ]
     if levels:
         out.deepstack_features = levels

@@ -12,7 +12,7 @@ Shapes: L tokens, P position dimensions (1, or 3 for M-RoPE backbones).
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -23,23 +23,8 @@ from torch import Tensor
 from rematch.backbone.turns import TEXT_FEATURES, Turns
 from rematch.data.inputs import as_parts
 from rematch.errors import ModelError, RematchError, TooLongError
-from rematch.matching import (
-    Packed,
-    Segment,
-    lay_out,
-    lay_out_behind,
-    lay_out_prefix,
-    lay_out_reuse,
-    pack,
-)
-from rematch.prompts import (
-    MATCH_DOCUMENT,
-    MATCH_QUERY,
-    MATCH_QUESTION,
-    MATCH_TASK,
-    document_token,
-    query_token,
-)
+from rematch.matching import Segment
+from rematch.prompts import document_token, query_token
 
 
 @dataclass
@@ -157,7 +142,7 @@ class Reader:
         ids = torch.tensor(
             text_ids + [self.tokenizer.eos_token_id] * placeholder, dtype=torch.long
         )
-        return Segment(ids, self._positions({"input_ids": ids}), is_feature=placeholder)
+        return Segment(ids, self._positions({"input_ids": ids}), is_placeholder=placeholder)
 
     def headed(self, head: Segment, content: Segment) -> Segment:
         """The content with a head ("Query:") before it."""
@@ -186,9 +171,10 @@ class Reader:
                 max(range(len(rows)), key=lambda i: len(rows[i].ids)),
                 self.tokenizer.model_max_length,
             )
-        return self._padded(rows)
+        return self.padded(rows)
 
-    def _padded(self, rows: Sequence[Segment]) -> dict[str, Tensor]:
+    def padded(self, rows: Sequence[Segment]) -> dict[str, Tensor]:
+        """Segments as a batch, padded on the right, as :meth:`embedding_batch` returns it."""
         longest = max(len(row.ids) for row in rows)
         ids = torch.full((len(rows), longest), int(self.tokenizer.pad_token_id or 0))
         mask = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -210,135 +196,6 @@ class Reader:
         return Segment(
             torch.cat([reading.ids, tail]), torch.cat([reading.positions, after], dim=1)
         )
-
-    def pack_matching(
-        self,
-        rows: Sequence[tuple[Reading | None, Sequence[Reading | None]]],
-        questions: Sequence[Sequence[tuple[str, int, str]]],
-    ) -> tuple[Packed, list[Reading]]:
-        """Lay out matching questions; needs no forward pass, so data workers can do it.
-
-        Args:
-            rows: For each sequence the query and the documents; ``None`` for one that only has a
-                ``feat`` view.
-            questions: For each sequence the (query view, document index, document view) of every
-                answer slot. Views are laid out if a question asks for them.
-
-        Returns:
-            The packed sequences, and the readings whose pictures they show, in order.
-        """
-        prompt = self.text_segment(self.prefix + MATCH_TASK, opening=True)
-        slot = self.text_segment(MATCH_QUESTION + self.suffix)
-        heads = [self.text_segment(head) for head in (MATCH_QUERY, MATCH_DOCUMENT)]
-        feats = [
-            self.text_segment(head, placeholder=True) for head in (MATCH_QUERY, MATCH_DOCUMENT)
-        ]
-        shown: list[Reading] = []
-
-        def views(wanted: set[str], value: Reading | None, kind: int) -> dict[str, Segment]:
-            found = {}
-            if "raw" in wanted and value is not None:
-                found["raw"] = self.headed(heads[kind], value.content)
-                shown.extend([value] * bool(value.vision))
-            return found | ({"feat": feats[kind]} if "feat" in wanted else {})
-
-        sequences = []
-        for (query, documents), asked in zip(rows, questions, strict=True):
-            queries = views({q for q, _, _ in asked}, query, 0)
-            others = [
-                views({d for _, i, d in asked if i == j}, value, 1)
-                for j, value in enumerate(documents)
-            ]
-            sequences.append(lay_out(prompt, queries, others, slot, asked, feats[0].end))
-        return pack(sequences, int(self.tokenizer.pad_token_id or 0)), shown
-
-    def pack_prefix(self, query: Reading | None) -> tuple[Packed, list[Segment]]:
-        """What all questions about a query have in common, to be run once.
-
-        Args:
-            query: Of a ``raw`` view; ``None`` for its vector.
-
-        Returns:
-            The packed sequence, and its segments with the numbers of their tokens as ``source``.
-        """
-        prompt, head, document = self._prompt_and_heads()
-        feat = self.text_segment(MATCH_QUERY, placeholder=True)
-        view = feat if query is None else self.headed(head, query.content)
-        segments = lay_out_prefix(prompt, view, document, feat.end, query is not None)
-        packed = pack([segments], int(self.tokenizer.pad_token_id or 0))
-        numbers = torch.split(
-            torch.arange(packed.input_ids.shape[1]), [len(s.ids) for s in segments]
-        )
-        return packed, [replace(s, source=n) for s, n in zip(segments, numbers, strict=True)]
-
-    def pack_behind(
-        self, prefix: Sequence[Segment], rows: Sequence[Sequence[Reading | None]]
-    ) -> Packed:
-        """Documents and their questions behind a prefix.
-
-        Args:
-            prefix: Of :meth:`pack_prefix`.
-            rows: The documents of each sequence; ``None`` for a vector.
-        """
-        slot, feat = (
-            self.text_segment(MATCH_QUESTION + self.suffix),
-            self.text_segment("", placeholder=True),
-        )
-        sequences = [
-            lay_out_behind(prefix, [feat if d is None else d.content for d in ds], slot)
-            for ds in rows
-        ]
-        return pack(sequences, int(self.tokenizer.pad_token_id or 0))
-
-    def matching_prompts(self) -> dict[str, Tensor]:
-        """The prompt and the head of a query's vector, the prompt and the head of a document's:
-        what all questions that are answered from the embedding pass have in common, to be run once
-        with it; padded, as :meth:`embedding_batch`.
-        """
-        prompt, *heads = self._prompt_and_heads()
-        rows = [self.headed(prompt, head) for head in heads]
-        return self._padded(rows)
-
-    def pack_reuse(
-        self,
-        rows: Sequence[Sequence[Segment | None]],
-        questions: Sequence[Sequence[tuple[str, int, str]]],
-        prompts: Sequence[Tensor],
-    ) -> Packed:
-        """Lay out questions that are answered from the embedding pass
-        (:func:`~rematch.matching.lay_out_reuse`).
-
-        Args:
-            rows: For each sequence the query and the documents as they are embedded, with their
-                ``source``.
-            questions: As for :meth:`pack_matching`.
-            prompts: Numbers of the tokens of both rows of :meth:`matching_prompts`.
-        """
-        prompt, *heads = self._prompt_and_heads()
-        size = len(prompt.ids)
-        known = replace(prompt, source=prompts[0][:size])
-        query, document = (
-            replace(head, source=numbers[size:])
-            for head, numbers in zip(heads, prompts, strict=True)
-        )
-        feat, slot = self.text_segment("", placeholder=True), self.text_segment(self.suffix)
-        sequences = [
-            lay_out_reuse(known, (query, document), embedded, feat, slot, asked)
-            for embedded, asked in zip(rows, questions, strict=True)
-        ]
-        return pack(sequences, int(self.tokenizer.pad_token_id or 0))
-
-    def _prompt_and_heads(self) -> list[Segment]:
-        prompt = self.text_segment(self.prefix + MATCH_TASK, opening=True)
-        return [prompt, *(self.text_segment(head) for head in (MATCH_QUERY, MATCH_DOCUMENT))]
-
-    def matching_overhead(self) -> tuple[int, int]:
-        """Tokens of a packed sequence beside contents: for its query, and for each document with
-        its question.
-        """
-        prompt, *heads = (len(segment.ids) for segment in self._prompt_and_heads())
-        slot = self.text_segment(MATCH_QUESTION + self.suffix)
-        return 2 * prompt + heads[0], heads[1] + len(slot.ids)
 
     def learnable_ids(self, task: str) -> list[int]:
         """Token ids of the learnable tokens for ``task``, ``"query"`` or ``"document"``."""

@@ -24,7 +24,7 @@ from rematch.evaluate.benchmarks import Benchmark, load
 from rematch.evaluate.output import content_of, save_vectors, write
 from rematch.evaluate.rerank import Reranking
 from rematch.evaluate.run import TaskResult, evaluate
-from rematch.matching import VIEWS
+from rematch.matching import View
 from rematch.model import ReMatch
 
 
@@ -41,7 +41,7 @@ class Options:
     skip_missing: bool = False
     document_instructions: bool | None = None
     rerank: int = 0
-    views: tuple[str, ...] = ("raw-raw",)
+    views: tuple[View, ...] = (View.RAW_RAW,)
     maxsim: bool = False
     cache: Path | None = None
     save_vectors: bool = False
@@ -64,8 +64,6 @@ def run(options: Options) -> dict[str, Any]:
         raise RematchError(f"--output {options.output} is a file. Give a directory.")
     if options.save_vectors and options.output is None:
         raise RematchError("--save-vectors needs --output, the directory to write them to.")
-    if options.rerank and (unknown := [view for view in options.views if view not in VIEWS]):
-        raise RematchError(f"--views {unknown[0]} is unknown; choose from {', '.join(VIEWS)}.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
     try:

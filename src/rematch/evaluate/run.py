@@ -25,7 +25,7 @@ from rematch.evaluate.metrics import (
 )
 from rematch.evaluate.rerank import Reranking, rerank
 from rematch.model import ReMatch
-from rematch.search.cascade import maxsim
+from rematch.scoring import maxsim
 
 _SHOWN = 10  # candidates kept of each query for predictions
 
@@ -81,7 +81,7 @@ def evaluate_task(
     if (
         reranking
         and model.truncate_dim is not None
-        and any("feat" in view for view in reranking.views)
+        and any("feat" in (view.query, view.document) for view in reranking.views)
     ):
         raise RematchError(
             "the matching head reads whole vectors only, but the model has "
@@ -130,7 +130,12 @@ def evaluate_task(
         for view in reranking.views:
             started = time.perf_counter()
             found = rerank(
-                model, (asked, queries), (given, documents), scored, reranking.top, view
+                model,
+                {"raw": asked, "feat": queries},
+                {"raw": given, "feat": documents},
+                scored,
+                reranking.top,
+                view,
             )
             name = f"rerank {reranking.top}, {view}"
             result.methods[name] = summarise(found) | {

@@ -31,7 +31,8 @@ from rematch.data.images import Checked, Encoded
 from rematch.encoding.encoder import Encoder, Measured, look_at_picture, plan
 from rematch.errors import DataError, RematchError
 from rematch.files import write_json
-from rematch.search.index import Index, cut
+from rematch.scoring import truncate
+from rematch.search.index import Index
 from rematch.search.storage import is_local, quoted
 
 WINDOW, WINDOW_BYTES = 1024, 64 << 20
@@ -78,7 +79,7 @@ class Read:
         vectors = np.atleast_2d(vectors)
         return document.metadata | {
             "id": document.id,
-            "vector": cut(vectors[:1], dimensions)[0],
+            "vector": truncate(vectors[:1], dimensions)[0],
             "tokens": vectors[1:],
             "text": document.text,
             "path": path,

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from rematch.data.corpus import Document, Metadata
 from rematch.data.images import Encoded
 from rematch.errors import RematchError
-from rematch.matching import VIEWS
-from rematch.scoring import probability
+from rematch.matching import View
+from rematch.scoring import maxsim, probability
 
 if TYPE_CHECKING:
     from rematch.search.index import Index
@@ -75,10 +75,10 @@ def parse(spec: str, about: dict[str, Any], width: int) -> list[Stage]:
     for part in filter(None, (part.strip() for part in spec.split(","))):
         name, _, count = part.rpartition(":")
         views = _SHORT.get(name or "raw", name)
-        if not count.isdigit() or (views != "maxsim" and views not in VIEWS):
+        if not count.isdigit() or (views != "maxsim" and views not in list(View)):
             raise RematchError(
                 f"--rerank {part}: write STAGE:COUNT, where STAGE is maxsim, "
-                f"{', '.join([*_SHORT, *VIEWS])}; for example feat:100,raw:10."
+                f"{', '.join([*_SHORT, *View])}; for example feat:100,raw:10."
             )
         if stages and int(count) > stages[-1].count:
             raise RematchError(
@@ -151,21 +151,6 @@ def reorder(
     ]
 
 
-def maxsim(query: NDArray[np.float32], documents: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean over a query's token vectors of the best cosine with a document's token vectors.
-
-    Args:
-        query: (K, D), unit length.
-        documents: (N, K, D), unit length.
-
-    Returns:
-        (N,)
-    """
-    similar: NDArray[np.float32] = np.einsum("nkd,qd->nqk", documents, query, optimize=True)
-    best: NDArray[np.float32] = similar.max(axis=2).mean(axis=1)
-    return best
-
-
 def _maxsim(index: "Index", query: Any, rows: pa.Table) -> NDArray[np.float32]:
     own = index.model.encode_query([query], multi_vector=True, show_progress_bar=False)[0]
     flat = rows["tokens"].combine_chunks().flatten().flatten().to_numpy(zero_copy_only=False)
@@ -175,15 +160,15 @@ def _maxsim(index: "Index", query: Any, rows: pa.Table) -> NDArray[np.float32]:
 def _match(
     index: "Index", query: Any, vector: NDArray[np.float32], rows: pa.Table, views: str
 ) -> NDArray[np.float32]:
-    query_view, document_view = views.split("-")
-    asked = vector if query_view == "feat" else query
+    view = View(views)
+    asked = vector if view.query == "feat" else query
     given: list[Any]
-    if document_view == "feat":
+    if view.document == "feat":
         flat = rows["vector"].combine_chunks().flatten().to_numpy().copy()
         given = list(flat.reshape(len(rows), -1))
     else:
         given = _inputs(index, rows)
-    return index.model.match_margins([asked] * len(given), given, views)  # type: ignore[arg-type]  # checked by parse
+    return index.model.score(asked, given, view)
 
 
 def _inputs(index: "Index", rows: pa.Table) -> list[Any]:

@@ -24,6 +24,7 @@ from rematch.data.images import Encoded
 from rematch.encoding.vector_store import FINGERPRINT, fingerprint
 from rematch.errors import DataError, ModelError
 from rematch.model import ReMatch
+from rematch.scoring import truncate
 from rematch.search.cascade import Stage, parse, reorder
 from rematch.search.columns import OWN, in_condition, new_columns
 from rematch.search.storage import TABLE, exists, is_local, quoted, writing
@@ -232,7 +233,7 @@ class Index:
             else list(rerank)
         )
         wide: NDArray[np.float32] = self.model.encode_query(queries, show_progress_bar=False)
-        vectors = cut(wide, self.about["dimensions"])
+        vectors = truncate(wide, self.about["dimensions"])
         found = []
         for one, vector, whole in zip(queries, vectors, wide, strict=True):
             rows = self._nearest(
@@ -465,14 +466,3 @@ class Index:
                     f"{self.uri}: another process is writing to it. Wait until it is done."
                 ) from None
             yield
-
-
-def cut(vectors: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:
-    """The first so many dimensions of vectors (N, D), unit length again."""
-    if dimensions == vectors.shape[1]:
-        return vectors
-    short = vectors[:, :dimensions]
-    result: NDArray[np.float32] = short / np.maximum(
-        np.linalg.norm(short, axis=1, keepdims=True), 1e-12
-    )
-    return result

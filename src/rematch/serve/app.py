@@ -28,7 +28,7 @@ from prometheus_client import (
 from starlette.exceptions import HTTPException
 
 from rematch import __version__
-from rematch.search.index import cut
+from rematch.scoring import truncate
 from rematch.serve.answers import answer_errors, refusal
 from rematch.serve.batching import Batcher
 from rematch.serve.engine import Engine
@@ -150,7 +150,7 @@ def create_app(
         vectors = np.stack(
             await compute(request, [((task,), v, n) for v, n in zip(given, tokens, strict=True)])
         )
-        vectors = cut(vectors, asked.dimensions or width)
+        vectors = truncate(vectors, asked.dimensions or width)
         data = [
             Embedding(index=i, embedding=_written(v, asked.encoding_format))
             for i, v in enumerate(vectors)

@@ -86,11 +86,8 @@ class Engine:
         if what == "document":
             return list(self._vectors(self.model.encode_document, values))
         if what == "match":
-            pairs = [(query, document) for query, documents in values for document in documents]
-            flat = self.model.match_margins([q for q, _ in pairs], [d for _, d in pairs])
-            return np.split(
-                probability(flat), np.cumsum([len(documents) for _, documents in values])[:-1]
-            )
+            queries, document_lists = zip(*values, strict=True)
+            return [probability(m) for m in self.model.score_lists(queries, document_lists)]
         if what == "attention":
             return [attention_maps(self.model, value, *options) for value in values]
         assert self.index is not None

@@ -1,4 +1,4 @@
-"""One training step, laid out: what the collator hands to the loss."""
+"""The samples of one step, laid out as mini-batches: what the collator hands to the loss."""
 
 import io
 import pickle
@@ -13,82 +13,84 @@ from rematch.backbone.pictures import Pictures
 
 
 @dataclass
-class Step:
-    """One forward pass.
+class MiniBatch:
+    """What one forward pass computes.
 
     Attributes:
-        tensors: The model's inputs but for the pictures.
-        sets: Picture sets in reading order, as numbers into :attr:`Batch.pictures`.
-        parts: In ``reuse`` mode: the padded batches that are embedded; the step's own tensors are
-            then the questions about them, with ``read``, which of the embedded inputs stand in the
-            placeholders.
+        tensors: Inputs of the model, without pictures.
+        picture_sets: Its picture sets in reading order, as numbers into :attr:`Batch.pictures`.
+        parts: In ``reuse`` mode: the padded batches to embed; the tensors are then the questions
+            about their inputs.
     """
 
     tensors: dict[str, Tensor]
-    sets: list[int] = field(default_factory=list)
-    parts: list["Step"] = field(default_factory=list)
+    picture_sets: list[int] = field(default_factory=list)
+    parts: list["MiniBatch"] = field(default_factory=list)
 
     @property
     def size(self) -> int:
         """How many inputs it embeds."""
-        return sum(part.size for part in self.parts) or len(self.tensors["input_ids"])
+        if self.parts:
+            return sum(part.size for part in self.parts)
+        return len(self.tensors["input_ids"])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the forward pass, padding included."""
+        return self.tensors["input_ids"].numel() + sum(part.tokens for part in self.parts)
 
 
 @dataclass
 class Batch:
-    """B samples of C columns (query, positive and, if there are any, negative), made of N distinct
-    inputs (in ``reuse`` mode: distinct within a mini-batch).
+    """B samples of C columns (query, positive and perhaps negative), made of N distinct inputs.
+
+    In ``reuse`` mode inputs are distinct within a mini-batch only.
 
     Attributes:
-        inputs: Which distinct input stands where, (B, C).
-        keys: A number per distinct input that is equal where, and only where, inputs are, (N,),
-            int64.
-        embedding: Forward passes that embed the distinct inputs in their order.
-        matching: Forward passes over the matching questions, unless embedding answers them
-            (``reuse``). Beside the fields of :class:`~rematch.matching.Packed` their tensors hold
-            ``read``, which of the distinct inputs stand in the placeholders, in reading order, and
-            ``relevant`` (b, 2): whether a slot's document is the positive.
-        pictures: The distinct picture sets; ``None`` without any.
-        budget: Tokens of a forward pass; visual ones, when the vision tower runs alone.
-        temperatures: τ of each sample's source, (B,); ``None`` for the loss's.
-        ids: What the samples are called, for errors.
-        skipped: Samples that were left out, each with the reason; others stand in their places.
+        inputs: The number of the distinct input in each place, (B, C).
+        keys: A content key for each distinct input, (N,), int64.
+        embedding: Mini-batches that embed the distinct inputs in order.
+        matching: Mini-batches of questions; none in ``reuse`` mode, where the embedding pass
+            answers them. Beside the fields of :class:`~rematch.matching.Packed` their tensors
+            hold ``placeholder_inputs``, the distinct inputs that stand in the placeholders in
+            reading order; and ``relevant``, whether a slot's document is the positive, (b, 2).
+        pictures: The distinct picture sets; ``None`` if there are none.
+        batch_tokens: Tokens of a forward pass; visual tokens where the vision tower runs alone.
+        temperatures: τ of each sample's source, (B,); ``None`` for the τ of the loss.
+        ids: Names of the samples, for errors.
+        skipped: Samples that were left out, each with the reason; others replace them.
     """
 
     inputs: Tensor
     keys: Tensor
-    embedding: list[Step]
-    matching: list[Step]
+    embedding: list[MiniBatch]
+    matching: list[MiniBatch]
     pictures: Pictures | None
-    budget: int
+    batch_tokens: int
     temperatures: Tensor | None = None
     ids: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
     def __reduce__(self) -> tuple[Callable[[bytes], "Batch"], tuple[bytes]]:
-        """From a data worker a batch comes through the pipe as one string of bytes.
+        """Pickle to one string of bytes, for the pipe from a data worker.
 
-        torch would hand over each of its hundreds of tensors as a file descriptor of shared
-        memory, more than many machines allow a process, and more memory than many containers have
-        in /dev/shm.
+        torch would pass each of the hundreds of tensors as a file descriptor of shared memory:
+        more than many machines allow a process, and more memory than many containers have in
+        /dev/shm.
         """
         stream = io.BytesIO()
-        _Pickler(stream, protocol=5).dump(
-            {item.name: getattr(self, item.name) for item in fields(self)}
-        )
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        _Pickler(stream, protocol=5).dump(values)
         return _unpickle, (stream.getvalue(),)
 
     @property
     def tokens(self) -> int:
         """Tokens of all its forward passes, padding included."""
-        steps = [
-            part for step in [*self.embedding, *self.matching] for part in (step, *step.parts)
-        ]
-        return sum(step.tensors["input_ids"].numel() for step in steps)
+        return sum(mini_batch.tokens for mini_batch in [*self.embedding, *self.matching])
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles tensors as the arrays that they hold."""
+    """Pickles tensors as NumPy arrays."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -1,10 +1,10 @@
-"""From rows of triplets to the forward passes of one training step.
+"""From samples to the mini-batches of one step.
 
-1. Every distinct input is read once, every distinct picture set is collected once.
-2. Distinct inputs are sorted by length and cut into mini-batches by token budget, pictures
-   included: embedding steps.
-3. So are the samples' matching sequences: matching steps. In ``reuse`` mode there are none:
-   mini-batches hold whole samples then, and their embedding steps answer the questions too.
+1. Every distinct input is read once; every distinct set of pictures is collected once.
+2. Distinct inputs are sorted by length and split into mini-batches by a budget of tokens, pictures
+   included: these are embedded.
+3. So are the packed sequences of the samples' questions: these are answered. In ``reuse`` mode
+   mini-batches hold whole samples instead, and embedding them answers their questions too.
 """
 
 import hashlib
@@ -20,334 +20,373 @@ from torch import Tensor
 from rematch.backbone.pictures import Pictures
 from rematch.backbone.reading import Reading, too_long
 from rematch.errors import DataError, RematchError
-from rematch.matching import VIEWS, Packed, token_numbers
+from rematch.matching import Packed, Question, View, token_numbers
 from rematch.model import ReMatch
-from rematch.train.batch import Batch, Step
+from rematch.train.batch import Batch, MiniBatch
 
 TASKS = {"query": "query", "positive": "document", "negative": "document"}
-FULL = 0.9  # of a mini-batch's tokens at least are no padding
+MIN_FULL = 0.9  # share of a mini-batch's tokens that are not padding, at least
+
+Row = dict[str, Any]
 
 
 @dataclass
 class Input:
-    """A distinct input of the batch: with its task, its picture sets and its length as it is
-    embedded.
+    """A distinct input of a batch.
+
+    Attributes:
+        reading: The input, tokenized.
+        task: ``"query"`` or ``"document"``.
+        picture_sets: Number of its picture set in the batch, if it has pictures.
+        length: Its tokens as it is embedded.
     """
 
     reading: Reading
     task: str
-    sets: list[int] = field(default_factory=list)
+    picture_sets: list[int] = field(default_factory=list)
     length: int = 0
 
 
-class Collator:
-    """Makes a :class:`Batch` of dataset rows; needs no forward pass, so that data workers can do
-    it.
+@dataclass
+class Triplet:
+    """Keys of a query and of two documents, and whether each document is the positive."""
 
-    Each sample's questions are laid out once: its query, and d+ and d- in two document slots,
-    which of them first is drawn at random. Where there is no hard negative, the positive of
+    query: int
+    documents: list[int]
+    relevant: list[bool]
+
+    @property
+    def keys(self) -> list[int]:
+        """Keys of the query and the documents."""
+        return [self.query, *self.documents]
+
+
+class Collator:
+    """Makes a :class:`~rematch.train.batch.Batch` of dataset rows.
+
+    It needs no forward pass, so data workers can do it. Each sample's questions are laid out once:
+    its query, and d+ and d- in an order drawn at random. Without a hard negative, the positive of
     another sample serves as d-.
 
     Args:
-        model: The model in training (its tokenizer and template).
-        views: View pairs to ask about; none leaves matching out.
-        tokens: Token budget of a mini-batch, padding included; one longer input is a mini-batch of
+        model: The model in training, for its tokenizer and template.
+        views: Views to ask about; none leaves matching out.
+        batch_tokens: Tokens of a mini-batch, padding included; a longer input is a mini-batch of
             its own.
-        reuse: Answer the questions from the keys and values of the embedding pass (docs/reuse.md).
-        skip: Errors of a sample that are no reason to stop: the row's ``substitute(attempt)``
-            takes its place.
+        reuse: Answer questions from the keys and values of the embedding pass (docs/reuse.md).
+        skip: Kinds of errors that skip a sample; the row's ``substitute(attempt)`` replaces it.
     """
 
     def __init__(
         self,
         model: ReMatch,
-        views: Sequence[str] = VIEWS,
-        tokens: int = 16_384,
+        views: Sequence[View | str] = tuple(View),
+        batch_tokens: int = 16_384,
         reuse: bool = False,
         skip: tuple[type[RematchError], ...] = (),
     ) -> None:
         self.model = model
-        self.reader = model.backbone.reader
-        self.views = [view.split("-") for view in views]
-        self.questions = [
-            (query, slot, document) for query, document in self.views for slot in (0, 1)
-        ]
-        self.tokens = tokens
+        self.reader, self.packer = model.backbone.reader, model.backbone.questions
+        self.views = [View(view) for view in views]
+        self.questions = [Question(view, document) for view in self.views for document in (0, 1)]
+        self.batch_tokens = batch_tokens
         self.reuse = reuse and bool(views)
         self.skip = skip
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Batch]:
-        columns = [name for name in TASKS if name in rows[0]]
-        readings: dict[int, Reading] = {}
-        distinct: dict[int, Input] = {}
-        samples: list[list[int]] = []
-        kept: list[dict[str, Any]] = []
-        skipped: list[str] = []
-        taken = {row["id"] for row in rows if "id" in row}
-        for number, row in enumerate(rows):
-            used, sample = self.read_sample(row, number, columns, readings, skipped, taken)
-            samples.append([key for key, _ in sample])
-            distinct.update(sample)
-            kept.append(used)
-        ids = [str(row.get("id", number)) for number, row in enumerate(kept)]
+    def __call__(self, rows: list[Row]) -> dict[str, Batch]:
+        samples, inputs, used_rows, skipped = self.read_samples(rows)
+        pictures = self.collect_pictures(inputs.values())
+        triplets = [self.triplet(samples, i) for i in range(len(samples))] if self.views else []
+        matching: list[MiniBatch] = []
+        if self.reuse:
+            keys, embedding, places = self.reuse_mini_batches(samples, triplets, inputs)
+        else:
+            keys = sorted(inputs, key=lambda key: inputs[key].length)
+            embedding, places = self.embed_mini_batches(keys, inputs), _places(keys, samples)
+            if triplets:
+                matching = self.question_mini_batches(keys, triplets, inputs)
         temperatures = None
         if "temperature" in rows[0]:
-            temperatures = torch.tensor([row["temperature"] for row in kept], dtype=torch.float64)
-        used_readings = {id(member.reading): member.reading for member in distinct.values()}
-        shown = [reading for reading in used_readings.values() if reading.vision]
-        sets = {id(reading): i for i, reading in enumerate(shown)}
-        for one in distinct.values():
-            one.sets = [sets[id(one.reading)]] if one.reading.vision else []
-            one.length = len(one.reading.ids) + self.model.fusion.num_tokens
-        pictures = None
-        if shown:
-            pictures = Pictures.collect(
-                [r.vision for r in shown], [r.visual_tokens for r in shown]
-            )
-            pictures = self.compact(pictures)
-        triplets = [self.triplet(samples, i) for i in range(len(samples))] if self.views else []
-        if self.reuse:
-            keys, steps, inputs = self.reuse_steps(samples, triplets, distinct)
-            batch = Batch(
-                inputs,
-                torch.tensor(keys),
-                steps,
-                [],
-                pictures,
-                self.tokens,
-                temperatures,
-                ids,
-                skipped,
-            )
-            return {"batch": batch}
-        keys = sorted(distinct, key=lambda key: distinct[key].length)
-        inputs = _places(keys, samples)
-        steps = self.embedding_steps([distinct[key] for key in keys])
-        matching = self.matching_steps(keys, triplets, distinct) if triplets else []
+            values = [row["temperature"] for row in used_rows]
+            temperatures = torch.tensor(values, dtype=torch.float64)
         batch = Batch(
-            inputs,
+            places,
             torch.tensor(keys),
-            steps,
+            embedding,
             matching,
             pictures,
-            self.tokens,
+            self.batch_tokens,
             temperatures,
-            ids,
+            [str(row.get("id", number)) for number, row in enumerate(used_rows)],
             skipped,
         )
         return {"batch": batch}
 
+    # ---- samples --------------------------------------------------------------------------------
+
+    def read_samples(
+        self, rows: list[Row]
+    ) -> tuple[list[list[int]], dict[int, Input], list[Row], list[str]]:
+        """Read the samples of a batch.
+
+        Returns:
+            For each sample the keys of its inputs; the distinct inputs by key; the rows, some of
+            which may be substitutes; and the samples that were skipped, each with the reason.
+        """
+        columns = [name for name in TASKS if name in rows[0]]
+        readings: dict[int, Reading] = {}
+        inputs: dict[int, Input] = {}
+        samples: list[list[int]] = []
+        used_rows: list[Row] = []
+        skipped: list[str] = []
+        used_ids = {row["id"] for row in rows if "id" in row}
+        for number, row in enumerate(rows):
+            used_row, sample = self.read_sample(row, number, columns, readings, skipped, used_ids)
+            samples.append([key for key, _ in sample])
+            inputs.update(sample)
+            used_rows.append(used_row)
+        return samples, inputs, used_rows, skipped
+
     def read_sample(
         self,
-        row: dict[str, Any],
+        row: Row,
         number: int,
         columns: list[str],
         readings: dict[int, Reading],
         skipped: list[str],
-        taken: set[str],
-    ) -> tuple[dict[str, Any], list[tuple[int, "Input"]]]:
-        """Read a sample's inputs, or those of a substitute if they are of a kind to skip.
+        used_ids: set[str],
+    ) -> tuple[Row, list[tuple[int, Input]]]:
+        """Read a sample, or a substitute if its error is of a kind to skip.
 
         Args:
             row: The sample.
-            number: Of the sample in the batch, for errors.
-            columns: Its inputs.
-            readings: What the batch has read so far, by content; what is read here is added.
-            skipped: Samples that were left out, each with the reason; those left out here are
-                added.
-            taken: Ids of the samples in the batch; a substitute is another one, unless there are
-                no more.
+            number: Its number in the batch, for errors.
+            columns: Names of its inputs.
+            readings: Readings of the batch so far, by content key; new ones are added.
+            skipped: Samples that were skipped, each with the reason; new ones are added.
+            used_ids: Ids of the samples in the batch. A substitute has another id, unless the
+                source has no more samples.
 
         Returns:
-            The sample that is used, and for each column the key of its input and the input.
+            The row that is used, and for each column the key of its input and the input.
         """
         original, attempt = row, 0
-        duplicates: list[dict[str, Any]] = []
+        duplicates: list[Row] = []
         while True:
             try:
-                inputs = self._inputs(row, number, columns, readings)
-                taken.add(row.get("id", str(number)))
+                inputs = self._read_inputs(row, number, columns, readings)
+                used_ids.add(row.get("id", str(number)))
                 return row, inputs
             except self.skip as error:
                 skipped.append(f"{row.get('id', number)}: {error}")
                 reason = error
             row = {}
             while not row:
-                following = original["substitute"](attempt) if "substitute" in original else None
+                candidate = original["substitute"](attempt) if "substitute" in original else None
                 attempt += 1
-                if following is None and not duplicates:
+                if candidate is None and not duplicates:
                     raise DataError(
-                        f"{original.get('id', number)}: it cannot be used, and neither can those "
-                        f"of its source that were tried in its place; the last reason: {reason} "
-                        "Mend the data, or raise the limit that it breaks."
+                        f"{original.get('id', number)}: cannot be used, and neither can the "
+                        f"samples that were tried in its place; the last reason: {reason} Fix the "
+                        "data, or raise the limit that it exceeds."
                     )
-                if following is None:
+                if candidate is None:
                     row = duplicates.pop(0)
-                elif following["id"] in taken:
-                    duplicates.append(following)
+                elif candidate["id"] in used_ids:
+                    duplicates.append(candidate)
                 else:
-                    row = following
+                    row = candidate
 
-    def _inputs(
-        self, row: dict[str, Any], number: int, columns: list[str], readings: dict[int, Reading]
-    ) -> list[tuple[int, "Input"]]:
+    def _read_inputs(
+        self, row: Row, number: int, columns: list[str], readings: dict[int, Reading]
+    ) -> list[tuple[int, Input]]:
         inputs = []
+        limit = self.reader.tokenizer.model_max_length
         for column in columns:
-            content, task = identity(row[column]), TASKS[column]
+            content, task = content_key(row[column]), TASKS[column]
             if content not in readings:
                 reading = self.reader.read(row[column], number)
-                limit = self.reader.tokenizer.model_max_length
                 if len(reading.ids) + self.model.fusion.num_tokens > limit:
                     raise too_long(number, limit)
                 readings[content] = reading
-            inputs.append((_number(content, task), Input(readings[content], task)))
+            inputs.append((_hash(content, task), Input(readings[content], task)))
         return inputs
+
+    def collect_pictures(self, inputs: Iterable[Input]) -> Pictures | None:
+        """Collect the distinct picture sets, and complete the inputs with their numbers."""
+        inputs = list(inputs)
+        readings = {id(value.reading): value.reading for value in inputs}
+        with_pictures = [reading for reading in readings.values() if reading.vision]
+        numbers = {id(reading): number for number, reading in enumerate(with_pictures)}
+        for value in inputs:
+            if value.reading.vision:
+                value.picture_sets = [numbers[id(value.reading)]]
+            value.length = len(value.reading.ids) + self.model.fusion.num_tokens
+        if not with_pictures:
+            return None
+        vision, tokens = zip(*((r.vision, r.visual_tokens) for r in with_pictures), strict=True)
+        return self.compact(Pictures.collect(vision, tokens))
 
     def compact(self, pictures: Pictures) -> Pictures:
         """Pictures in as little memory as the processor's numbers allow without loss."""
         processor = self.reader.processor.image_processor
-        mean, std = (
-            np.atleast_1d(getattr(processor, name, None) or 0.5)
-            for name in ("image_mean", "image_std")
-        )
+        mean = np.atleast_1d(getattr(processor, "image_mean", None) or 0.5)
+        std = np.atleast_1d(getattr(processor, "image_std", None) or 0.5)
         return pictures.compact(mean.tolist(), std.tolist(), self.model.backbone.model.dtype)
 
-    def triplet(self, samples: list[list[int]], i: int) -> tuple[int, list[int], list[bool]]:
-        """A sample's query, its documents in their slots, and whether each is relevant."""
-        query, positive, *negative = samples[i]
-        pair = [
-            positive,
-            negative[0] if negative else next_other([keys[1] for keys in samples], i),
-        ]
-        if _number(query, positive) % 2:  # at random, but the same in a resumed run
-            pair.reverse()
-        return query, pair, [document == positive for document in pair]
+    def triplet(self, samples: list[list[int]], i: int) -> Triplet:
+        """A sample's query and its two documents, in an order that a resumed run repeats."""
+        query, positive, *negatives = samples[i]
+        negative = negatives[0] if negatives else next_other([keys[1] for keys in samples], i)
+        documents = [positive, negative]
+        if _hash(query, positive) % 2:
+            documents.reverse()
+        return Triplet(query, documents, [document == positive for document in documents])
 
-    def embedding_steps(self, members: list["Input"]) -> list[Step]:
+    # ---- mini-batches ---------------------------------------------------------------------------
+
+    def embed_mini_batches(self, keys: list[int], inputs: dict[int, Input]) -> list[MiniBatch]:
         """Inputs in ascending length as padded mini-batches."""
-        steps = []
-        for chosen in cut([one.length for one in members], self.tokens):
-            some = [members[i] for i in chosen]
-            tensors = self.reader.embedding_batch(
-                [one.reading for one in some], [one.task for one in some]
-            )
-            steps.append(Step(tensors, [number for one in some for number in one.sets]))
-        return steps
+        mini_batches = []
+        for places in split([inputs[key].length for key in keys], self.batch_tokens):
+            members = [inputs[keys[place]] for place in places]
+            readings, tasks = zip(*((m.reading, m.task) for m in members), strict=True)
+            picture_sets = [number for member in members for number in member.picture_sets]
+            tensors = self.reader.embedding_batch(readings, tasks)
+            mini_batches.append(MiniBatch(tensors, picture_sets))
+        return mini_batches
 
-    def matching_steps(
-        self, keys: list[int], triplets: list[Any], distinct: dict[int, "Input"]
-    ) -> list[Step]:
-        """Packed questions about raw inputs and vectors, as mini-batches."""
-        raw_query, raw_documents = (
-            any(view[side] == "raw" for view in self.views) for side in (0, 1)
-        )
+    def question_mini_batches(
+        self, keys: list[int], triplets: list[Triplet], inputs: dict[int, Input]
+    ) -> list[MiniBatch]:
+        """Packed questions as mini-batches.
 
-        def content(query: int, documents: list[int]) -> int:
-            shown = [query] * raw_query + documents * raw_documents
-            return sum(len(distinct[key].reading.content.ids) for key in shown)
+        Args:
+            keys: Keys of the distinct inputs, in the order of their embeddings.
+            triplets: The samples' triplets.
+            inputs: The distinct inputs by key.
+        """
+        query_is_raw = any(view.query == "raw" for view in self.views)
+        documents_are_raw = any(view.document == "raw" for view in self.views)
 
-        def layout(some: list[Any]) -> tuple[Packed, list[Reading]]:
-            rows = [(distinct[q].reading, [distinct[d].reading for d in ds]) for q, ds, _ in some]
-            return self.reader.pack_matching(rows, [self.questions] * len(rows))
+        def content_tokens(triplet: Triplet) -> int:
+            raw = [triplet.query] if query_is_raw else []
+            raw += triplet.documents if documents_are_raw else []
+            return sum(len(inputs[key].reading.content.ids) for key in raw)
 
-        query, documents, _ = triplets[0]
-        rest = layout(triplets[:1])[0].input_ids.shape[1] - content(
-            query, documents
-        )  # prompt, placeholders, slots
-        lengths = [rest + content(query, documents) for query, documents, _ in triplets]
+        def pack(members: list[Triplet]) -> tuple[Packed, list[Reading]]:
+            rows = [
+                (inputs[t.query].reading, [inputs[key].reading for key in t.documents])
+                for t in members
+            ]
+            return self.packer.pack(rows, [self.questions] * len(rows))
+
+        first_length = pack(triplets[:1])[0].input_ids.shape[1]
+        overhead = first_length - content_tokens(triplets[0])  # the same for every sample
+        lengths = [overhead + content_tokens(triplet) for triplet in triplets]
         by_length = sorted(range(len(triplets)), key=lengths.__getitem__)
-        sets = {id(one.reading): one.sets for one in distinct.values()}
-        steps = []
-        for chosen in cut([lengths[i] for i in by_length], self.tokens):
-            members = [triplets[by_length[i]] for i in chosen]
-            packed, shown = layout(members)
-            tensors = dict(vars(packed))
-            tensors["read"] = self.read(_places(keys, [[q, *ds] for q, ds, _ in members]))
-            tensors["relevant"] = torch.tensor([relevant for _, _, relevant in members])
-            steps.append(
-                Step(tensors, [number for reading in shown for number in sets[id(reading)]])
-            )
-        return steps
+        sets = {id(value.reading): value.picture_sets for value in inputs.values()}
+        mini_batches = []
+        for places in split([lengths[i] for i in by_length], self.batch_tokens):
+            members = [triplets[by_length[place]] for place in places]
+            packed, readings = pack(members)
+            picture_sets = [number for reading in readings for number in sets[id(reading)]]
+            mini_batches.append(MiniBatch(self._tensors(packed, keys, members), picture_sets))
+        return mini_batches
 
-    def reuse_steps(
-        self, samples: list[list[int]], triplets: list[Any], distinct: dict[int, "Input"]
-    ) -> tuple[list[int], list[Step], Tensor]:
+    def reuse_mini_batches(
+        self, samples: list[list[int]], triplets: list[Triplet], inputs: dict[int, Input]
+    ) -> tuple[list[int], list[MiniBatch], Tensor]:
         """Mini-batches of whole samples: their inputs to embed, and the questions about them.
 
         Returns:
-            The inputs' keys in the order of their vectors, the steps, and which input stands
-            where, (B, C).
+            Keys of the inputs in the order of their embeddings, the mini-batches, and the number
+            of the input in each place, (B, C).
         """
-
-        def members(i: int) -> dict[int, None]:
-            return dict.fromkeys([*samples[i], *triplets[i][1]])
-
-        sizes = [sum(distinct[key].length for key in members(i)) for i in range(len(samples))]
+        keys_of = [{*samples[i], *triplets[i].keys} for i in range(len(samples))]
+        sizes = [sum(inputs[key].length for key in sample_keys) for sample_keys in keys_of]
         keys: list[int] = []
-        steps: list[Step] = []
-        inputs = torch.zeros(len(samples), len(samples[0]), dtype=torch.long)
+        mini_batches: list[MiniBatch] = []
+        places = torch.zeros(len(samples), len(samples[0]), dtype=torch.long)
         by_size = sorted(range(len(samples)), key=sizes.__getitem__)
-        while by_size:
-            count, filled = 0, 0
-            while count < len(by_size) and (
-                count == 0 or filled + sizes[by_size[count]] <= self.tokens
-            ):
-                filled += sizes[by_size[count]]
-                count += 1
-            chosen, by_size = by_size[:count], by_size[count:]
-            asked = [triplets[i] for i in chosen]
-            own = sorted(
-                {key for i in chosen for key in members(i)},
-                key=lambda key: (distinct[key].length, key),
+        for numbers in _fill([sizes[i] for i in by_size], self.batch_tokens):
+            members = [by_size[number] for number in numbers]
+            member_keys = sorted(
+                {key for i in members for key in keys_of[i]},
+                key=lambda key: (inputs[key].length, key),
             )
-            parts = self.embedding_steps([distinct[key] for key in own])
+            parts = self.embed_mini_batches(member_keys, inputs)
             masks = [part.tensors["attention_mask"] for part in parts]
-            *source, first, second = token_numbers(
-                [*masks, self.reader.matching_prompts()["attention_mask"]]
-            )
-            read = {
-                key: self.reader.embedded(distinct[key].reading, distinct[key].task) for key in own
+            prompts = self.packer.prompts()["attention_mask"]
+            *computed, query_prompt, document_prompt = token_numbers([*masks, prompts])
+            embedded = {
+                key: replace(
+                    self.reader.embedded(inputs[key].reading, inputs[key].task), computed=c
+                )
+                for key, c in zip(member_keys, computed, strict=True)
             }
-            there = {
-                key: replace(read[key], source=numbers)
-                for key, numbers in zip(own, source, strict=True)
-            }
-            rows = [[there[key] for key in (q, *ds)] for q, ds, _ in asked]
-            tensors = dict(
-                vars(self.reader.pack_reuse(rows, [self.questions] * len(rows), (first, second)))
+            member_triplets = [triplets[i] for i in members]
+            packed = self.packer.pack_reuse(
+                [[embedded[key] for key in triplet.keys] for triplet in member_triplets],
+                [self.questions] * len(members),
+                (query_prompt, document_prompt),
             )
-            tensors["read"] = self.read(_places(own, [[q, *ds] for q, ds, _ in asked]))
-            tensors["relevant"] = torch.tensor([relevant for _, _, relevant in asked])
-            inputs[chosen] = len(keys) + _places(own, [samples[i] for i in chosen])
-            steps.append(Step(tensors, parts=parts))
-            keys += own
-        return keys, steps, inputs
+            tensors = self._tensors(packed, member_keys, member_triplets)
+            mini_batches.append(MiniBatch(tensors, parts=parts))
+            places[members] = len(keys) + _places(member_keys, [samples[i] for i in members])
+            keys += member_keys
+        return keys, mini_batches, places
 
-    def read(self, places: Tensor) -> Tensor:
-        """Which inputs stand in the placeholders, in reading order; ``places`` are query and
-        documents, (b, 3).
+    def _tensors(
+        self, packed: Packed, keys: list[int], triplets: list[Triplet]
+    ) -> dict[str, Tensor]:
+        """Packed questions with the inputs in their placeholders, and the answers.
+
+        Args:
+            packed: The questions of the triplets.
+            keys: Keys of the embedded inputs, in the order of their embeddings.
+            triplets: The triplets.
         """
-        asked = [any(q == "feat" for q, _ in self.views)] + [
-            any(d == "feat" for _, d in self.views)
-        ] * 2
-        return places[:, torch.tensor(asked)].flatten()
+        query_is_feat = any(view.query == "feat" for view in self.views)
+        documents_are_feat = any(view.document == "feat" for view in self.views)
+        is_feat = torch.tensor([query_is_feat, documents_are_feat, documents_are_feat])
+        places = _places(keys, [triplet.keys for triplet in triplets])  # (b, 3)
+        return {
+            **vars(packed),
+            "placeholder_inputs": places[:, is_feat].flatten(),
+            "relevant": torch.tensor([triplet.relevant for triplet in triplets]),
+        }
 
 
-def cut(lengths: Sequence[int], tokens: int) -> Iterable[range]:
-    """Runs of ascending lengths that fit into a budget, padding included, and are at least
-    ``FULL``.
+def split(lengths: Sequence[int], tokens: int) -> Iterable[range]:
+    """Split ascending lengths into runs that fit into a budget and are at least ``MIN_FULL``.
 
-    >>> list(cut([4, 4, 4, 9, 10], 24))
+    Args:
+        lengths: Lengths in tokens, ascending.
+        tokens: The budget, padding included.
+
+    >>> list(split([4, 4, 4, 9, 10], 24))
     [range(0, 3), range(3, 5)]
     """
     start, filled = 0, 0
     for i, length in enumerate(lengths):
         padded = (i - start + 1) * length
-        if i > start and (padded > tokens or filled + length < FULL * padded):
+        if i > start and (padded > tokens or filled + length < MIN_FULL * padded):
             yield range(start, i)
             start, filled = i, 0
         filled += length
     yield range(start, len(lengths))
+
+
+def _fill(sizes: Sequence[int], tokens: int) -> Iterable[range]:
+    """Runs of sizes that sum up to a budget at most; a larger one is a run of its own."""
+    start, filled = 0, 0
+    for i, size in enumerate(sizes):
+        if i > start and filled + size > tokens:
+            yield range(start, i)
+            start, filled = i, 0
+        filled += size
+    yield range(start, len(sizes))
 
 
 def next_other(positives: Sequence[int], i: int) -> int:
@@ -362,12 +401,16 @@ def next_other(positives: Sequence[int], i: int) -> int:
 
 
 def _places(keys: list[int], rows: list[list[int]]) -> Tensor:
+    """Replace keys by their places in ``keys``."""
     place = {key: i for i, key in enumerate(keys)}
     return torch.tensor([[place[key] for key in row] for row in rows])
 
 
-def identity(value: Any) -> int:
-    """A number that two inputs share if they are the same text and pictures (paths count by name)."""
+def content_key(value: Any) -> int:
+    """A number that two inputs share if they have the same text and pictures.
+
+    Pictures in files count by their path.
+    """
     digest = hashlib.blake2b(digest_size=8)
 
     def add(part: Any) -> None:
@@ -378,9 +421,9 @@ def identity(value: Any) -> int:
                 digest.update(f"\0{name}\0".encode())
                 add(part[name])
         elif isinstance(part, list | tuple):
-            for one in part:
+            for element in part:
                 digest.update(b"\1")
-                add(one)
+                add(element)
         else:
             digest.update(f"{type(part).__name__} {part}".encode())
 
@@ -388,7 +431,6 @@ def identity(value: Any) -> int:
     return int.from_bytes(digest.digest(), "big", signed=True)
 
 
-def _number(*parts: Any) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big", signed=True
-    )
+def _hash(*parts: Any) -> int:
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)

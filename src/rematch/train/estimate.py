@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rematch.errors import RecipeError
+from rematch.matching import Matching
 from rematch.train.recipe import Recipe
 from rematch.train.shape import Shape, head_bytes, load_shape, pass_bytes
 
@@ -47,10 +48,10 @@ class Lengths:
         embedded = inputs if recipe.data.hard_negatives else inputs[:2]
         if not recipe.loss.w_qdm:
             return cls(embedded, 0, 0)
-        if recipe.loss.matching == "feat":
+        if recipe.loss.matching == Matching.FEAT:
             return cls(embedded, PROMPT + 3 * HEAD + 2 * SLOT, 2)
         slots = 2 * len(recipe.loss.views)
-        if recipe.loss.matching == "reuse":
+        if recipe.loss.matching == Matching.REUSE:
             return cls(embedded, 3 + slots * SLOT, slots, PROMPT + sum(inputs))
         return cls(embedded, 2 * PROMPT + sum(contents) + 6 * HEAD + slots * SLOT, slots)
 

@@ -36,7 +36,8 @@ from rematch.encoding.encoder import look_at_picture
 from rematch.encoding.vector_store import fingerprint
 from rematch.errors import DataError
 from rematch.files import write_json
-from rematch.model import ReMatch, Views
+from rematch.matching import View
+from rematch.model import ReMatch
 
 QUERIES_AT_ONCE, INPUTS_AT_ONCE, SAMPLES = 64, 2048, 8
 REASONS = {
@@ -66,7 +67,7 @@ class Rules:
     candidates: int = 30
     yes: float = 0.5
     margin: float = 0.0
-    views: Views = "feat-feat"
+    views: View = View.FEAT_FEAT
 
 
 def mine(
@@ -237,23 +238,18 @@ def _judge(
     own: list[list[int]],
     inputs: tuple[list[Any], list[Any]],
     vectors: tuple[NDArray[np.float32], NDArray[np.float32]],
-    views: Views,
+    view: View,
 ) -> list[tuple[float, list[float]]]:
     """For each query the P(yes) of its least likely positive, and of its candidates."""
-    sides = [
-        vectors[i] if view == "feat" else inputs[i] for i, view in enumerate(views.split("-"))
-    ]
-    queries, documents = [], []
-    for i, candidates, _ in found:
-        about = [*own[i], *(j for j, _ in candidates)]
-        query = sides[0][i]  # the same object for all of them: match computes it once
-        queries += [query] * len(about)
-        documents += [sides[1][j] for j in about]
-    scores = iter(model.match(queries, documents, views).tolist())
+    queries = inputs[0] if view.query == "raw" else vectors[0]
+    documents = inputs[1] if view.document == "raw" else vectors[1]
+    lists = [[documents[j] for j in (*own[i], *(j for j, _ in near))] for i, near, _ in found]
+    margins = model.score_lists([queries[i] for i, _, _ in found], lists, view)
     judged = []
-    for i, candidates, _ in found:
-        positive = min(next(scores) for _ in own[i])
-        judged.append((positive, [next(scores) for _ in candidates]))
+    for (i, _, _), query_margins in zip(found, margins, strict=True):
+        p_yes = torch.from_numpy(query_margins).sigmoid().tolist()
+        positives = len(own[i])
+        judged.append((min(p_yes[:positives]), p_yes[positives:]))
     return judged
 
 

@@ -1,8 +1,9 @@
-"""Several processes as one: vectors of all of them in the loss, as many forward passes in each,
-one reduction a step.
+"""What makes several processes compute the gradient of one global batch.
 
-Gradients are averaged over processes by DDP or FSDP2, and every process takes means over as many
-samples, so the sum of it all is the gradient of the global batch (tests/test_parallel.py).
+DDP and FSDP2 average gradients over processes, and every process averages over as many samples, so
+the result is the gradient of the global batch (tests/test_parallel.py). For that, vectors of all
+processes enter the contrastive loss, every process runs as many forward passes, and gradients are
+reduced once per step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,7 @@ T = TypeVar("T")
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Rows of all processes, one after the other; gradients flow back to the process that a row
-    came from.
-    """
+    """Concatenate the rows of all processes; gradients flow back to the process of each row."""
     if get_world_size() == 1:
         return tensor
     gathered: Tensor = all_gather(tensor.contiguous(), with_grad=tensor.requires_grad)
@@ -30,16 +29,16 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def first_row(rows: int) -> int:
-    """Where this process's rows begin among those that :func:`gather` returns."""
+    """Index of this process's first row in what :func:`gather` returns."""
     return int(get_rank()) * rows
 
 
 def largest(counts: Sequence[int], device: torch.device) -> list[int]:
-    """The largest of each count over all processes.
+    """The maximum of each count over all processes.
 
     Args:
-        counts: As many in every process.
-        device: Of the model; a process group serves its device only (NCCL has no CPU tensors).
+        counts: Counts, as many in every process.
+        device: Device of the model; a process group may serve no other (NCCL has no CPU tensors).
     """
     if get_world_size() == 1:
         return list(counts)
@@ -50,13 +49,14 @@ def largest(counts: Sequence[int], device: torch.device) -> list[int]:
 
 
 def aligned(steps: Sequence[T], count: int, idle: T | None = None) -> list[tuple[T, float]]:
-    """Steps and their weights, ``count`` in every process: sharded weights are gathered by all
-    processes together.
+    """Weighted forward passes, as many in every process; the surplus has weight 0.
+
+    All processes must gather sharded weights together.
 
     Args:
-        steps: Of this process.
-        count: The largest number of steps of any process (:func:`largest`).
-        idle: What fills up at weight 0; by default the last step again.
+        steps: Forward passes of this process.
+        count: The largest number of passes of any process (:func:`largest`).
+        idle: A pass to fill up with; by default the last one again.
 
     >>> aligned(["a", "b"], 3)
     [('a', 1.0), ('b', 1.0), ('b', 0.0)]
@@ -68,19 +68,15 @@ def aligned(steps: Sequence[T], count: int, idle: T | None = None) -> list[tuple
 
 
 def touch(model: nn.Module) -> Tensor | float:
-    """Zero, through every trainable weight: under DDP none of them may be missing from a backward
-    pass.
-    """
+    """A zero that depends on every trainable weight, as DDP expects of a backward pass."""
     if not isinstance(model, DistributedDataParallel):
         return 0.0
     return torch.stack([p.sum() for p in model.parameters() if p.requires_grad]).sum() * 0.0
 
 
 @contextmanager
-def piling_up(model: nn.Module, last: bool = False) -> Iterator[None]:
-    """Let gradients pile up in each process, but for the ``last`` backward pass, which reduces
-    them all.
-    """
+def accumulating(model: nn.Module, last: bool = False) -> Iterator[None]:
+    """Accumulate gradients in each process; the ``last`` backward pass reduces them all."""
     if last:
         yield
     elif isinstance(model, DistributedDataParallel):
@@ -97,7 +93,7 @@ def piling_up(model: nn.Module, last: bool = False) -> Iterator[None]:
 
 
 def mean_over_processes(gradient: Any) -> Any:
-    """Average of a gradient that DDP knows nothing of."""
+    """Average a gradient over processes, of a parameter that DDP does not manage."""
     if get_world_size() > 1:
         gradient = gradient.clone()
         dist.all_reduce(gradient)

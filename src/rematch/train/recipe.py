@@ -10,8 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rematch.errors import RecipeError
-
-View = Literal["raw-raw", "raw-feat", "feat-raw", "feat-feat"]
+from rematch.matching import Matching, View
 
 
 class _Section(BaseModel):
@@ -111,8 +110,8 @@ class Loss(_Section):
     temperature: float = Field(0.02, gt=0)
     w_orth: float = Field(0.5, ge=0, description="0 switches orthogonality off")
     w_qdm: float = Field(0.1, ge=0, description="0 switches matching off")
-    matching: Literal["unified", "feat", "reuse"] = Field(
-        "unified",
+    matching: Matching = Field(
+        Matching.UNIFIED,
         description="read raw inputs anew; ask about vectors only; read what embedding computed",
     )
     gradient_cache: bool = Field(
@@ -127,7 +126,7 @@ class Loss(_Section):
         0.0, ge=0, description="a negative counts exp(hardness x cosine) times"
     )
     matryoshka: list[int] = Field([], description="further widths at which vectors shall work")
-    views: list[View] = Field(["raw-raw", "raw-feat", "feat-raw", "feat-feat"], min_length=1)
+    views: list[View] = Field(list(View), min_length=1)
 
 
 class Train(_Section):
@@ -185,7 +184,7 @@ class Recipe(_Section):
                 f"model.attention={self.model.attention} takes no 4-D masks, which matching "
                 "needs; leave it out, or train without matching (loss.w_qdm=0)"
             )
-        if self.loss.matching == "reuse" and self.train.gradient_checkpointing:
+        if self.loss.matching == Matching.REUSE and self.train.gradient_checkpointing:
             raise ValueError(
                 "loss.matching=reuse reads keys and values that train.gradient_checkpointing "
                 "throws away; switch one of them off (loss.gradient_cache with fewer "

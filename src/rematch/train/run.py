@@ -20,11 +20,12 @@ from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
 from rematch.errors import ImageError, RecipeError, RematchError, TooLongError, TrainingError
 from rematch.files import write_json, write_text
+from rematch.matching import Matching, View
 from rematch.model import ReMatch
 from rematch.train.collator import Collator
 from rematch.train.loss import ReMatchLoss
 from rematch.train.precision import choose, native_bfloat16
-from rematch.train.recipe import Recipe, View
+from rematch.train.recipe import Recipe
 from rematch.train.sources import build_dataset, build_validation
 from rematch.train.trainer import StopOnSignal, Trainer, check_checkpoint, newest_checkpoint
 
@@ -67,7 +68,7 @@ def build_model(recipe: Recipe) -> ReMatch:
         settings.backbone, settings.num_tokens, lora=lora, lora_vision=vision, model_kwargs=options
     )
     model.backbone.document_instructions = recipe.data.document_instructions
-    model.backbone.matching = "reuse" if recipe.loss.matching == "reuse" else "packed"
+    model.backbone.matching = recipe.loss.matching
     model.backbone.limit_pixels(settings.min_pixels, settings.max_pixels)
     if lora is None and not settings.train_vision:
         model.backbone.freeze_vision()
@@ -109,14 +110,14 @@ def build_collator(recipe: Recipe, model: ReMatch) -> Collator:
         skip.append(ImageError)
     if recipe.data.too_long == "skip":
         skip.append(TooLongError)
-    reuse = recipe.loss.matching == "reuse"
+    reuse = recipe.loss.matching == Matching.REUSE
     return Collator(model, _views(recipe), recipe.train.mini_batch_tokens, reuse, tuple(skip))
 
 
 def _views(recipe: Recipe) -> list[View]:
     if not recipe.loss.w_qdm:
         return []
-    return ["feat-feat"] if recipe.loss.matching == "feat" else recipe.loss.views
+    return [View.FEAT_FEAT] if recipe.loss.matching == Matching.FEAT else recipe.loss.views
 
 
 def train(
@@ -327,7 +328,7 @@ def _write_card(
     last = [row for row in history if "loss" in row][-1:]
     names = ("torch", "transformers", "sentence-transformers", "peft", "rematch-mm")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
-    chosen = yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False)
+    chosen = yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
     losses = {
         k: round(v, 4)
         for row in last
