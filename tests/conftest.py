@@ -9,9 +9,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault(
-    "REMATCH_NATIVE_BF16", "0"
-)  # the same arithmetic on every machine; tests of bfloat16 ask for it
+# the same arithmetic on every machine; tests of bfloat16 switch it on
+os.environ.setdefault("REMATCH_NATIVE_BF16", "0")
 
 import pytest
 import torch
@@ -55,9 +54,7 @@ def build_model(
     model = ReMatch.from_backbone(str(path), num_tokens, model_kwargs={"dtype": dtype}, **kwargs)
     model.fusion.to(dtype)
     for module in model.modules():
-        if (
-            type(module).__name__ == "Qwen3RMSNorm"
-        ):  # rounds to float32 inside, which would hide in float64 tests
+        if type(module).__name__ == "Qwen3RMSNorm":  # its own rounds to float32 inside
             module.forward = partial(_rms_norm, module)
     return model.eval()
 
@@ -84,8 +81,7 @@ def saved_model(backbone_path, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def triplets() -> list[dict]:
     """One sample of each of Picto's twelve tasks: text-only, picture-only and mixed columns."""
-    found = [training_triplet(0, i, name) for i, name in enumerate(TASKS)]
-    random.Random(0).shuffle(found)
-    return [
-        {c: getattr(t, c).as_input() for c in ("query", "positive", "negative")} for t in found
-    ]
+    samples = [training_triplet(0, i, name) for i, name in enumerate(TASKS)]
+    random.Random(0).shuffle(samples)
+    columns = ("query", "positive", "negative")
+    return [{c: getattr(sample, c).as_input() for c in columns} for sample in samples]

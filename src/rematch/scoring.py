@@ -130,8 +130,8 @@ class MatchingHead:
     Args:
         backbone: Backbone of the model.
         fusion: Fusion of the model, with the projector.
-        embed: Embeds inputs for a task (``"query"`` or ``"document"``), for the feat form of inputs
-            that do not come as vectors.
+        embed: Embeds inputs for a task (``"query"`` or ``"document"``), where the feat form is
+            asked for and inputs do not come as vectors.
         view: The forms that its questions show.
         batch_tokens: Tokens of a forward pass, padding included.
     """
