@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rematch.data.images import Zipped, load_image
-from rematch.data.mmeb import MARKER, data_set, read_eval, read_train
+from rematch.data.custom import load_custom
+from rematch.data.images import ZippedPicture, load_image
+from rematch.data.mmeb import MARKER, data_set, load_mmeb_eval, load_mmeb_train
 from rematch.data.mmeb_export import export_picto
 from rematch.data.mmeb_table import DATA_SETS
-from rematch.data.own import read_own
-from rematch.data.zeroshot import SPLITS, read_zeroshot
+from rematch.data.zeroshot import SPLITS, load_zeroshot
 from rematch.errors import DataError, ImageError, ModelError
 from rematch.evaluate.benchmarks import load
 from rematch.evaluate.command import Options, load_model
@@ -120,7 +120,10 @@ def test_both_layouts_of_the_test_sets_give_the_same_inputs(tmp_path):
     eval_tree(tmp_path / "instruct", apart=True)
     (tmp_path / "eval" / "CIFAR-100").mkdir()
     parquet(tmp_path / "eval" / "CIFAR-100" / "test-0.parquet", [{"qry_text": ""}])
-    (one, none), (other, _) = read_eval(tmp_path / "eval"), read_eval(tmp_path / "instruct")
+    (one, none), (other, _) = (
+        load_mmeb_eval(tmp_path / "eval"),
+        load_mmeb_eval(tmp_path / "instruct"),
+    )
     assert not none
     assert [t.name for t in one] == [d.name for d in DATA_SETS]
     for a, b in zip(one, other, strict=True):
@@ -160,23 +163,23 @@ def test_odd_pictures_load(tmp_path):
 @pytest.mark.parametrize("place", ["images.zip", "images_zip/Odd.zip"])
 def test_pictures_are_read_from_zip_archives(tmp_path, prefix, place):
     eval_tree(tmp_path, names={"MSCOCO", "OK-VQA"})
-    unpacked, _ = read_eval(tmp_path)
+    unpacked, _ = load_mmeb_eval(tmp_path)
     (tmp_path / place).parent.mkdir(exist_ok=True)
     with zipfile.ZipFile(tmp_path / place, "w") as archive:
         for file in sorted((tmp_path / "images" / "Odd").iterdir()):
             archive.write(file, f"{prefix}Odd/{file.name}")
     shutil.rmtree(tmp_path / "images")
-    zipped, missing = read_eval(tmp_path)
+    zipped, missing = load_mmeb_eval(tmp_path)
     assert not missing
     for a, b in zip(unpacked, zipped, strict=True):
         for x, y in zip(a.documents, b.documents, strict=True):
             assert x.key == y.key
             assert (x.image is None) == (y.image is None)
-            assert x.image is None or isinstance(y.image, Zipped)
+            assert x.image is None or isinstance(y.image, ZippedPicture)
     assert load_image(zipped[1].documents[0].image).mode == "RGB"
     (tmp_path / place).write_bytes(b"PK\x03\x04 torn")
-    with pytest.raises(ImageError, match=r"no whole zip archive.*Download it again"):
-        read_eval(tmp_path)
+    with pytest.raises(ImageError, match=r"not a complete zip archive.*Download it again"):
+        load_mmeb_eval(tmp_path)
 
 
 def train_tree(root):
@@ -209,7 +212,7 @@ def train_tree(root):
 
 def test_training_data_is_read_with_its_odd_cases(tmp_path):
     train_tree(tmp_path)
-    vqa, webqa = read_train(tmp_path)
+    vqa, webqa = load_mmeb_train(tmp_path)
     assert [len(vqa), len(webqa)] == [6, 6]
     assert vqa[0].negative is None
     assert webqa[0].negative is None
@@ -218,9 +221,9 @@ def test_training_data_is_read_with_its_odd_cases(tmp_path):
     assert webqa[0].query.image is None
     assert webqa[0].query.text.startswith("Find a Wikipedia")
     assert webqa[0].positive.as_input(False)["text"] == "t0"
-    (diverse,) = read_train(tmp_path, "diverse_instruction")
+    (diverse,) = load_mmeb_train(tmp_path, "diverse_instruction")
     assert diverse[0].query.text == "tell me: what? 0"
-    assert [len(config) for config in read_train(tmp_path / "WebQA")] == [6], (
+    assert [len(config) for config in load_mmeb_train(tmp_path / "WebQA")] == [6], (
         "one config's own folder"
     )
     assert data_set("ImageNet_1K").name == "ImageNet-1K"
@@ -334,7 +337,7 @@ def test_mmeb_comes_from_the_hub_without_a_folder(tmp_path, monkeypatch):
     assert asked["name"] == "TIGER-Lab/MMEB-eval"
     assert "GQA/test-*" in asked["allow_patterns"]
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: 1 / 0)
-    with pytest.raises(DataError, match=r"cannot be had from the hub.*--data"):
+    with pytest.raises(DataError, match=r"cannot be downloaded from the hub.*--data"):
         load("mmeb")
 
 
@@ -386,7 +389,7 @@ def zeroshot_tree(root):
 
 def test_the_zero_shot_five_are_read_from_their_usual_files(tmp_path):
     zeroshot_tree(tmp_path)
-    tasks, missing = read_zeroshot(tmp_path)
+    tasks, missing = load_zeroshot(tmp_path)
     assert not missing
     by_name = {t.name: t for t in tasks}
     assert len(tasks) == 8 + 7
@@ -406,10 +409,10 @@ def test_the_zero_shot_five_are_read_from_their_usual_files(tmp_path):
     assert "no Urban1k under" in found.left_out["Urban1K"]
     assert "names the picture 000000000000.jpg" in found.left_out["SugarCrepe add-obj"]
     assert len(found.tasks) == 6
-    with pytest.raises(DataError, match="none of the zero-shot sets is there"):
-        read_zeroshot(tmp_path / "coco" / "val2014")
+    with pytest.raises(DataError, match="holds none of the zero-shot sets"):
+        load_zeroshot(tmp_path / "coco" / "val2014")
     (tmp_path / "coco" / "dataset_coco.json").write_text('{"pictures": []}')
-    assert "not in the usual form" in read_zeroshot(tmp_path)[1]["COCO5k"]
+    assert "not in the published format" in load_zeroshot(tmp_path)[1]["COCO5k"]
 
 
 def own_data(root):
@@ -455,7 +458,7 @@ def own_data(root):
 
 def test_own_data_in_each_form(tmp_path):
     own_data(tmp_path)
-    shop, colours = read_own(tmp_path / "shop.yaml")
+    shop, colours = load_custom(tmp_path / "shop.yaml")
     assert [shop.name, colours.name] == ["shop", "colours"]
     assert shop.queries[0].as_input() == {"text": "Find me: a red square"}
     own, right = shop.pool(0)
@@ -468,11 +471,11 @@ def test_own_data_in_each_form(tmp_path):
     assert len(colours.queries) == 2, "queries without judgements are left out"
     assert colours.documents[0].as_input()["text"] == "Red a colour"
     assert list(colours.answers[1]) == [1]
-    assert read_own(tmp_path / "shop.jsonl", limit=2)[0].queries == shop_without(tmp_path)[:2]
+    assert load_custom(tmp_path / "shop.jsonl", limit=2)[0].queries == shop_without(tmp_path)[:2]
 
 
 def shop_without(root):
-    return read_own(root / "shop.jsonl")[0].queries
+    return load_custom(root / "shop.jsonl")[0].queries
 
 
 @pytest.mark.parametrize(
@@ -480,7 +483,7 @@ def shop_without(root):
     [
         ('{"query": "a"}', "needs 'query' and 'positives'"),
         ('{"query": "a", "positives": []}', "no positives"),
-        ('{"query": "a", "positives": "b"}', "is no list"),
+        ('{"query": "a", "positives": "b"}', "is not a list"),
         ('{"query": "a", "positives": ["no.png"]}', "names the picture"),
         ("", "holds no queries"),
     ],
@@ -488,20 +491,20 @@ def shop_without(root):
 def test_errors_in_own_rows_name_file_and_row(tmp_path, content, said):
     (tmp_path / "own.jsonl").write_text(content + "\n")
     with pytest.raises(DataError, match=rf"own\.jsonl.*{said}"):
-        read_own(tmp_path / "own.jsonl")
+        load_custom(tmp_path / "own.jsonl")
 
 
 def test_errors_in_own_yaml_and_beir(tmp_path):
     own_data(tmp_path)
     (tmp_path / "bad.yaml").write_text("tasks:\n  - nam: shop\n")
     with pytest.raises(DataError, match=r"bad\.yaml: tasks\.0\.name: Field required"):
-        read_own(tmp_path / "bad.yaml")
+        load_custom(tmp_path / "bad.yaml")
     (tmp_path / "my-beir/qrels/test.tsv").write_text("q0\tpurple\t1\n")
     with pytest.raises(DataError, match=r"test\.tsv:1: document 'purple' is not in corpus"):
-        read_own(tmp_path / "my-beir")
+        load_custom(tmp_path / "my-beir")
     (tmp_path / "my-beir/qrels/test.tsv").write_text("q0 red 1\n")
     with pytest.raises(DataError, match="between tabs"):
-        read_own(tmp_path / "my-beir")
+        load_custom(tmp_path / "my-beir")
 
 
 def test_a_model_that_scales_pictures_to_one_size_takes_no_pixel_limits(saved_model):

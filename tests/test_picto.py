@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from rematch.data import picto
-from rematch.data.mmeb import MARKER, read_eval, read_train
+from rematch.data.mmeb import MARKER, load_mmeb_eval, load_mmeb_train
 from rematch.data.mmeb_export import export_picto
 from rematch.data.picto_tasks import CANDIDATES, TASKS, evaluation_tasks, training_triplet
 from rematch.errors import DataError
@@ -165,7 +165,7 @@ def test_export_in_mmeb_eval_form_reads_back_as_the_same_test(tmp_path, monkeypa
     assert count[0]["qry_text"].startswith(MARKER)
     assert count[0]["tgt_img_path"] == [""] * 100
     made = [*evaluation_tasks(), *evaluation_tasks(ood=True)]
-    for task, read in zip(made, read_eval(tmp_path / "eval")[0], strict=True):
+    for task, read in zip(made, load_mmeb_eval(tmp_path / "eval")[0], strict=True):
         assert (task.name, task.meta_task, task.ood) == (read.name, read.meta_task, read.ood)
         for i in (0, 123):
             assert task.queries[i].as_input().get("text") == read.queries[i].as_input().get("text")
@@ -192,10 +192,12 @@ def test_export_in_mmeb_train_form_reads_back(tmp_path):
         "neg_text",
         "neg_image_path",
     ]
-    assert [len(config) for config in read_train(tmp_path / "train")] == [samples] * len(TASKS)
+    assert [len(config) for config in load_mmeb_train(tmp_path / "train")] == [samples] * len(
+        TASKS
+    )
     names = [name.replace("_", "-") for name in sorted(n.replace("-", "_") for n in TASKS)]
     made = [training_triplet(0, i, name) for name in names for i in range(samples)]
-    read = [triplet for config in read_train(tmp_path / "train") for triplet in config]
+    read = [triplet for config in load_mmeb_train(tmp_path / "train") for triplet in config]
     for ours, theirs in zip(made, read, strict=True):
         for side in ("query", "positive", "negative"):
             a, b = getattr(ours, side), getattr(theirs, side)

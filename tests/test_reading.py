@@ -70,7 +70,7 @@ def test_what_stands_around_the_content_depends_on_pictures_and_text(make_model)
         "{% endif %}{% endfor %}{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }} {% "
         "endif %}{% endfor %}ASSISTANT:{% endfor %}"
     )
-    frames = backbone.reader.turns.read_template()
+    frames = backbone.reader.turns.parse_template()
     assert {key: (frame.prefix, frame.suffix) for key, frame in frames.items()} == {
         (False, True): ("USER: ", " ASSISTANT:"),
         (True, True): ("USER: ", " ASSISTANT:"),
@@ -87,9 +87,9 @@ def test_a_turn_is_read_in_training_as_in_encoding_and_its_content_is_what_was_g
     value = {"text": text, "image": [Image.new("RGB", (40, 30 + i)) for i in range(pictures)]}
     reading = reader.read(value)
     encoded = model.preprocess([value], task="query")["input_ids"][0]
-    assert reader.embedded(reading, "query").ids.tolist() == encoded.tolist()
-    content, alone = reading.content.ids.tolist(), reader.turns.ids(text)
-    assert content == [reader.picture_token] * reading.visual_tokens + alone
+    assert reader.with_learnable_tokens(reading, "query").ids.tolist() == encoded.tolist()
+    content, alone = reading.content.ids.tolist(), reader.turns.token_ids(text)
+    assert content == [reader.picture_token_id] * reading.visual_tokens + alone
     assert bool(reading.visual_tokens) == bool(pictures)
     assert reading.content.positions[0].tolist() == list(range(len(reading.content.ids)))
 
@@ -99,7 +99,7 @@ def test_a_turn_is_read_in_training_as_in_encoding_and_its_content_is_what_was_g
 )
 def test_a_control_token_in_a_text_is_an_error_that_names_the_input(model, token):
     said = re.escape(
-        f"input 1: its text holds {token}, which the model reads as a control token. Take it out."
+        f"input 1: its text holds {token}, which the model reads as a control token. Remove it from the text."
     )
     text = f"a dog {token} a cat"
     with pytest.raises(RematchError, match=said):

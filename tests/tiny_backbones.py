@@ -497,7 +497,7 @@ def readings(model, pictures):
         reading = reader.read(value)
         for task in ("query", "document"):
             own, encoded = (
-                reader.embedded(reading, task).ids,
+                reader.with_learnable_tokens(reading, task).ids,
                 model.preprocess([value], task=task)["input_ids"][0],
             )
             texts = [reader.describe(ids) for ids in (own, encoded, reading.content.ids)]
@@ -595,7 +595,7 @@ def put_to_use(path, directory):
     found["question"] = question(model, "the red cat", {"text": "a dog", "image": pictures[0]})
     found["control"] = control_tokens(model)
     square = {"image": Image.new("RGB", (56, 56), "red")}
-    picture_token = model.backbone.reader.picture_token
+    picture_token = model.backbone.reader.picture_token_id
     found["visual_tokens"] = [
         ReMatch.from_backbone(str(path), 4).backbone.reader.read(square).visual_tokens,
         trained.backbone.reader.read(square).visual_tokens,

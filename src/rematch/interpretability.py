@@ -38,7 +38,7 @@ def attention_maps(model: ReMatch, value: Any, task: str = "document") -> NDArra
         backbone.model.set_attn_implementation(implementation)
     mean = torch.stack([a[0].mean(0) for a in attentions]).mean(0).float().cpu()  # (T, T)
     k = max(1, model.fusion.num_tokens)
-    is_patch = (features["input_ids"][0] == backbone.reader.picture_token).cpu()
+    is_patch = (features["input_ids"][0] == backbone.reader.picture_token_id).cpu()
     count = int(is_patch.sum())
     if "image_grid_thw" in features:
         _, height, width = features["image_grid_thw"][0].tolist()
