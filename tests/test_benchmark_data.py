@@ -14,7 +14,7 @@ from PIL import Image
 
 from rematch.data.custom import load_custom
 from rematch.data.images import ZippedPicture, load_image
-from rematch.data.mmeb import MARKER, data_set, load_mmeb_eval, load_mmeb_train
+from rematch.data.mmeb import MARKER, data_set_of, load_mmeb_eval, load_mmeb_train
 from rematch.data.mmeb_export import export_picto
 from rematch.data.mmeb_table import DATA_SETS
 from rematch.data.zeroshot import SPLITS, load_zeroshot
@@ -73,14 +73,14 @@ def eval_tree(root, names=None, apart=False):
             continue
         rows = []
         for i in range(2):
-            query_image = "" if data.identity == "image" else f"Odd/{ODD[(number + i) % len(ODD)]}"
+            query_image = "" if data.candidate_key == "image" else f"Odd/{ODD[(number + i) % len(ODD)]}"
             asked, text = (
                 "Represent the given image with the following question: ",
                 f"what is {i}?",
             )
             texts, paths = [f"answer {(i + j) % 4}" for j in range(3)], [""] * 3
             told, own = "", texts
-            if data.identity != "text":
+            if data.candidate_key != "text":
                 paths = [f"Odd/{ODD[(i + j) % len(ODD)]}" for j in range(3)]
                 told, own = "Represent the given image.", [""] * 3
             if data.name == "RefCOCO-Matching":
@@ -226,7 +226,7 @@ def test_training_data_is_read_with_its_odd_cases(tmp_path):
     assert [len(config) for config in load_mmeb_train(tmp_path / "WebQA")] == [6], (
         "one config's own folder"
     )
-    assert data_set("ImageNet_1K").name == "ImageNet-1K"
+    assert data_set_of("ImageNet_1K").name == "ImageNet-1K"
 
 
 def test_training_draws_each_data_set_by_its_weight_and_cap(tmp_path, backbone_path):
