@@ -135,8 +135,8 @@ def test_turns_and_questions_have_the_structure_of_the_real_template(measurement
     }
 
     prompt = "Is the document relevant to the query? Answer only Yes or No."
-    asked = text.replace(QUERY, prompt + "\nQuery:\n{}\nDocument:\n{}\nRelevant?")
-    expected = asked.format(QUERY, content.replace(QUERY, "a dog"))
+    turn = text.replace(QUERY, prompt + "\nQuery:\n{}\nDocument:\n{}\nRelevant?")
+    expected = turn.format(QUERY, content.replace(QUERY, "a dog"))
     # SentencePiece begins each segment with a blank
     question = measurements[family]["question"]
     assert re.sub(" ?\n ?", "\n", question) == re.sub(" ?\n ?", "\n", expected)

@@ -105,7 +105,7 @@ class Pictures:
                 values[name] = value.to(dtype)
         return Pictures(values, self.sizes, self.tokens, levels)
 
-    def to(self, device: Any, dtype: torch.dtype) -> "Pictures":
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "Pictures":
         """Return the pictures on a device, with levels restored and floats cast to ``dtype``."""
         moved = {}
         for name, value in self.values.items():
@@ -137,27 +137,29 @@ def _as_levels(
         The levels, uint8 in the shape of ``value``, and a table (channels, 256), from which
         :func:`_from_levels` restores ``value`` exactly; ``None`` if that is impossible.
     """
-    parts = _by_channel(value, len(mean))
-    if parts is None or len(std) != len(mean):
+    pixels = _by_channel(value, len(mean))
+    if pixels is None or len(std) != len(mean):
         return None
     shift, scale = (torch.tensor(numbers, dtype=value.dtype)[:, None] for numbers in (mean, std))
-    numbers = (parts * scale + shift) * 255
+    numbers = (pixels * scale + shift) * 255
     if numbers.min() < -0.5 or numbers.max() > 255.5:
         return None
-    codes = numbers.round().clamp(0, 255).to(torch.uint8)
+    levels = numbers.round().clamp(0, 255).to(torch.uint8)
     table = torch.zeros(len(mean), 256, dtype=value.dtype)
     for channel, row in enumerate(table):
-        row[codes[:, channel].long()] = parts[:, channel]
-    codes = codes.view(value.shape)
-    return (codes, table) if torch.equal(_from_levels(codes, table), value) else None
+        row[levels[:, channel].long()] = pixels[:, channel]
+    levels = levels.view(value.shape)
+    return (levels, table) if torch.equal(_from_levels(levels, table), value) else None
 
 
-def _from_levels(codes: Tensor, table: Tensor) -> Tensor:
+def _from_levels(levels: Tensor, table: Tensor) -> Tensor:
     """Look up the numbers that levels stand for."""
-    parts = _by_channel(codes, len(table))
-    assert parts is not None
-    restored = torch.stack([row[parts[:, channel].long()] for channel, row in enumerate(table)], 1)
-    return restored.view(codes.shape)
+    pixels = _by_channel(levels, len(table))
+    assert pixels is not None
+    restored = torch.stack(
+        [row[pixels[:, channel].long()] for channel, row in enumerate(table)], 1
+    )
+    return restored.view(levels.shape)
 
 
 @dataclass

@@ -48,11 +48,11 @@ class QuestionPacker:
         Returns:
             The packed sequences, and the readings whose pictures they show, in reading order.
         """
-        text = self.reader.text_segment
+        text_segment = self.reader.text_segment
         prompt, query_head, document_head = self._prompt_and_heads()
-        slot = text(MATCH_QUESTION + self.reader.suffix)
-        query_placeholder = text(MATCH_QUERY, placeholder=True)
-        document_placeholder = text(MATCH_DOCUMENT, placeholder=True)
+        slot = text_segment(MATCH_QUESTION + self.reader.suffix)
+        query_placeholder = text_segment(MATCH_QUERY, placeholder=True)
+        document_placeholder = text_segment(MATCH_DOCUMENT, placeholder=True)
         readings_with_pictures: list[Reading] = []
 
         def segments_by_form(
