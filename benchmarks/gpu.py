@@ -75,7 +75,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
-from rematch.backbone.module import resolve
+from rematch.backbone.loading import resolve
 from rematch.encoding.encoder import Encoder
 from rematch.files import write_json
 from rematch.model import ReMatch

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging
 
-from rematch.backbone.module import resolve
+from rematch.backbone.loading import resolve
 from rematch.data.picto_tasks import TASKS, training_triplet
 from rematch.model import ReMatch
 

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from rematch import ReMatch, cli
-from rematch.backbone.module import resolve
+from rematch.backbone.loading import resolve
 from rematch.errors import ModelError
 from rematch.train.recipe import load_recipe
 from rematch.train.run import build_dataset, train
@@ -384,7 +384,7 @@ def test_bad_backbones(fails, backbone_path, tmp_path):
     tokenizer = json.loads((tmp_path / "spelling/tokenizer.json").read_text())
     tokenizer["model"]["merges"] = []
     (tmp_path / "spelling/tokenizer.json").write_text(json.dumps(tokenizer))
-    assert "cuts 'Yes' into" in train(tmp_path / "spelling")
+    assert "splits 'Yes' into" in train(tmp_path / "spelling")
     assert "cannot be loaded" in train(tmp_path / "nowhere")
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import pytrec_eval
 import torch
-from test_benchmark_data import picto_tree
+from shared_benchmarks import picto_tree
 
 from rematch.data.picto_tasks import evaluation_tasks
 from rematch.data.schema import Item, RetrievalTask

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from rematch.data.images import Checked, Encoded, Zipped, load_image
-from rematch.data.pairs import read_triplets
+from rematch.data.images import CheckedPicture, EncodedPicture, ZippedPicture, load_image
 from rematch.data.schema import Item
+from rematch.data.triplets import load_triplets
 from rematch.encoding.encoder import look_at_picture
 from rematch.errors import DataError, ImageError
 from rematch.train import mine as module
@@ -114,7 +114,7 @@ def test_false_negatives_are_dropped_and_the_hardest_of_the_others_kept(judged, 
         assert row["p_yes"] < 0.5
         assert row["p_yes"] <= row["positive_p_yes"] - 0.5
     assert len({json.dumps(row["query"]) for row in rows}) == len(rows)  # one negative a query
-    triplets = read_triplets(output)  # it is training data, paths and all
+    triplets = load_triplets(output)  # it is training data, paths and all
     assert len(triplets) == len(rows)
     assert all(triplet.negative for triplet in triplets)
 
@@ -197,7 +197,7 @@ def test_pictures_inside_a_file_become_files_that_training_reads(judged, data, t
     written = sorted((tmp_path / "out" / "mined-pictures").iterdir())
     assert sorted(path.suffix for path in written) == [".jpeg", ".png"]
     assert {path.read_bytes() for path in written} == set(contents[:2])
-    negatives = [triplet.negative for triplet in read_triplets(output)]
+    negatives = [triplet.negative for triplet in load_triplets(output)]
     assert {n.text for n in negatives if n.image in written} == {"", "with text"}
     recipe = load_recipe(
         "recipes/picto.yaml", [f"data.source={output}", "train.batch_size=2", "train.steps=1"]
@@ -219,9 +219,9 @@ def test_a_picture_is_the_same_wherever_it_lies(tmp_path):
     path = tmp_path / "a.png"
     same = [
         path,
-        Encoded("e", content),
-        Zipped(tmp_path / "z.zip", "a.png"),
-        Checked(path, *look_at_picture(path)),
+        EncodedPicture("e", content),
+        ZippedPicture(tmp_path / "z.zip", "a.png"),
+        CheckedPicture(path, *look_at_picture(path)),
     ]
     assert len({identity(Item("text", picture)) for picture in same}) == 1
     assert identity(Item("text", same[0])) != identity(Item("other", same[0]))
@@ -232,7 +232,7 @@ def test_a_picture_is_the_same_wherever_it_lies(tmp_path):
     assert cells[1] == cells[2]
     assert (tmp_path / cells[1]["image"][0]).read_bytes() == content
     with pytest.raises(ImageError, match="not a picture"):
-        identity(Item("", Encoded("e", b"text")))
+        identity(Item("", EncodedPicture("e", b"text")))
 
 
 def test_feature_views_read_vectors_alone(model, data, tmp_path):

@@ -11,8 +11,8 @@ from typing import Any
 
 from xxhash import xxh3_64
 
-from rematch.data.images import EXTENSIONS, Encoded
-from rematch.data.pairs import item, rows
+from rematch.data.images import EXTENSIONS, EncodedPicture
+from rematch.data.rows import load_rows, parse_item
 from rematch.data.schema import Item
 from rematch.errors import DataError, ImageError, RematchError
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
@@ -35,7 +35,7 @@ class Document:
 
     id: str
     text: str = ""
-    image: Path | Encoded | None = None
+    image: Path | EncodedPicture | None = None
     metadata: Metadata = field(default_factory=dict)
 
     def stamp(self) -> int:
@@ -52,7 +52,7 @@ class Document:
                 raise ImageError(f"{self.image}: cannot be read ({error.strerror}).") from None
             parts += [str(self.image), found.st_mtime_ns, found.st_size]
         digest = xxh3_64(repr(parts).encode())
-        if isinstance(self.image, Encoded):
+        if isinstance(self.image, EncodedPicture):
             digest.update(self.image.content)
         return int.from_bytes(digest.digest()[:7], "little")  # fits into int64
 
@@ -66,7 +66,7 @@ class Document:
         image = self.image
         if isinstance(image, Path):
             try:
-                image = Encoded(str(image), image.read_bytes())
+                image = EncodedPicture(str(image), image.read_bytes())
             except OSError as error:
                 raise ImageError(f"{image}: cannot be read ({error.strerror}).") from None
         return self.item(image).as_input(instruction)
@@ -226,7 +226,7 @@ def _sidecar(picture: Path) -> tuple[str, Metadata]:
 
 
 def _from_rows(path: Path) -> Iterator[Found]:
-    for number, record in rows(path):
+    for number, record in load_rows(path):
         rest: dict[str, Any] = {}
         value = record
         if isinstance(record, dict):
@@ -245,7 +245,7 @@ def _from_rows(path: Path) -> Iterator[Found]:
             if isinstance(value, dict) and isinstance(value.get("image"), dict | bytes):
                 yield _with_encoded(name, value, rest)
                 continue
-            found = item(value, path, number, "document")
+            found = parse_item(value, path, number, "document")
         except DataError as error:
             yield name, error
             continue
@@ -300,7 +300,9 @@ def _with_encoded(name: str, value: dict[str, Any], rest: dict[str, Any]) -> Fou
         return Document(name, text, Path(image["path"]), _metadata(rest))
     if content is None and not text:
         return name, DataError(f"document {name}: neither text nor a picture.")
-    return Document(name, text, Encoded(name, content) if content else None, _metadata(rest))
+    return Document(
+        name, text, EncodedPicture(name, content) if content else None, _metadata(rest)
+    )
 
 
 def _metadata(record: dict[str, Any]) -> Metadata:

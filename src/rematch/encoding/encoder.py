@@ -42,8 +42,14 @@ from xxhash import xxh3_128
 
 from rematch.backbone.memory import default_batch_tokens, is_out_of_memory
 from rematch.console import say
-from rematch.data.images import EXTENSIONS, Checked, Encoded, Zipped, load_image
-from rematch.data.inputs import as_parts
+from rematch.data.images import (
+    EXTENSIONS,
+    CheckedPicture,
+    EncodedPicture,
+    ZippedPicture,
+    load_image,
+)
+from rematch.data.inputs import pictures_and_text
 from rematch.encoding.vector_store import VectorStore
 from rematch.errors import ImageError, RematchError
 from rematch.model import ReMatch
@@ -397,12 +403,12 @@ def look_at_picture(source: Any) -> tuple[bytes, int]:
     Raises:
         ImageError: If it cannot be read.
     """
-    if isinstance(source, Checked):
+    if isinstance(source, CheckedPicture):
         return source.digest, source.pixels
     if isinstance(source, Image.Image):
         head = f"{source.mode}{source.size}".encode()
         return xxh3_128(head + source.tobytes()).digest(), source.width * source.height
-    source = source if isinstance(source, Zipped | Encoded) else Path(source)
+    source = source if isinstance(source, ZippedPicture | EncodedPicture) else Path(source)
     try:
         content = source.read_bytes()
         width, height = Image.open(io.BytesIO(content)).size
@@ -418,7 +424,7 @@ def _plain(value: Any, row: int) -> Any:
     """An input as any SentenceTransformer takes it: text, a decoded picture, or a dictionary of
     both.
     """
-    pictures, text = as_parts(value, row)
+    pictures, text = pictures_and_text(value, row)
     if not pictures:
         return text
     picture = pictures[0] if len(pictures) == 1 else pictures

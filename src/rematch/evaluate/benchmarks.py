@@ -6,12 +6,12 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from rematch.data import picto_tasks
-from rematch.data.mmeb import download, read_eval
+from rematch.data.custom import load_custom
+from rematch.data.mmeb import download, load_mmeb_eval
 from rematch.data.mmeb_table import DATA_SETS
-from rematch.data.own import read_own
 from rematch.data.picto_tasks import BLOCK, QUERIES, evaluation_tasks
 from rematch.data.schema import RetrievalTask
-from rematch.data.zeroshot import read_zeroshot
+from rematch.data.zeroshot import load_zeroshot
 from rematch.errors import DataError
 
 NAMES = ("picto", "mmeb", "zeroshot")
@@ -37,7 +37,8 @@ def load(
     """The tasks of a benchmark.
 
     Args:
-        benchmark: ``"picto"``, ``"mmeb"``, ``"zeroshot"``, or own data (:mod:`rematch.data.own`).
+        benchmark: ``"picto"``, ``"mmeb"``, ``"zeroshot"``, or the path of custom data
+            (:mod:`rematch.data.custom`).
         data: Folder of the benchmark; Picto is made and MMEB downloaded without one.
         names: Only these tasks.
         limit: Only the first so many queries of each.
@@ -52,17 +53,17 @@ def load(
         if data is None:
             tasks = [t for t in _made(limit) if t.name in wanted]
         else:
-            tasks, left_out = read_eval(data, wanted, limit)
+            tasks, left_out = load_mmeb_eval(data, wanted, limit)
     elif benchmark == "mmeb":
         wanted = _chosen(names, _MMEB)
-        tasks, left_out = read_eval(data or download(wanted), wanted, limit)
+        tasks, left_out = load_mmeb_eval(data or download(wanted), wanted, limit)
     elif benchmark == "zeroshot":
         if data is None:
             raise DataError(
                 "zeroshot: --data is missing. Give the folder that holds the sets "
                 "(docs/evaluation.md)."
             )
-        tasks, left_out = read_zeroshot(data, limit)
+        tasks, left_out = load_zeroshot(data, limit)
         known = [t.name for t in tasks] + list(left_out)
         wanted = _chosen(names, known)
         tasks = [t for t in tasks if t.name in wanted]
@@ -76,7 +77,7 @@ def load(
                 f"--benchmark {benchmark}: neither {', '.join(NAMES)} nor a file or folder that "
                 f"is there.{meant}"
             )
-        tasks = read_own(source, limit)
+        tasks = load_custom(source, limit)
         wanted = _chosen(names, [t.name for t in tasks])
         tasks = [t for t in tasks if t.name in wanted]
     # one command runs the zero-shot sets that are there, as people have some of them

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from rematch.data.corpus import Corpus, Document, Found
-from rematch.data.images import Checked, Encoded
+from rematch.data.images import CheckedPicture, EncodedPicture
 from rematch.encoding.encoder import Encoder, Measured, look_at_picture, plan
 from rematch.errors import DataError, RematchError
 from rematch.files import write_json
@@ -74,7 +74,7 @@ class Read:
             dimensions: To be kept of the first.
         """
         document = self.document
-        stored = document.image.content if isinstance(document.image, Encoded) else None
+        stored = document.image.content if isinstance(document.image, EncodedPicture) else None
         path = str(document.image.resolve()) if isinstance(document.image, Path) else None
         vectors = np.atleast_2d(vectors)
         return document.metadata | {
@@ -243,7 +243,7 @@ class Builder:
                 if one := self.admit(name, found):
                     window.append(one)
                     picture = one.given.get("image")
-                    size += len(picture.content) if isinstance(picture, Encoded) else 0
+                    size += len(picture.content) if isinstance(picture, EncodedPicture) else 0
             if len(window) >= most or size >= WINDOW_BYTES:
                 yield window
                 window, size, most = [], 0, min(2 * most, WINDOW)
@@ -261,7 +261,7 @@ class Builder:
             if isinstance(
                 found.image, Path
             ):  # what is sent to a worker is where it lies, and what it must be
-                given["image"] = Checked(found.image, *look_at_picture(given["image"]))
+                given["image"] = CheckedPicture(found.image, *look_at_picture(given["image"]))
             return found.id, Read(found, stamp, given, before is None)
         except RematchError as error:
             return found.id, error

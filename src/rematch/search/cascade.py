@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rematch.data.corpus import Document, Metadata
-from rematch.data.images import Encoded
+from rematch.data.images import EncodedPicture
 from rematch.errors import RematchError
 from rematch.matching import View
 from rematch.scoring import maxsim, probability
@@ -181,7 +181,11 @@ def _inputs(index: "Index", rows: pa.Table) -> list[Any]:
     for row, inside in zip(plain, stored, strict=True):
         content = next(files) if inside else None
         image = (
-            Encoded(row["id"], content) if content else Path(row["path"]) if row["path"] else None
+            EncodedPicture(row["id"], content)
+            if content
+            else Path(row["path"])
+            if row["path"]
+            else None
         )
         document = Document(row["id"], row["text"] or "", image)
         inputs.append(document.item().as_input(index.about["document_instructions"]))

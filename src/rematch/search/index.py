@@ -20,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rematch.data.corpus import Document, Metadata
-from rematch.data.images import Encoded
+from rematch.data.images import EncodedPicture
 from rematch.encoding.vector_store import FINGERPRINT, fingerprint
 from rematch.errors import DataError, ModelError
 from rematch.model import ReMatch
@@ -301,7 +301,7 @@ class Index:
             Document(
                 row["id"],
                 row["text"] or "",
-                Encoded(row["id"], row["image"])
+                EncodedPicture(row["id"], row["image"])
                 if row["image"]
                 else Path(row["path"])
                 if row["path"]

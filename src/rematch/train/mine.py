@@ -29,9 +29,9 @@ from sentence_transformers.util import dot_score, semantic_search
 from xxhash import xxh3_128
 
 from rematch.data.corpus import documents_of
-from rematch.data.images import Checked, Picture, data_url, load_image
-from rematch.data.pairs import read_triplets
+from rematch.data.images import CheckedPicture, PictureSource, data_url, load_image
 from rematch.data.schema import Item
+from rematch.data.triplets import load_triplets
 from rematch.encoding.encoder import look_at_picture
 from rematch.encoding.vector_store import fingerprint
 from rematch.errors import DataError
@@ -109,7 +109,7 @@ def mine(
         raise DataError(
             f"{pictures}: a file, where a folder for pictures is needed. Choose another --output."
         )
-    triplets = read_triplets(data)
+    triplets = load_triplets(data)
     queries: dict[str, Item] = {}
     positives: dict[str, dict[str, None]] = defaultdict(dict)
     documents: dict[str, Item] = {}
@@ -334,7 +334,7 @@ def _write(
     return report
 
 
-def _pictures(item: Item) -> Sequence[Picture]:
+def _pictures(item: Item) -> Sequence[PictureSource]:
     if item.image is None:
         return []
     return item.image if isinstance(item.image, list) else [item.image]
@@ -351,9 +351,9 @@ def _cell(item: Item, output: Path, work: Path) -> str | dict[str, Any]:
     return {"text": item.text, "image": names} if item.text else {"image": names}
 
 
-def _as_file(picture: Picture, output: Path, work: Path) -> Path:
+def _as_file(picture: PictureSource, output: Path, work: Path) -> Path:
     """Where a picture lies; one that is no file becomes one in the output's folder of pictures."""
-    if isinstance(picture, Path | Checked):
+    if isinstance(picture, Path | CheckedPicture):
         return picture if isinstance(picture, Path) else picture.path
     digest, _ = look_at_picture(picture)
     if isinstance(picture, Image.Image):

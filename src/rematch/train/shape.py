@@ -12,8 +12,8 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForMultimodalLM
 from transformers.image_processing_base import ImageProcessingMixin
 
+from rematch.backbone.loading import resolve
 from rematch.backbone.lora import inject
-from rematch.backbone.module import resolve
 from rematch.errors import RecipeError
 from rematch.train.recipe import Recipe
 

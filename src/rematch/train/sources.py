@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from rematch.data.mmeb import read_train
-from rematch.data.pairs import read_triplets
+from rematch.data.mmeb import load_mmeb_train
 from rematch.data.picto_tasks import training_triplet
 from rematch.data.schema import Triplet
+from rematch.data.triplets import load_triplets
 from rematch.errors import DataError
 from rematch.train.plan import plan
 from rematch.train.recipe import Recipe, Source
@@ -99,7 +99,9 @@ def _open(source: Source, most: int, recipe: Recipe, kept_out: bool = False) -> 
         ]
     path = Path(source.path)
     skip = recipe.data.unreadable == "skip"
-    read = read_train(path, source.split, skip) if path.is_dir() else [read_triplets(path, skip)]
+    read = (
+        load_mmeb_train(path, source.split, skip) if path.is_dir() else [load_triplets(path, skip)]
+    )
     names = (
         [f"{source.path}, config {i}" for i, _ in enumerate(read, 1)]
         if len(read) > 1
