@@ -13,7 +13,7 @@ from PIL import Image
 from rematch.data.images import Checked, Encoded, Zipped, load_image
 from rematch.data.pairs import read_triplets
 from rematch.data.schema import Item
-from rematch.encoding.encoder import look_at_picture
+from rematch.encoding.inputs import inspect_picture
 from rematch.errors import DataError, ImageError
 from rematch.train import mine as module
 from rematch.train.mine import Rules, _cell, identity, mine
@@ -221,7 +221,7 @@ def test_a_picture_is_the_same_wherever_it_lies(tmp_path):
         path,
         Encoded("e", content),
         Zipped(tmp_path / "z.zip", "a.png"),
-        Checked(path, *look_at_picture(path)),
+        Checked(path, *inspect_picture(path)),
     ]
     assert len({identity(Item("text", picture)) for picture in same}) == 1
     assert identity(Item("text", same[0])) != identity(Item("other", same[0]))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rematch.data.images import data_url, load_image
-from rematch.encoding.encoder import Encoder, whole
+from rematch.encoding.encoder import Encoder
 from rematch.errors import ImageError, RematchError
 from rematch.interpretability import attention_maps, overlay
 from rematch.model import ReMatch
@@ -80,7 +80,7 @@ class Engine:
         what, *options = kind
         if what == "measure":
             measured = self.encoder.measure(values, "document")
-            return [self._fitting(whole(one).tokens) for one in measured]
+            return [self._fitting(m.tokens) for m in measured]
         if what == "query":
             return list(self._vectors(self.model.encode_query, values))
         if what == "document":

@@ -32,8 +32,8 @@ from rematch.data.corpus import documents_of
 from rematch.data.images import Checked, Picture, data_url, load_image
 from rematch.data.pairs import read_triplets
 from rematch.data.schema import Item
-from rematch.encoding.encoder import look_at_picture
-from rematch.encoding.vector_store import fingerprint
+from rematch.encoding.fingerprint import model_fingerprint
+from rematch.encoding.inputs import content_key, inspect_picture
 from rematch.errors import DataError
 from rematch.files import write_json
 from rematch.matching import View
@@ -173,9 +173,7 @@ def identity(item: Item) -> str:
     Raises:
         ImageError: If a picture cannot be read.
     """
-    digests = [look_at_picture(picture)[0] for picture in _pictures(item)]
-    parts = [item.text.encode(), *digests]
-    return xxh3_128(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).hexdigest()
+    return content_key(item.as_input(instruction=False)).hex()
 
 
 def _claim(work: Path, model: ReMatch, rules: Rules, keys: list[str]) -> None:
@@ -183,7 +181,7 @@ def _claim(work: Path, model: ReMatch, rules: Rules, keys: list[str]) -> None:
     settings = {
         "rules": asdict(rules),
         "contents": xxh3_128("".join(keys).encode()).hexdigest(),
-        "model": fingerprint(model),
+        "model": model_fingerprint(model),
         "matching": model.backbone.matching,
         "document_instructions": model.backbone.document_instructions,
     }
@@ -355,7 +353,7 @@ def _as_file(picture: Picture, output: Path, work: Path) -> Path:
     """Where a picture lies; one that is no file becomes one in the output's folder of pictures."""
     if isinstance(picture, Path | Checked):
         return picture if isinstance(picture, Path) else picture.path
-    digest, _ = look_at_picture(picture)
+    digest = inspect_picture(picture).digest
     if isinstance(picture, Image.Image):
         stream = io.BytesIO()
         picture.save(stream, "PNG")
