@@ -70,13 +70,13 @@ class Document:
         Raises:
             ImageError: If the picture's file cannot be read.
         """
-        image = self.image
-        if isinstance(image, Path):
-            try:
-                image = Encoded(str(image), image.read_bytes())
-            except OSError as error:
-                raise _unreadable_picture(image, error) from None
-        return self.item(image).as_input(instruction)
+        if not isinstance(self.image, Path):
+            return self.item().as_input(instruction)
+        try:
+            content = self.image.read_bytes()
+        except OSError as error:
+            raise _unreadable_picture(self.image, error) from None
+        return self.item(Encoded(str(self.image), content)).as_input(instruction)
 
     def item(self, image: Encoded | None = None) -> Item:
         """The document with its instruction, as in training.

@@ -11,8 +11,8 @@
 5. Under ``torchrun`` the processes share the batches.
 
 The inputs alone decide the batches, not the vectors that are stored already, nor the number of
-workers or processes. So an interrupted or distributed run gives the same vectors, to the last bit if
-it computes with the same number of threads.
+workers or processes. So an interrupted or distributed run gives the same vectors, to the last bit
+if it computes with the same number of threads.
 """
 
 import math
