@@ -2,8 +2,10 @@
 vocabulary.
 """
 
+import json
 import os
 import random
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -85,3 +87,48 @@ def triplets() -> list[dict]:
     random.Random(0).shuffle(samples)
     columns = ("query", "positive", "negative")
     return [{c: getattr(sample, c).as_input() for c in columns} for sample in samples]
+
+
+# ---- search, imported only where it is needed ---------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def searcher(saved_model) -> ReMatch:
+    """The saved checkpoint; tests must not change it."""
+    return ReMatch(str(saved_model))
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Pictures of awkward names, some with captions and metadata, one a copy of another."""
+    from shared_search import NAMES, save_picture
+
+    folder = tmp_path / "photos"
+    for i, name in enumerate(NAMES):
+        save_picture(folder / "deep" / f"{name}.png", i)
+    shutil.copy(folder / "deep" / "plain.png", folder / "copy.png")
+    (folder / "deep" / "plain.txt").write_text("a caption\n")
+    (folder / "deep" / "it's.json").write_text(
+        json.dumps({"caption": "a dark room", "year": 1999, "place": "Rome", "l": [1]})
+    )
+    (folder / "deep" / "with space.json").write_text(json.dumps({"year": 2010, "good": True}))
+    (folder / "._hidden.png").write_bytes(b"what macOS leaves")
+    (folder / "circle").symlink_to(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def library(searcher, tmp_path_factory):
+    """An index of 40 documents: pictures, texts and both, with years."""
+    from shared_search import build_index, save_picture
+
+    folder = tmp_path_factory.mktemp("library")
+    rows = []
+    for i in range(40):
+        row = {"id": f"d{i}", "year": 1980 + i}
+        row |= {"image": str(save_picture(folder / f"{i}.png", i))} if i % 3 else {}
+        row |= {"text": f"number {i}"} if i % 3 != 1 else {}
+        rows.append(row)
+    (folder / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    index, _ = build_index(searcher, folder / "c.jsonl", folder / "i", tokens=True)
+    return index

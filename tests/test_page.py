@@ -8,7 +8,7 @@ import time
 import pytest
 import uvicorn
 from PIL import Image
-from test_search import picture
+from shared_search import save_picture
 
 from rematch import ReMatch
 from rematch.data.corpus import open_corpus
@@ -182,7 +182,7 @@ def test_bad_uploads(page, tmp_path):
         "() => document.getElementById('status').textContent.includes('no picture that can be "
         "read')"
     )
-    picture(tmp_path / "large.png", 1, 400)
+    save_picture(tmp_path / "large.png", 1, 400)
     page.set_input_files("#file", tmp_path / "large.png")
     page.wait_for_function(
         "() => document.getElementById('status').textContent.includes('400×400')"

@@ -282,50 +282,51 @@ def evaluate(
 @app.command()
 def index(
     model: Annotated[
-        str, typer.Argument(help="Checkpoint directory or hub name; left out: rematch-tiny.")
+        str, typer.Argument(help="Checkpoint directory or hub name; rematch-tiny if left out.")
     ],
     corpus: Annotated[
         str | None,
         typer.Argument(
-            help="A folder of pictures, a .jsonl/.parquet file, or a Hugging Face data set."
+            help="A folder of pictures, a .jsonl or .parquet file, or a Hugging Face data set."
         ),
     ] = None,
     output: Annotated[
         str,
         typer.Option(
-            help="Directory or object store's URI; an index that is there is brought up to date."
+            help="Directory, or URI on an object store; an existing index is brought up to date."
         ),
     ] = "rematch.idx",
     tokens: Annotated[
-        bool, typer.Option(help="Keep the K token vectors, for --rerank maxsim.")
+        bool, typer.Option(help="Store the K token vectors too, for --rerank maxsim.")
     ] = False,
     dimensions: Annotated[
-        int, typer.Option(min=0, help="Keep only so many dimensions; 0 for all.")
+        int, typer.Option(min=0, help="Keep only this many dimensions; 0 for all.")
     ] = 0,
     ann: Annotated[
         str,
         typer.Option(
-            help="Approximate index: auto (int8 above 100,000), none, float, int8, binary, pq, hnsw."
+            help="Approximate index: auto (int8 above 100,000), none, float, int8, binary, pq, "
+            "hnsw."
         ),
     ] = "auto",
     add: Annotated[
-        bool, typer.Option(help="Leave documents in the index that are not in CORPUS.")
+        bool, typer.Option(help="Keep documents in the index that are not in CORPUS.")
     ] = False,
     max_failures: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of documents that may be broken.")
+        float, typer.Option(min=0, max=1, help="Share of documents that may be unreadable.")
     ] = 0.2,
     engine: Annotated[
         str, typer.Option(help="local, or ray for many processes or machines.")
     ] = "local",
-    actors: Annotated[int, typer.Option(min=1, help="With ray: how many encoders.")] = 2,
+    actors: Annotated[int, typer.Option(min=1, help="With ray: number of encoders.")] = 2,
     batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a forward pass.")
+        int | None, typer.Option(min=1, help="Tokens of a forward pass, padding included.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that prepare batches.")
+        int | None, typer.Option(min=0, help="Number of processes that prepare batches.")
     ] = None,
 ) -> None:
-    """Encode a corpus into an index; run it again after changes, or if it was cut off."""
+    """Encode a corpus into an index. Run it again to update the index or to resume."""
     if corpus is None:
         model, corpus = "rematch-tiny", model
     from rematch.search.command import IndexOptions, run_index
@@ -350,39 +351,35 @@ def index(
 
 @app.command()
 def search(
-    index: Annotated[str, typer.Argument(help="What `rematch index` wrote.")],
+    index: Annotated[str, typer.Argument(help="The output of `rematch index`.")],
     text: Annotated[str | None, typer.Option(help="Query text.")] = None,
     image: Annotated[Path | None, typer.Option(help="Query picture.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Results.")] = 10,
-    where: Annotated[
-        str, typer.Option("--filter", help='Condition in SQL on metadata, such as "year > 2000".')
+    top: Annotated[int, typer.Option(min=1, help="Number of hits.")] = 10,
+    filter: Annotated[
+        str, typer.Option(help='Condition in SQL on metadata, such as "year > 2000".')
     ] = "",
-    rerank: Annotated[
-        str, typer.Option(help="Stages such as feat:100,raw:10; also maxsim:200.")
-    ] = "",
+    rerank: Annotated[str, typer.Option(help="Stages such as maxsim:200,feat:100,raw:10.")] = "",
     exact: Annotated[
         bool, typer.Option(help="Scan all vectors even if there is an approximate index.")
     ] = False,
-    model: Annotated[str | None, typer.Option(help="Where the index's model lies now.")] = None,
+    model: Annotated[str | None, typer.Option(help="The index's model, if it has moved.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
-    """Search an index by text, by a picture, or by both."""
-    query: dict[str, object] = {"text": text} if text else {}
-    if image:
-        query["image"] = image
-    if not query:
-        raise RematchError("no query. Give --text, --image, or both.")
-    from rematch.search.command import run_search
+    """Search an index by text, by picture, or by both."""
+    from rematch.search.command import SearchOptions, run_search
 
     run_search(
-        index,
-        query,
-        top=top,
-        where=where,
-        rerank=rerank,
-        exact=exact,
-        model=model,
-        as_json=as_json,
+        SearchOptions(
+            index=index,
+            text=text,
+            image=image,
+            top=top,
+            filter=filter,
+            rerank=rerank,
+            exact=exact,
+            model=model,
+            as_json=as_json,
+        )
     )
 
 

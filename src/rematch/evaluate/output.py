@@ -71,7 +71,7 @@ def content_of(
             "date": date.today().isoformat(),
             "seconds": round(seconds, 1),
             "inputs_encoded": encoder.encoded,
-            "inputs_found_on_disk": encoder.found,
+            "inputs_found_on_disk": encoder.reused,
             "ms_per_query": {
                 n: round(float(np.mean([r.methods[n]["ms_per_query"] for r in results])), 3)
                 for n in methods

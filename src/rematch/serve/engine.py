@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rematch.data.images import data_url, load_image
-from rematch.encoding.encoder import Encoder, whole
+from rematch.encoding.encoder import Encoder
 from rematch.errors import ImageError, RematchError
 from rematch.interpretability import attention_maps, overlay
 from rematch.model import ReMatch
 from rematch.scoring import probability
-from rematch.search.cascade import Hit
-from rematch.search.index import Index
+from rematch.search.index import Hit, Index
 from rematch.search.storage import exists
 from rematch.serve.limits import ClientError
 
@@ -40,7 +39,7 @@ class Engine:
         if "://" in target or (Path(target).is_dir() and exists(target)):
             self.index = Index.open(target, model)
             self.model = self.index.model
-            self.name = self.index.about["model"]
+            self.name = self.index.settings.model
         else:
             self.model, self.name = ReMatch(model or target), model or target
         self.name = Path(self.name).name or self.name
@@ -74,13 +73,13 @@ class Engine:
         Args:
             kind: ``("measure",)`` with inputs → tokens; ``("query",)``, ``("document",)`` →
                 vectors (D,); ``("match",)`` with (query, documents) → (N,); ``("search", top,
-                where, rerank)`` with queries → hits; ``("attention", task)`` with inputs that have
-                a picture → (K, h, w).
+                filter, rerank)`` with queries → hits; ``("attention", task)`` with inputs that
+                have a picture → (K, h, w).
         """
         what, *options = kind
         if what == "measure":
             measured = self.encoder.measure(values, "document")
-            return [self._fitting(whole(one).tokens) for one in measured]
+            return [self._fitting(m.tokens) for m in measured]
         if what == "query":
             return list(self._vectors(self.model.encode_query, values))
         if what == "document":
@@ -91,9 +90,8 @@ class Engine:
         if what == "attention":
             return [attention_maps(self.model, value, *options) for value in values]
         assert self.index is not None
-        top, where, rerank = options
-        found: list[list[Hit]] = self.index.search(values, top, where=where, rerank=rerank)
-        return found
+        top, condition, rerank = options
+        return self.index.search(values, top, filter=condition, rerank=rerank)
 
     def _vectors(self, encode: Any, values: list[Any]) -> NDArray[np.float32]:
         vectors: NDArray[np.float32] = encode(
@@ -113,7 +111,7 @@ class Engine:
         found = self.index.documents([name])
         if not found:
             raise ClientError("the index holds no document of that id.", 404)
-        given = found[0].item().as_input(self.index.about["document_instructions"])
+        given = found[0].item().as_input(self.index.settings.document_instructions)
         return given | ({"image": load_image(given["image"])} if "image" in given else {})  # type: ignore[arg-type]
 
     def picture(self, name: str, edge: int) -> bytes:
