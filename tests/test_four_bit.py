@@ -11,16 +11,17 @@ import torch
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from shared_training import Interrupt, assert_same_run, small_recipe
 from test_gradient_cache import gradients
-from test_train import Interrupt, assert_same_run, recipe
 from transformers import BitsAndBytesConfig
 
 from rematch import ReMatch
 from rematch.backbone.lora import files_fingerprint, fingerprint
 from rematch.errors import ModelError, RecipeError, TrainingError
+from rematch.train.build import build_model
 from rematch.train.collator import Collator
 from rematch.train.loss import ReMatchLoss
-from rematch.train.run import build_model, train
+from rematch.train.run import train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,7 +43,7 @@ def four_bit(compute=torch.float32):  # what training chooses where bfloat16 is 
 def four_bit_recipe(path, output, **more):
     lora = {"r": 4, "alpha": 8, "dropout": 0.2}
     model = {"backbone": str(path), "num_tokens": 2, "lora": lora, "four_bit": True}
-    return recipe(
+    return small_recipe(
         path,
         output,
         model=model,
@@ -160,7 +161,7 @@ def test_an_evaluation_does_not_change_4_bit_weights(backbone_path):
 
 
 def test_without_bitsandbytes_it_says_what_to_install(backbone_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("rematch.train.run.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("rematch.train.build.is_bitsandbytes_available", lambda: False)
     with pytest.raises(RecipeError, match="pip install bitsandbytes"):
         build_model(four_bit_recipe(backbone_path, tmp_path))
 
