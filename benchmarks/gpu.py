@@ -79,9 +79,9 @@ from rematch.backbone.loading import resolve
 from rematch.encoding.encoder import Encoder
 from rematch.files import write_json
 from rematch.model import ReMatch
+from rematch.train.build import build_collator, build_loss, build_model
 from rematch.train.estimate import GB, RESERVED, estimate
 from rematch.train.recipe import Recipe
-from rematch.train.run import build_collator, build_loss, build_model
 from rematch.train.shape import load_shape
 from rematch.train.trainer import PEAK_TFLOPS
 

@@ -11,9 +11,10 @@ from transformers import TrainerCallback
 
 from rematch import ReMatch
 from rematch.errors import RecipeError, TrainingError
+from rematch.train.build import build_model
 from rematch.train.collator import Collator
 from rematch.train.loss import ReMatchLoss
-from rematch.train.run import build_model, train
+from rematch.train.run import train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -148,7 +149,7 @@ def test_an_evaluation_does_not_change_4_bit_weights(backbone_path):
 
 
 def test_without_bitsandbytes_it_says_what_to_install(backbone_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("rematch.train.run.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("rematch.train.build.is_bitsandbytes_available", lambda: False)
     with pytest.raises(RecipeError, match="pip install bitsandbytes"):
         build_model(four_bit_recipe(backbone_path, tmp_path))
 
