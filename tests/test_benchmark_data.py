@@ -19,9 +19,9 @@ from rematch.data.mmeb_table import DATA_SETS
 from rematch.data.own import read_own
 from rematch.data.zeroshot import SPLITS, read_zeroshot
 from rematch.errors import DataError, ImageError, ModelError
-from rematch.evaluate.benchmarks import load
-from rematch.evaluate.command import Options, load_model
-from rematch.evaluate.output import reference
+from rematch.evaluate.benchmarks import load_benchmark
+from rematch.evaluate.command import EvaluateOptions, load_model
+from rematch.evaluate.report import reference_scores
 from rematch.train.recipe import load_recipe
 from rematch.train.sources import build_dataset
 
@@ -105,7 +105,7 @@ def eval_tree(root, names=None, apart=False):
 
 
 def test_the_table_is_mmebs():
-    known = reference()
+    known = reference_scores()
     assert [d.name for d in DATA_SETS]
     assert len(DATA_SETS) == 36
     for meta, names in known["meta_tasks"].items():
@@ -298,26 +298,26 @@ def test_missing_things_are_named_or_left_out(tmp_path):
     shutil.rmtree(tmp_path / "mmeb" / "GQA")
     (tmp_path / "mmeb/images/Odd/palette.png").unlink()
     with pytest.raises(DataError, match=r"is missing: .*--tasks.*--skip-missing"):
-        load("mmeb", tmp_path / "mmeb")
-    found = load("mmeb", tmp_path / "mmeb", skip_missing=True)
+        load_benchmark("mmeb", tmp_path / "mmeb")
+    found = load_benchmark("mmeb", tmp_path / "mmeb", skip_missing=True)
     assert "no GQA/test-" in found.left_out["GQA"]
     assert "names the picture Odd/palette.png" in found.left_out["CIRR"]
     assert len(found.tasks) + len(found.left_out) == 36
     whole = found.tasks[0].name
-    assert [t.name for t in load("mmeb", tmp_path / "mmeb", [whole]).tasks] == [whole]
+    assert [t.name for t in load_benchmark("mmeb", tmp_path / "mmeb", [whole]).tasks] == [whole]
     with pytest.raises(
         DataError, match=r"--tasks HatefulMeme: no such task\. Did you mean HatefulMemes"
     ):
-        load("mmeb", tmp_path / "mmeb", ["HatefulMeme"])
+        load_benchmark("mmeb", tmp_path / "mmeb", ["HatefulMeme"])
     with pytest.raises(DataError, match="no <config>/test-"):
-        load("mmeb", tmp_path)
+        load_benchmark("mmeb", tmp_path)
     with pytest.raises(DataError, match="is not a folder"):
-        load("mmeb", tmp_path / "nowhere")
+        load_benchmark("mmeb", tmp_path / "nowhere")
     with pytest.raises(DataError, match="Did you mean mmeb"):
-        load("mmebs", tmp_path)
+        load_benchmark("mmebs", tmp_path)
     parquet(tmp_path / "wrong" / "GQA" / "test-0.parquet", [{"question": "?"}])
     with pytest.raises(DataError, match="has no column qry_text"):
-        load("mmeb", tmp_path / "wrong", ["GQA"])
+        load_benchmark("mmeb", tmp_path / "wrong", ["GQA"])
 
 
 def test_mmeb_comes_from_the_hub_without_a_folder(tmp_path, monkeypatch):
@@ -330,12 +330,12 @@ def test_mmeb_comes_from_the_hub_without_a_folder(tmp_path, monkeypatch):
         "snapshot_download",
         lambda name, **kw: asked.update(kw, name=name) or tmp_path,
     )
-    assert len(load("mmeb", names=["GQA"]).tasks) == 1
+    assert len(load_benchmark("mmeb", tasks=["GQA"]).tasks) == 1
     assert asked["name"] == "TIGER-Lab/MMEB-eval"
     assert "GQA/test-*" in asked["allow_patterns"]
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: 1 / 0)
     with pytest.raises(DataError, match=r"cannot be had from the hub.*--data"):
-        load("mmeb")
+        load_benchmark("mmeb")
 
 
 def zeroshot_tree(root):
@@ -402,7 +402,7 @@ def test_the_zero_shot_five_are_read_from_their_usual_files(tmp_path):
     assert [crepe.documents[i].text for i in crepe.candidates[1]] == ["a 1", "no 1"]
     shutil.rmtree(tmp_path / "Urban1k")
     (tmp_path / "val2017" / f"{0:012}.jpg").unlink()
-    found = load("zeroshot", tmp_path)
+    found = load_benchmark("zeroshot", tmp_path)
     assert "no Urban1k under" in found.left_out["Urban1K"]
     assert "names the picture 000000000000.jpg" in found.left_out["SugarCrepe add-obj"]
     assert len(found.tasks) == 6
@@ -506,4 +506,4 @@ def test_errors_in_own_yaml_and_beir(tmp_path):
 
 def test_a_model_that_scales_pictures_to_one_size_takes_no_pixel_limits(saved_model):
     with pytest.raises(ModelError, match="fixed size"):
-        load_model(Options(str(saved_model), max_pixels=10_000))
+        load_model(EvaluateOptions(str(saved_model), max_pixels=10_000))

@@ -25,7 +25,7 @@ from rematch.data.picto_tasks import evaluation_tasks
 from rematch.encoding.encoder import Encoder, plan
 from rematch.encoding.vector_store import VectorStore, describe, fingerprint
 from rematch.errors import ImageError, RematchError
-from rematch.evaluate.command import Options, run
+from rematch.evaluate.command import EvaluateOptions, run
 from rematch.evaluate.rerank import Reranking
 from rematch.evaluate.run import evaluate_task
 from rematch.model import ReMatch
@@ -297,7 +297,7 @@ def test_a_models_truncate_dim_counts_as_in_its_own_encode(text_model, tmp_path)
     rows = [{"query": f"word number {i % 3}", "positives": [f"number {i}"]} for i in range(9)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(
-        Options(
+        EvaluateOptions(
             str(tmp_path / "short"),
             benchmark=str(tmp_path / "own.jsonl"),
             output=tmp_path / "out",
@@ -328,11 +328,13 @@ def test_a_peers_model_is_evaluated_by_the_same_command(text_model, tmp_path):
     rows = [{"query": f"word number {i % 3}", "positives": [f"number {i}"]} for i in range(9)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     content = run(
-        Options(str(text_model), benchmark=str(tmp_path / "own.jsonl"), output=tmp_path / "out")
+        EvaluateOptions(
+            str(text_model), benchmark=str(tmp_path / "own.jsonl"), output=tmp_path / "out"
+        )
     )
     assert content["tasks"]["own"].keys() >= {"hit@1", "mrr", "ndcg@10"}
     with pytest.raises(RematchError, match="need a ReMatch model"):
-        run(Options(str(text_model), benchmark=str(tmp_path / "own.jsonl"), maxsim=True))
+        run(EvaluateOptions(str(text_model), benchmark=str(tmp_path / "own.jsonl"), maxsim=True))
 
 
 def test_a_broken_picture_is_named_before_anything_is_encoded(make_model, tmp_path):
@@ -375,7 +377,9 @@ def test_kill_9_in_the_middle_then_the_same_scores_and_nothing_twice(
 ):
     settings = ["--limit", "25", "--batch-tokens", "400", "--workers", "0"]
     whole = run(
-        Options(str(saved_model), limit=25, batch_tokens=400, workers=0, output=tmp_path / "whole")
+        EvaluateOptions(
+            str(saved_model), limit=25, batch_tokens=400, workers=0, output=tmp_path / "whole"
+        )
     )
     started = subprocess.Popen(
         [*COMMAND, str(saved_model), *settings, "--output", tmp_path / "cut"],
@@ -401,7 +405,9 @@ def test_kill_9_in_the_middle_then_the_same_scores_and_nothing_twice(
     with sqlite3.connect(file) as database:
         before = database.execute("select count(*) from vectors").fetchone()[0]
     resumed = run(
-        Options(str(saved_model), limit=25, batch_tokens=400, workers=0, output=tmp_path / "cut")
+        EvaluateOptions(
+            str(saved_model), limit=25, batch_tokens=400, workers=0, output=tmp_path / "cut"
+        )
     )
     assert 0 < before < whole["run"]["inputs_encoded"]
     assert resumed["run"]["inputs_encoded"] == whole["run"]["inputs_encoded"] - before
@@ -413,7 +419,7 @@ def test_kill_9_in_the_middle_then_the_same_scores_and_nothing_twice(
 def test_two_processes_give_the_vectors_of_one(saved_model, tmp_path, one_thread):
     names = ["Picto-T2I", "Picto-Count"]
     settings = {"limit": 20, "save_vectors": True, "rerank": 3, "tasks": names, "maxsim": True}
-    one = run(Options(str(saved_model), output=tmp_path / "one", **settings))
+    one = run(EvaluateOptions(str(saved_model), output=tmp_path / "one", **settings))
     launch = [
         sys.executable,
         "-m",

@@ -22,7 +22,8 @@ from rematch.data.schema import Item
 from rematch.demo.report import example_maps, write_report
 from rematch.encoding.encoder import Encoder
 from rematch.errors import RematchError
-from rematch.evaluate.run import TaskResult, baselines, evaluate, summary
+from rematch.evaluate.run import TaskResult, evaluate, summary
+from rematch.evaluate.summary import baselines
 from rematch.files import write_json
 from rematch.model import ReMatch
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
