@@ -15,7 +15,6 @@ from rematch.data.zeroshot import read_zeroshot
 from rematch.errors import DataError
 
 NAMES = ("picto", "mmeb", "zeroshot")
-_PICTO_TASKS = [name + suffix for suffix in ("", "-OOD") for name in picto_tasks.TASKS]
 _MMEB_TASKS = [data_set.name for data_set in DATA_SETS]
 
 
@@ -77,7 +76,8 @@ def load_benchmark(
 def _load_picto(
     data: Path | None, names: Sequence[str], limit: int | None
 ) -> tuple[list[RetrievalTask], dict[str, str]]:
-    selected = _select(names, _PICTO_TASKS)
+    available = [name + suffix for suffix in ("", "-OOD") for name in picto_tasks.TASKS]
+    selected = _select(names, available)
     if data is not None:
         return read_eval(data, selected, limit)
     # queries are generated in whole blocks
