@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from rematch.encoding.encoder import Encoder
 from rematch.encoding.vector_store import VectorStore
 from rematch.errors import RematchError
-from rematch.evaluate.command import Options, run
+from rematch.evaluate.command import EvaluateOptions, run
 
 ROUNDING = 1e-5  # of float32 sums in another order, as in test_encoder.py
 
@@ -93,7 +93,7 @@ def test_a_models_truncate_dim_counts_as_in_its_own_encode(text_model, tmp_path)
     rows = [{"query": f"word number {i % 3}", "positives": [f"number {i}"]} for i in range(9)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(
-        Options(
+        EvaluateOptions(
             str(tmp_path / "short"),
             benchmark=str(tmp_path / "own.jsonl"),
             output=tmp_path / "out",
@@ -107,8 +107,10 @@ def test_a_peers_model_is_evaluated_by_the_same_command(text_model, tmp_path):
     rows = [{"query": f"word number {i % 3}", "positives": [f"number {i}"]} for i in range(9)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     content = run(
-        Options(str(text_model), benchmark=str(tmp_path / "own.jsonl"), output=tmp_path / "out")
+        EvaluateOptions(
+            str(text_model), benchmark=str(tmp_path / "own.jsonl"), output=tmp_path / "out"
+        )
     )
     assert content["tasks"]["own"].keys() >= {"hit@1", "mrr", "ndcg@10"}
     with pytest.raises(RematchError, match="need a ReMatch model"):
-        run(Options(str(text_model), benchmark=str(tmp_path / "own.jsonl"), maxsim=True))
+        run(EvaluateOptions(str(text_model), benchmark=str(tmp_path / "own.jsonl"), maxsim=True))

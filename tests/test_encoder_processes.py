@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from rematch.evaluate.command import Options, run
+from rematch.evaluate.command import EvaluateOptions, run
 
 ROUNDING = 1e-5  # of float32 sums in another order, as in test_encoder.py
 
@@ -52,7 +52,7 @@ def test_an_evaluation_resumes_after_kill_9_with_the_same_scores(
 ):
     output = tmp_path / "interrupted"
     settings = {"limit": 25, "batch_tokens": 400, "workers": 0}
-    whole = run(Options(str(saved_model), output=tmp_path / "whole", **settings))
+    whole = run(EvaluateOptions(str(saved_model), output=tmp_path / "whole", **settings))
     arguments = ["--limit", "25", "--batch-tokens", "400", "--workers", "0", "--output", output]
     process = subprocess.Popen(
         [*COMMAND, str(saved_model), *arguments],
@@ -73,7 +73,7 @@ def test_an_evaluation_resumes_after_kill_9_with_the_same_scores(
     assert not (output / "scores.json").exists()
     (file,) = output.glob("vectors/*.sqlite")
     stored = rows_of(file)
-    resumed = run(Options(str(saved_model), output=output, **settings))
+    resumed = run(EvaluateOptions(str(saved_model), output=output, **settings))
     assert 0 < stored < whole["run"]["inputs_encoded"]
     assert resumed["run"]["inputs_encoded"] == whole["run"]["inputs_encoded"] - stored
     assert without_run(resumed) == without_run(whole)
@@ -82,7 +82,7 @@ def test_an_evaluation_resumes_after_kill_9_with_the_same_scores(
 def test_two_processes_give_the_vectors_of_a_single_one(saved_model, tmp_path, one_thread):
     tasks = ["Picto-T2I", "Picto-Count"]
     settings = {"limit": 20, "save_vectors": True, "rerank": 3, "tasks": tasks, "maxsim": True}
-    single = run(Options(str(saved_model), output=tmp_path / "single", **settings))
+    single = run(EvaluateOptions(str(saved_model), output=tmp_path / "single", **settings))
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 -m rematch.cli evaluate"
     options = "--limit 20 --save-vectors --rerank 3 --tasks Picto-T2I,Picto-Count --maxsim"
     result = subprocess.run(

@@ -1,37 +1,37 @@
-"""The evaluator against independent computations: metrics, rankings, reranking, means, doubts,
-mteb.
-"""
+"""Evaluation against independent computations: metrics, rankings, reranking, means, warnings."""
 
 import numpy as np
 import pytest
 import pytrec_eval
 import torch
-from shared_benchmarks import picto_tree
 
+from rematch.data.mmeb_export import export_picto
 from rematch.data.picto_tasks import evaluation_tasks
 from rematch.data.schema import Item, RetrievalTask
 from rematch.encoding.encoder import Encoder
 from rematch.evaluate import metrics
-from rematch.evaluate.command import Options, run
-from rematch.evaluate.metrics import ranks_of_right
+from rematch.evaluate.command import EvaluateOptions, run
+from rematch.evaluate.metrics import ranks_of_relevant
 from rematch.evaluate.rerank import Reranking
-from rematch.evaluate.run import TaskResult, chance, evaluate, evaluate_task, summarise, summary
+from rematch.evaluate.run import evaluate, evaluate_task, summarize
+from rematch.evaluate.summary import chance, task_means
+from rematch.matching import View
 from rematch.scoring import maxsim
 
 
 def test_metrics_equal_those_of_trec():
     rng = np.random.default_rng(0)
     scores = [rng.normal(size=30) for _ in range(40)]
-    right = rng.integers(1, 6, size=40)
-    qrels = {str(i): {str(j): 1 for j in range(p)} for i, p in enumerate(right)}
-    runs = {str(i): {str(j): float(s) for j, s in enumerate(own)} for i, own in enumerate(scores)}
+    relevant = rng.integers(1, 6, size=40)
+    qrels = {str(i): {str(j): 1 for j in range(p)} for i, p in enumerate(relevant)}
+    runs = {str(i): {str(j): float(s) for j, s in enumerate(row)} for i, row in enumerate(scores)}
     measures = {"success_1,5,10", "recip_rank", "ndcg_cut_10", "recall_10", "map", "map_cut_5"}
     theirs = pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(runs)
 
     def mean(name):
         return 100 * np.mean([row[name] for row in theirs.values()])
 
-    ranks = [ranks_of_right(own, p) for own, p in zip(scores, right, strict=True)]
+    ranks = [ranks_of_relevant(row, p) for row, p in zip(scores, relevant, strict=True)]
     for k in (1, 5, 10):
         assert metrics.hit_at(ranks, k) == pytest.approx(mean(f"success_{k}"))
     assert metrics.mrr_at(ranks) == pytest.approx(mean("recip_rank"))
@@ -41,11 +41,11 @@ def test_metrics_equal_those_of_trec():
 
 
 def test_ties_and_nan_are_misses():
-    assert ranks_of_right(np.ones(5)).tolist() == [5]
-    assert ranks_of_right(np.full(5, np.nan)).tolist() == [5]
-    assert ranks_of_right(np.array([np.nan, -1.0])).tolist() == [2]
-    assert ranks_of_right(np.array([1.0, np.nan])).tolist() == [2]
-    assert ranks_of_right(np.array([1.0, 1.0, 1.0]), right=2).tolist() == [2, 3]
+    assert ranks_of_relevant(np.ones(5)).tolist() == [5]
+    assert ranks_of_relevant(np.full(5, np.nan)).tolist() == [5]
+    assert ranks_of_relevant(np.array([np.nan, -1.0])).tolist() == [2]
+    assert ranks_of_relevant(np.array([1.0, np.nan])).tolist() == [2]
+    assert ranks_of_relevant(np.array([1.0, 1.0, 1.0]), relevant=2).tolist() == [2, 3]
 
 
 def hits_from_saved_vectors(path):
@@ -59,11 +59,11 @@ def hits_from_saved_vectors(path):
     hits, start = [], 0
     rounding = saved["queries"].shape[1] * 2.0**-24
     for query, size, right in zip(saved["queries"], saved["sizes"], saved["right"], strict=True):
-        own = saved["candidates"][start : start + size]
+        candidates = saved["candidates"][start : start + size]
         start += size
         best_right = -np.inf
         best_wrong = -np.inf
-        for place, document in enumerate(own):
+        for place, document in enumerate(candidates):
             score = np.dot(
                 saved["documents"][document].astype(np.float64), query.astype(np.float64)
             )
@@ -80,9 +80,9 @@ def hits_from_saved_vectors(path):
 def test_hits_on_an_mmeb_export_equal_an_independent_script_query_by_query(saved_model, tmp_path):
     import pyarrow.parquet as pq
 
-    picto_tree(tmp_path / "tree")
+    export_picto(tmp_path / "tree", "mmeb-eval", samples=6)
     content = run(
-        Options(
+        EvaluateOptions(
             str(saved_model),
             output=tmp_path / "out",
             data=tmp_path / "tree",
@@ -115,41 +115,43 @@ def test_text_documents_shared_by_tasks_are_encoded_once(make_model):
         d.instruction + d.text for t in tasks for d in t.documents
     }
     assert encoder.encoded == len(distinct)
-    for one, task in zip(together, tasks, strict=True):  # in other batches, so not to the last bit
+    for result, task in zip(together, tasks, strict=True):
         alone = evaluate_task(Encoder(model, workers=0), task)
-        for vectors, expected in zip(one.vectors, alone.vectors, strict=True):
-            assert np.allclose(vectors, expected, atol=1e-5)
+        # in other batches, so not equal to the last bit
+        assert np.allclose(result.queries, alone.queries, atol=1e-5)
+        assert np.allclose(result.documents, alone.documents, atol=1e-5)
 
 
 def test_several_answers_and_whole_corpora():
     items = [Item(text=str(i), key=str(i)) for i in range(5)]
     task = RetrievalTask("t", "retrieval", items[:2], items, [], answers=[[3, 1], [0]])
-    own, right = task.pool(0)
-    assert own[:2].tolist() == [3, 1]
-    assert right == 2
-    assert sorted(own.tolist()) == [0, 1, 2, 3, 4]
+    candidates, relevant = task.pool(0)
+    assert candidates[:2].tolist() == [3, 1]
+    assert relevant == 2
+    assert sorted(candidates.tolist()) == [0, 1, 2, 3, 4]
     assert chance(task) == pytest.approx(100 * (2 / 5 + 1 / 5) / 2)
 
 
-def result(name, meta, hit, ood=False):
-    return TaskResult(RetrievalTask(name, meta, [], [], [], ood=ood), {"hit@1": hit}, [])
+def task(name, meta_task, ood=False):
+    return RetrievalTask(name, meta_task, [], [], [], ood=ood)
 
 
 def test_means_are_mmebs_and_pictos():
-    mmeb = [result("A", "vqa", 10), result("B", "vqa", 20, ood=True), result("C", "grounding", 60)]
-    assert summary(mmeb) == {
+    mmeb = [task("A", "vqa"), task("B", "vqa", ood=True), task("C", "grounding")]
+    assert task_means(mmeb, [10, 20, 60]) == {
         "overall": 30.0,
         "vqa": 15.0,
         "grounding": 60.0,
         "ood": 20.0,
         "ind": 35.0,
     }
-    picto = [
-        result("A", "vqa", 10),
-        result("A-OOD", "vqa", 2, ood=True),
-        result("C", "grounding", 60),
-    ]
-    assert summary(picto) == {"overall": 35.0, "vqa": 10.0, "grounding": 60.0, "ood_overall": 2.0}
+    picto = [task("A", "vqa"), task("A-OOD", "vqa", ood=True), task("C", "grounding")]
+    assert task_means(picto, [10, 2, 60]) == {
+        "overall": 35.0,
+        "vqa": 10.0,
+        "grounding": 60.0,
+        "ood_overall": 2.0,
+    }
 
 
 def test_maxsim_is_the_mean_of_best_cosines():
@@ -165,40 +167,43 @@ def test_reranking_orders_the_first_candidates_by_p_yes_of_single_pairs(make_mod
     model = make_model(dtype=torch.float32)
     task = next(t for t in evaluation_tasks(queries=50) if t.name == "Picto-T2I")
     task.queries, task.candidates = task.queries[:6], task.candidates[:6]
-    views = ("raw-raw", "feat-feat")
+    views = (View.RAW_RAW, View.FEAT_FEAT)
     encoder = Encoder(model, workers=0)
-    found = evaluate_task(encoder, task, reranking=Reranking(9, views), multi_vector=True)
-    assert list(found.methods) == [
+    result = evaluate_task(encoder, task, reranking=Reranking(9, views), multi_vector=True)
+    assert list(result.methods) == [
         "embedding",
         "MaxSim",
         "rerank 9, raw-raw",
         "rerank 9, feat-feat",
     ]
-    asked, given = ([x.as_input() for x in side] for side in (task.queries, task.documents))
-    queries, documents = found.vectors
+    query_inputs = [query.as_input() for query in task.queries]
+    document_inputs = [document.as_input() for document in task.documents]
     for view in views:
-        least, most = (
-            [],
-            [],
-        )  # the ranks, where rounding might swap two: single pairs and packed ones differ by it
-        for i, own in enumerate(task.candidates):
-            first, right = found.best[i][0][:9].tolist(), own[0]
-            if right not in first:
-                least.append(found.ranks[i][0])
-                most.append(found.ranks[i][0])
+        # the lowest and highest ranks if rounding swaps two documents: single pairs and packed
+        # ones differ by it
+        lowest, highest = [], []
+        for i, candidates in enumerate(task.candidates):
+            first, answer = result.best[i].documents[:9].tolist(), candidates[0]
+            if answer not in first:
+                lowest.append(result.ranks[i][0])
+                highest.append(result.ranks[i][0])
                 continue
-            judged = []
+            p_yes = []
             for j in first:  # one pair at a time
-                pair = (asked[i], given[j]) if view == "raw-raw" else (queries[i], documents[j])
-                judged.append(float(model.match([pair[0]], [pair[1]], view)[0]))
-            answer = judged.pop(first.index(right))
-            least.append(1 + sum(p > answer + 1e-5 for p in judged))
-            most.append(1 + sum(p > answer - 1e-5 for p in judged))
-        scores = found.methods[f"rerank 9, {view}"]
-        assert min(least) < 10, "the answer is among the first candidates of some query"
-        low, high = (summarise([np.array([rank]) for rank in ranks]) for ranks in (most, least))
+                if view is View.RAW_RAW:
+                    pair = query_inputs[i], document_inputs[j]
+                else:
+                    pair = result.queries[i], result.documents[j]
+                p_yes.append(float(model.match([pair[0]], [pair[1]], view)[0]))
+            p_yes_of_answer = p_yes.pop(first.index(answer))
+            lowest.append(1 + sum(p > p_yes_of_answer + 1e-5 for p in p_yes))
+            highest.append(1 + sum(p > p_yes_of_answer - 1e-5 for p in p_yes))
+        scores = result.methods[f"rerank 9, {view}"].scores
+        assert min(lowest) < 10, "the answer is among the first candidates of some query"
+        worst = summarize([np.array([rank]) for rank in highest])
+        best = summarize([np.array([rank]) for rank in lowest])
         for name in ("hit@1", "mrr"):
-            assert low[name] - 1e-9 <= scores[name] <= high[name] + 1e-9
+            assert worst[name] - 1e-9 <= scores[name] <= best[name] + 1e-9
 
 
 def test_equal_vectors_nan_and_chance_are_flagged(make_model, monkeypatch):
@@ -214,9 +219,9 @@ def test_equal_vectors_nan_and_chance_are_flagged(make_model, monkeypatch):
     monkeypatch.setattr(
         encoder, "encode", lambda inputs, *_, **__: np.full((len(inputs), 4), np.nan, np.float32)
     )
-    found = evaluate_task(encoder, task)
-    assert "hold NaN" in " ".join(found.warnings)
-    assert found.scores["hit@10"] == 0
+    result = evaluate_task(encoder, task)
+    assert "contain NaN" in " ".join(result.warnings)
+    assert result.scores["hit@10"] == 0
 
 
 def test_mteb_runs_a_model_through_its_own_wrapper(model):
@@ -229,7 +234,7 @@ def test_mteb_runs_a_model_through_its_own_wrapper(model):
     from mteb.abstasks.task_metadata import TaskMetadata
 
     texts = [f"number {i} is {'even' if i % 2 == 0 else 'odd'}" for i in range(30)]
-    asked = [f"which is number {i}?" for i in range(12)]
+    questions = [f"which is number {i}?" for i in range(12)]
 
     class Local(AbsTaskRetrieval):
         metadata = TaskMetadata(
@@ -255,8 +260,10 @@ def test_mteb_runs_a_model_through_its_own_wrapper(model):
 
         def load_data(self, *args, **kwargs):
             corpus = Dataset.from_list([{"id": str(i), "text": t} for i, t in enumerate(texts)])
-            queries = Dataset.from_list([{"id": str(i), "text": t} for i, t in enumerate(asked)])
-            relevant = {str(i): {str(i): 1} for i in range(len(asked))}
+            queries = Dataset.from_list(
+                [{"id": str(i), "text": t} for i, t in enumerate(questions)]
+            )
+            relevant = {str(i): {str(i): 1} for i in range(len(questions))}
             split = {
                 "corpus": corpus,
                 "queries": queries,
@@ -269,9 +276,9 @@ def test_mteb_runs_a_model_through_its_own_wrapper(model):
     outcome = mteb.evaluate(model, Local(), cache=None, show_progress_bar=False)
     theirs = outcome.task_results[0].scores["test"][0]
     documents = [Item(text=t, key=t) for t in texts]
-    task = RetrievalTask(
-        "n", "own", [Item(text=t) for t in asked], documents, [], answers=[[i] for i in range(12)]
-    )
+    queries = [Item(text=t) for t in questions]
+    answers = [[i] for i in range(12)]
+    task = RetrievalTask("n", "numbers", queries, documents, [], answers=answers)
     ours = evaluate_task(Encoder(model, workers=0), task).scores
     assert ours["ndcg@10"] == pytest.approx(100 * theirs["ndcg_at_10"], abs=0.01)
     assert ours["hit@1"] == pytest.approx(100 * theirs["recall_at_1"], abs=0.01)

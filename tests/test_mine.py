@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from rematch.data.triplets import load_triplets
 
 from rematch.data.images import Checked, Encoded, Zipped, load_image
 from rematch.data.schema import Item
+from rematch.data.triplets import load_triplets
 from rematch.encoding.encoder import look_at_picture
 from rematch.errors import DataError, ImageError
 from rematch.matching import View

@@ -12,14 +12,14 @@ from rematch.data.images import ZippedPicture, load_image
 from rematch.data.mmeb import MARKER, data_set_of, load_mmeb_eval, load_mmeb_train
 from rematch.data.mmeb_table import DATA_SETS
 from rematch.errors import DataError, ImageError
-from rematch.evaluate.benchmarks import load
-from rematch.evaluate.output import reference
+from rematch.evaluate.benchmarks import load_benchmark
+from rematch.evaluate.report import reference_scores
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_the_table_is_mmebs():
-    published = reference()
+    published = reference_scores()
     assert [d.name for d in DATA_SETS]
     assert len(DATA_SETS) == 36
     for meta, names in published["meta_tasks"].items():
@@ -118,26 +118,26 @@ def test_missing_data_is_named_or_left_out(tmp_path):
     shutil.rmtree(tmp_path / "mmeb" / "GQA")
     (tmp_path / "mmeb/images/Odd/palette.png").unlink()
     with pytest.raises(DataError, match=r"is missing: .*--tasks.*--skip-missing"):
-        load("mmeb", tmp_path / "mmeb")
-    benchmark = load("mmeb", tmp_path / "mmeb", skip_missing=True)
+        load_benchmark("mmeb", tmp_path / "mmeb")
+    benchmark = load_benchmark("mmeb", tmp_path / "mmeb", skip_missing=True)
     assert "no GQA/test-" in benchmark.left_out["GQA"]
     assert "names the picture Odd/palette.png" in benchmark.left_out["CIRR"]
     assert len(benchmark.tasks) + len(benchmark.left_out) == 36
     name = benchmark.tasks[0].name
-    assert [t.name for t in load("mmeb", tmp_path / "mmeb", [name]).tasks] == [name]
+    assert [t.name for t in load_benchmark("mmeb", tmp_path / "mmeb", [name]).tasks] == [name]
     with pytest.raises(
         DataError, match=r"--tasks HatefulMeme: no such task\. Did you mean HatefulMemes"
     ):
-        load("mmeb", tmp_path / "mmeb", ["HatefulMeme"])
+        load_benchmark("mmeb", tmp_path / "mmeb", ["HatefulMeme"])
     with pytest.raises(DataError, match="no <config>/test-"):
-        load("mmeb", tmp_path)
+        load_benchmark("mmeb", tmp_path)
     with pytest.raises(DataError, match="is not a folder"):
-        load("mmeb", tmp_path / "nowhere")
+        load_benchmark("mmeb", tmp_path / "nowhere")
     with pytest.raises(DataError, match="Did you mean mmeb"):
-        load("mmebs", tmp_path)
+        load_benchmark("mmebs", tmp_path)
     write_parquet(tmp_path / "wrong" / "GQA" / "test-0.parquet", [{"question": "?"}])
     with pytest.raises(DataError, match="has no column qry_text"):
-        load("mmeb", tmp_path / "wrong", ["GQA"])
+        load_benchmark("mmeb", tmp_path / "wrong", ["GQA"])
 
 
 def test_mmeb_comes_from_the_hub_without_a_folder(tmp_path, monkeypatch):
@@ -150,9 +150,9 @@ def test_mmeb_comes_from_the_hub_without_a_folder(tmp_path, monkeypatch):
         "snapshot_download",
         lambda name, **kw: arguments.update(kw, name=name) or tmp_path,
     )
-    assert len(load("mmeb", names=["GQA"]).tasks) == 1
+    assert len(load_benchmark("mmeb", tasks=["GQA"]).tasks) == 1
     assert arguments["name"] == "TIGER-Lab/MMEB-eval"
     assert "GQA/test-*" in arguments["allow_patterns"]
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: 1 / 0)
     with pytest.raises(DataError, match=r"cannot be downloaded from the hub.*--data"):
-        load("mmeb")
+        load_benchmark("mmeb")

@@ -2,20 +2,17 @@
 
 import json
 import shutil
-import threading
-import time
 
 import pytest
-import uvicorn
 from PIL import Image
 from shared_search import save_picture
+from shared_server import running
 
 from rematch import ReMatch
 from rematch.data.corpus import open_corpus
 from rematch.encoding.encoder import Encoder
 from rematch.search.build import build
 from rematch.search.index import Index
-from rematch.serve.app import create_app
 from rematch.serve.engine import Engine
 from rematch.serve.limits import Limits
 
@@ -25,7 +22,7 @@ COLOURS = ("red", "green", "blue", "white", "black", "orange", "purple", "brown"
 
 @pytest.fixture(scope="module")
 def served(saved_model, tmp_path_factory):
-    """(address, engine) of a server over ten cards, one of which is text alone."""
+    """(address, engine, folder) of a server over ten cards with pictures and one without."""
     folder = tmp_path_factory.mktemp("shop")
     rows = []
     for i, colour in enumerate(COLOURS):
@@ -44,16 +41,8 @@ def served(saved_model, tmp_path_factory):
     index = Index.create(folder / "cards.idx", model, name=str(saved_model))
     build(index, open_corpus(folder / "cards.jsonl"), Encoder(model, workers=0))
     engine = Engine(str(folder / "cards.idx"))
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(engine, Limits(pixels=100_000)), port=0, log_level="warning")
-    )
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", engine, folder
-    server.should_exit = True
-    thread.join(30)
+    with running(engine, Limits(pixels=100_000)) as address:
+        yield address, engine, folder
 
 
 @pytest.fixture(scope="module")
@@ -63,36 +52,35 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(
+        chromium = playwright.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
         )
-        yield found
-        found.close()
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture
 def page(browser, served):
-    """The page, opened; whatever it asks of other machines or logs as an error fails the test."""
-    found = browser.new_page(viewport={"width": 1000, "height": 800})
-    wrong = []
-    found.on(
-        "request",
-        lambda r: (
-            wrong.append(r.url) if not r.url.startswith((served[0], "data:", "blob:")) else None
-        ),
-    )
-    found.on("pageerror", lambda error: wrong.append(str(error)))
-    found.on(
-        "console",
-        lambda m: (
-            wrong.append(m.text) if m.type == "error" and "status of 4" not in m.text else None
-        ),
-    )
-    found.goto(served[0])
-    found.wait_for_function("() => document.querySelectorAll('#examples button').length === 4")
-    yield found
-    found.close()
-    assert not wrong
+    """The page; a request to another machine or an error in the console fails the test."""
+    page = browser.new_page(viewport={"width": 1000, "height": 800})
+    problems = []
+
+    def check_request(request):
+        if not request.url.startswith((served[0], "data:", "blob:")):
+            problems.append(request.url)
+
+    def check_console(message):
+        if message.type == "error" and "status of 4" not in message.text:
+            problems.append(message.text)
+
+    page.on("request", check_request)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", check_console)
+    page.goto(served[0])
+    page.wait_for_function("() => document.querySelectorAll('#examples button').length === 4")
+    yield page
+    page.close()
+    assert not problems
 
 
 def results(page, status="result"):
@@ -111,8 +99,7 @@ def test_text_picture_and_both(page, served):
     assert "11 documents" in page.inner_text("#about")
     page.fill("#text", "a red card")
     page.keyboard.press("Enter")
-    found = results(page)
-    assert found == [hit.text for hit in engine.index.search("a red card", 12)]
+    assert results(page) == [hit.text for hit in engine.index.search("a red card", 12)]
     page.wait_for_function(
         "() => [...document.querySelectorAll('.card img')].every((i) => i.complete && "
         "i.naturalWidth)"
@@ -151,14 +138,14 @@ def test_reranking_says_what_it_moved(page, served):
     assert "P(yes)" in page.inner_text(".card .score >> nth=0")
 
 
-def test_filter_nothing_found_and_errors(page):
+def test_filter_no_results_and_errors(page):
     page.fill("#text", "a card")
     page.fill("#filter", "year = 2003")
     page.keyboard.press("Enter")
     assert results(page) == ["a white card"]
     page.fill("#filter", "year = 1900")
     page.keyboard.press("Enter")
-    assert results(page, "Nothing was found that meets the filter") == []
+    assert results(page, "No document matches the filter") == []
     page.fill("#filter", "yeer = 1")
     page.keyboard.press("Enter")
     assert results(page, "condition in SQL on id, text, path, year") == []
@@ -166,7 +153,7 @@ def test_filter_nothing_found_and_errors(page):
     page.fill("#text", "")
     page.keyboard.press("Enter")
     page.wait_for_function(
-        "() => document.getElementById('status').textContent.includes('Type something')"
+        "() => document.getElementById('status').textContent.includes('Type a query')"
     )
 
 
@@ -174,20 +161,19 @@ def test_bad_uploads(page, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     page.set_input_files("#file", tmp_path / "notes.txt")
     page.wait_for_function(
-        "() => document.getElementById('status').textContent.includes('is no picture')"
+        "() => document.getElementById('status').textContent.includes('is not a picture')"
     )
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     page.set_input_files("#file", tmp_path / "broken.png")
     page.wait_for_function(
-        "() => document.getElementById('status').textContent.includes('no picture that can be "
-        "read')"
+        "() => document.getElementById('status').textContent.includes('not a readable picture')"
     )
     save_picture(tmp_path / "large.png", 1, 400)
     page.set_input_files("#file", tmp_path / "large.png")
     page.wait_for_function(
         "() => document.getElementById('status').textContent.includes('400×400')"
     )
-    assert "100,000 at most" in page.inner_text("#status")
+    assert "at most 100,000" in page.inner_text("#status")
 
 
 def test_detail_with_attention_by_keyboard_alone(page, served):
@@ -233,22 +219,13 @@ def test_examples_and_a_phone_in_the_dark(browser, served):
     phone.close()
 
 
-def test_a_key_is_asked_for(browser, served):
-    engine = served[1]
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(engine, keys=["word"]), port=0, log_level="warning")
-    )
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    page = browser.new_page()
-    page.on("dialog", lambda dialog: dialog.accept("word"))
-    page.goto(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}")
-    page.wait_for_selector("#examples button")
-    page.fill("#text", "a card")
-    page.keyboard.press("Enter")
-    assert len(results(page)) == 11
-    page.close()
-    server.should_exit = True
-    thread.join(30)
+def test_the_page_prompts_for_a_key(browser, served):
+    with running(served[1], keys=["secret"]) as address:
+        page = browser.new_page()
+        page.on("dialog", lambda dialog: dialog.accept("secret"))
+        page.goto(address)
+        page.wait_for_selector("#examples button")
+        page.fill("#text", "a card")
+        page.keyboard.press("Enter")
+        assert len(results(page)) == 11
+        page.close()

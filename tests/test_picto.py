@@ -17,7 +17,7 @@ from rematch.data.mmeb import MARKER, load_mmeb_eval, load_mmeb_train
 from rematch.data.mmeb_export import export_picto
 from rematch.data.picto_tasks import CANDIDATES, TASKS, evaluation_tasks, training_triplet
 from rematch.errors import DataError
-from rematch.evaluate.run import baselines
+from rematch.evaluate.summary import baselines
 
 
 def test_scenes_and_pictures_follow_from_their_seeds():

@@ -4,11 +4,11 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from test_serve import corpus, engine, running
+from shared_server import card_engine, running
 
+from rematch.serve.engine import Engine
 from rematch.serve.limits import Limits
 
-__all__ = ["corpus", "engine"]
 OPERATIONS = {
     "POST /v1/embeddings",
     "POST /v1/rerank",
@@ -22,6 +22,11 @@ OPERATIONS = {
     "GET /ready",
     "GET /metrics",
 }
+
+
+@pytest.fixture(scope="module")
+def engine(saved_model, tmp_path_factory) -> Engine:
+    return card_engine(saved_model, tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")

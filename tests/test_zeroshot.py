@@ -7,7 +7,7 @@ from shared_benchmarks import zeroshot_tree
 
 from rematch.data.zeroshot import load_zeroshot
 from rematch.errors import DataError
-from rematch.evaluate.benchmarks import load
+from rematch.evaluate.benchmarks import load_benchmark
 
 
 def test_the_five_zero_shot_sets_are_loaded_from_their_published_files(tmp_path):
@@ -28,7 +28,7 @@ def test_the_five_zero_shot_sets_are_loaded_from_their_published_files(tmp_path)
     assert [crepe.documents[i].text for i in crepe.candidates[1]] == ["a 1", "no 1"]
     shutil.rmtree(tmp_path / "Urban1k")
     (tmp_path / "val2017" / f"{0:012}.jpg").unlink()
-    benchmark = load("zeroshot", tmp_path)
+    benchmark = load_benchmark("zeroshot", tmp_path)
     assert "no Urban1k under" in benchmark.left_out["Urban1K"]
     assert "names the picture 000000000000.jpg" in benchmark.left_out["SugarCrepe add-obj"]
     assert len(benchmark.tasks) == 6

@@ -20,8 +20,8 @@ data_app = typer.Typer(help="Benchmark data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _print_version(version: bool) -> None:
+    if version:
         typer.echo(f"rematch {__version__}")
         raise typer.Exit
 
@@ -30,7 +30,9 @@ def _version(asked: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -178,12 +180,17 @@ def mine(
 @app.command()
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="Checkpoint, hub name, or rematch-tiny; any SentenceTransformer.")
+        str,
+        typer.Argument(
+            help="Directory or hub name of a ReMatch model or any other SentenceTransformer; or "
+            "rematch-tiny."
+        ),
     ] = "rematch-tiny",
     benchmark: Annotated[
         str,
         typer.Option(
-            help="picto, mmeb, zeroshot; or own data: .yaml, .jsonl, .parquet, a BEIR folder."
+            help="picto, mmeb or zeroshot; or own data: a .yaml, .jsonl or .parquet file, or a "
+            "BEIR folder."
         ),
     ] = "picto",
     output: Annotated[
@@ -191,30 +198,44 @@ def evaluate(
         typer.Option(help="Directory for scores.json, predictions.parquet and report.html."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of the benchmark; without it MMEB is downloaded.")
+        Path | None,
+        typer.Option(help="Folder of the benchmark; without it, MMEB is downloaded."),
     ] = None,
-    tasks: Annotated[str, typer.Option(help="Only these, with commas between.")] = "",
+    tasks: Annotated[
+        str, typer.Option(help="Evaluate only these tasks, separated by commas.")
+    ] = "",
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many queries of each task.")
+        int | None, typer.Option(min=1, help="Number of queries of each task; by default all.")
     ] = None,
     skip_missing: Annotated[
-        bool, typer.Option(help="Leave out what is missing or broken, and say so.")
+        bool, typer.Option(help="Leave out tasks whose data is missing or broken, with a warning.")
     ] = False,
     document_instructions: Annotated[
         bool | None,
-        typer.Option(help="Instructions before documents; by default as the model was trained."),
+        typer.Option(
+            help="Put instructions before documents; by default as the model was trained."
+        ),
     ] = None,
     rerank: Annotated[
-        int, typer.Option(min=0, help="Let the matching head reorder the first so many besides.")
+        int,
+        typer.Option(
+            min=0,
+            help="Also rerank this many candidates of each query by the matching head.",
+        ),
     ] = 0,
     views: Annotated[
-        str, typer.Option(help="What it reads: raw-raw, feat-feat, …; several with commas.")
+        str,
+        typer.Option(
+            help="With --rerank: what the matching head reads, such as raw-raw or feat-feat; "
+            "several separated by commas."
+        ),
     ] = "raw-raw",
     maxsim: Annotated[
-        bool, typer.Option(help="Score by MaxSim over the token vectors besides.")
+        bool, typer.Option(help="Also rank by MaxSim over the token vectors.")
     ] = False,
     cache: Annotated[
-        Path | None, typer.Option(help="Where vectors are kept; by default OUTPUT/vectors.")
+        Path | None,
+        typer.Option(help="Directory where vectors are cached; by default OUTPUT/vectors."),
     ] = None,
     save_vectors: Annotated[
         bool, typer.Option(help="Write each task's vectors to OUTPUT/arrays.")
@@ -226,33 +247,37 @@ def evaluate(
         int | None, typer.Option(min=0, help="Processes that prepare batches.")
     ] = None,
     min_pixels: Annotated[
-        int | None, typer.Option(min=1, help="Least pixels of a picture, where a model takes it.")
+        int | None,
+        typer.Option(min=1, help="Scale smaller pictures up, if the model supports it."),
     ] = None,
     max_pixels: Annotated[
-        int | None, typer.Option(min=1, help="Most pixels of a picture, where a model takes it.")
+        int | None,
+        typer.Option(min=1, help="Scale larger pictures down, if the model supports it."),
     ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option(help="Run code that comes with a foreign model.")
+        bool, typer.Option(help="Run code that comes with the model.")
     ] = False,
 ) -> None:
     """Score a model on a benchmark: Hit@1 per task, per meta-task, in and out of distribution."""
-    from rematch.evaluate.command import Options, run
+    from rematch.evaluate.command import EvaluateOptions, run
     from rematch.matching import View
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    chosen = tuple(View(view.strip()) for view in views.split(","))
+    view_names = [name.strip() for name in views.split(",")]
+    for name in view_names:
+        if name not in list(View):
+            raise RematchError(f"--views {name} is unknown; choose from {', '.join(View)}.")
     run(
-        Options(
+        EvaluateOptions(
             model=model,
             benchmark=benchmark,
             output=output,
             data=data,
-            tasks=names,
+            tasks=[name.strip() for name in tasks.split(",") if name.strip()],
             limit=limit,
             skip_missing=skip_missing,
             document_instructions=document_instructions,
             rerank=rerank,
-            views=chosen,
+            views=tuple(View(name) for name in view_names),
             maxsim=maxsim,
             cache=cache,
             save_vectors=save_vectors,
@@ -372,31 +397,51 @@ def search(
 @app.command()
 def serve(
     target: Annotated[
-        str, typer.Argument(help="An index (then there is a search page, too), or a model.")
+        str,
+        typer.Argument(
+            help="An index, which is served with a search page; or a model: a directory, a hub "
+            "name, or rematch-tiny."
+        ),
     ],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any free one.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free port.")
+    ] = 8000,
     host: Annotated[
         str, typer.Option(help="Address to listen on; by default this machine only.")
     ] = "127.0.0.1",
-    model: Annotated[str | None, typer.Option(help="Where an index's model lies now.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Directory or hub name of the index's model, if it was moved."),
+    ] = None,
     api_keys: Annotated[
         Path | None,
-        typer.Option(help="File with one API key a line; also REMATCH_API_KEYS with commas."),
+        typer.Option(
+            help="File with one API key a line; REMATCH_API_KEYS may hold more, separated by "
+            "commas."
+        ),
     ] = None,
     image_hosts: Annotated[
         str,
         typer.Option(
-            help="Hosts whose pictures may be fetched by URL, with commas; none by default."
+            help="Hosts from which pictures may be fetched by URL, separated by commas; by "
+            "default none."
         ),
     ] = "",
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a batch.")] = 4096,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a forward pass, padding included.")
+    ] = 4096,
     waiting: Annotated[
-        int, typer.Option(min=1, help="Calls in the queue; more are refused.")
+        int, typer.Option(min=1, help="Longest queue; further calls are refused with 429.")
     ] = 512,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request.")] = 60.0,
-    batching: Annotated[bool, typer.Option(help="Compute together what waits together.")] = True,
+    timeout: Annotated[
+        float,
+        typer.Option(min=0.1, help="Seconds after which a request is answered with 504."),
+    ] = 60.0,
+    batching: Annotated[
+        bool, typer.Option(help="Compute calls that wait together, in batches.")
+    ] = True,
 ) -> None:
-    """Serve embeddings, reranking and search over HTTP, and a page to search with."""
+    """Serve embeddings, reranking and search over HTTP, with a search page."""
     from rematch.serve.command import ServeOptions, run_server
 
     run_server(
@@ -436,21 +481,16 @@ def export(
 
 
 def main() -> None:
-    """Entry point: errors a user can mend are one line and exit code 2, never a traceback."""
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # on CPUs it warns of kernels that nothing here uses
+    """Entry point: an error that the user can fix is one line and exit code 2, not a traceback."""
+    # on CPUs, bitsandbytes warns of kernels that nothing here uses
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except RematchError as error:
-        # one that was raised in a data worker comes wrapped in that worker's traceback
-        message = (
-            str(error)
-            .strip()
-            .splitlines()[-1]
-            .removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
-        )
-        typer.echo(f"error: {message}", err=True)
+        # an error of a data worker has the worker's traceback as its text; the message comes last
+        last_line = str(error).strip().splitlines()[-1]
+        prefix = f"{type(error).__module__}.{type(error).__name__}: "
+        typer.echo(f"error: {last_line.removeprefix(prefix)}", err=True)
         sys.exit(2)
 
 

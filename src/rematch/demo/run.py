@@ -16,7 +16,8 @@ from rematch.data.schema import RetrievalTask
 from rematch.demo.examples import ExampleMaps, ExampleSearch, example_maps, example_searches
 from rematch.demo.pace import MINUTES, TIMED_STEPS, Pace
 from rematch.encoding.encoder import Encoder
-from rematch.evaluate.run import TaskResult, baselines, evaluate, summary
+from rematch.evaluate.run import TaskResult, evaluate, summary
+from rematch.evaluate.summary import baselines
 from rematch.model import ReMatch
 from rematch.train.recipe import Loss, Model, Recipe, Train
 from rematch.train.run import train

@@ -1,4 +1,4 @@
-"""What can be evaluated on, by name: Picto, MMEB, the five zero-shot sets, own data."""
+"""Benchmarks by name: Picto, MMEB, the five zero-shot sets; or a user's custom data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,104 +15,128 @@ from rematch.data.zeroshot import load_zeroshot
 from rematch.errors import DataError
 
 NAMES = ("picto", "mmeb", "zeroshot")
-_MMEB = [d.name for d in DATA_SETS]
+_MMEB_TASKS = [data_set.name for data_set in DATA_SETS]
 
 
 @dataclass
 class Benchmark:
-    """Tasks to evaluate, and why others are left out."""
+    """The tasks of a benchmark that can be evaluated.
+
+    Attributes:
+        name: Name of the benchmark.
+        tasks: The tasks.
+        left_out: The reason for each task that was left out.
+    """
 
     name: str
     tasks: list[RetrievalTask]
     left_out: dict[str, str]
 
 
-def load(
-    benchmark: str,
+def load_benchmark(
+    name: str,
     data: Path | None = None,
-    names: Sequence[str] = (),
+    tasks: Sequence[str] = (),
     limit: int | None = None,
     skip_missing: bool = False,
 ) -> Benchmark:
-    """The tasks of a benchmark.
+    """Load the tasks of a benchmark.
 
     Args:
-        benchmark: ``"picto"``, ``"mmeb"``, ``"zeroshot"``, or the path of custom data
+        name: ``"picto"``, ``"mmeb"``, ``"zeroshot"``, or the path of custom data
             (:mod:`rematch.data.custom`).
-        data: Folder of the benchmark; Picto is made and MMEB downloaded without one.
-        names: Only these tasks.
-        limit: Only the first so many queries of each.
-        skip_missing: Leave out what is not there, instead of stopping.
+        data: Folder of the benchmark. Without it, Picto is generated and MMEB is downloaded.
+        tasks: Names of the tasks to load; by default all.
+        limit: Number of queries to load of each task; by default all.
+        skip_missing: Leave out tasks whose data is missing, instead of raising an error.
 
     Raises:
-        DataError: If the benchmark or one of the names is unknown, or something is missing.
+        DataError: If the benchmark or a task is unknown, or data is missing.
     """
-    left_out: dict[str, str] = {}
-    if benchmark == "picto":
-        wanted = _chosen(names, [name + end for end in ("", "-OOD") for name in picto_tasks.TASKS])
-        if data is None:
-            tasks = [t for t in _made(limit) if t.name in wanted]
-        else:
-            tasks, left_out = load_mmeb_eval(data, wanted, limit)
-    elif benchmark == "mmeb":
-        wanted = _chosen(names, _MMEB)
-        tasks, left_out = load_mmeb_eval(data or download(wanted), wanted, limit)
-    elif benchmark == "zeroshot":
-        if data is None:
-            raise DataError(
-                "zeroshot: --data is missing. Give the folder that holds the sets "
-                "(docs/evaluation.md)."
-            )
-        tasks, left_out = load_zeroshot(data, limit)
-        known = [t.name for t in tasks] + list(left_out)
-        wanted = _chosen(names, known)
-        tasks = [t for t in tasks if t.name in wanted]
-        left_out = {name: why for name, why in left_out.items() if name in wanted}
+    if name == "picto":
+        loaded, left_out = _load_picto(data, tasks, limit)
+    elif name == "mmeb":
+        selected = _select(tasks, _MMEB_TASKS)
+        loaded, left_out = load_mmeb_eval(data or download(selected), selected, limit)
+    elif name == "zeroshot":
+        loaded, left_out = _load_zeroshot(data, tasks, limit)
     else:
-        source = Path(benchmark)
-        if not source.exists():
-            near = get_close_matches(benchmark, NAMES, 1)
-            meant = f" Did you mean {near[0]}?" if near else ""
-            raise DataError(
-                f"--benchmark {benchmark}: neither {', '.join(NAMES)} nor a file or folder that "
-                f"is there.{meant}"
-            )
-        tasks = load_custom(source, limit)
-        wanted = _chosen(names, [t.name for t in tasks])
-        tasks = [t for t in tasks if t.name in wanted]
-    # one command runs the zero-shot sets that are there, as people have some of them
-    if left_out and not skip_missing and (benchmark != "zeroshot" or names or not tasks):
-        first = next(iter(left_out))
-        more = (
-            f" (and {len(left_out) - 1} more: {', '.join(list(left_out)[1:])})"
-            if len(left_out) > 1
-            else ""
-        )
+        loaded, left_out = _load_custom(name, tasks, limit), {}
+    # most people have only some of the zero-shot sets, and evaluate those without naming them
+    may_miss = skip_missing or (name == "zeroshot" and loaded and not tasks)
+    if left_out and not may_miss:
+        raise _missing(left_out)
+    if not loaded:
         raise DataError(
-            f"{first} is missing: {left_out[first].rstrip('.')}{more}. Bring it, name the wanted "
-            "ones with --tasks, or leave out what is missing with --skip-missing."
+            f"{name}: no task can be evaluated. Check --tasks, and the data of the tasks."
         )
-    if not tasks:
-        raise DataError(f"{benchmark}: nothing is left to evaluate.")
-    return Benchmark(benchmark if benchmark in NAMES else Path(benchmark).stem, tasks, left_out)
+    return Benchmark(name if name in NAMES else Path(name).stem, loaded, left_out)
 
 
-def _made(limit: int | None) -> list[RetrievalTask]:
-    size = min(QUERIES, -(-(limit or QUERIES) // BLOCK) * BLOCK)
-    tasks = [*evaluation_tasks(queries=size), *evaluation_tasks(ood=True, queries=size)]
+def _load_picto(
+    data: Path | None, names: Sequence[str], limit: int | None
+) -> tuple[list[RetrievalTask], dict[str, str]]:
+    available = [name + suffix for suffix in ("", "-OOD") for name in picto_tasks.TASKS]
+    selected = _select(names, available)
+    if data is not None:
+        return load_mmeb_eval(data, selected, limit)
+    # queries are generated in whole blocks
+    queries = min(QUERIES, -(-(limit or QUERIES) // BLOCK) * BLOCK)
+    tasks = [*evaluation_tasks(queries=queries), *evaluation_tasks(ood=True, queries=queries)]
     for task in tasks:
         task.queries, task.candidates = task.queries[:limit], task.candidates[:limit]
-    return tasks
+    return [task for task in tasks if task.name in selected], {}
 
 
-def _chosen(names: Sequence[str], known: Sequence[str]) -> list[str]:
+def _load_zeroshot(
+    data: Path | None, names: Sequence[str], limit: int | None
+) -> tuple[list[RetrievalTask], dict[str, str]]:
+    if data is None:
+        raise DataError(
+            "zeroshot: --data is missing. Give the folder that holds the sets "
+            "(docs/evaluation.md)."
+        )
+    tasks, left_out = load_zeroshot(data, limit)
+    selected = _select(names, [task.name for task in tasks] + list(left_out))
+    return (
+        [task for task in tasks if task.name in selected],
+        {name: reason for name, reason in left_out.items() if name in selected},
+    )
+
+
+def _load_custom(path: str, names: Sequence[str], limit: int | None) -> list[RetrievalTask]:
+    source = Path(path)
+    if not source.exists():
+        matches = get_close_matches(path, NAMES, 1)
+        hint = f" Did you mean {matches[0]}?" if matches else ""
+        raise DataError(
+            f"--benchmark {path}: neither {', '.join(NAMES)} nor an existing file or folder.{hint}"
+        )
+    tasks = load_custom(source, limit)
+    selected = _select(names, [task.name for task in tasks])
+    return [task for task in tasks if task.name in selected]
+
+
+def _select(names: Sequence[str], available: Sequence[str]) -> list[str]:
+    """The available names that ``names`` lists, or all of them if it is empty.
+
+    Raises:
+        DataError: If a name is not available.
+    """
     for name in names:
-        if name not in known:
-            near = get_close_matches(name, known, 3)
-            meant = (
-                f" Did you mean {' or '.join(near)}?"
-                if near
-                else f" There are: {', '.join(known)}."
-            )
-            raise DataError(f"--tasks {name}: no such task.{meant}")
-    return [name for name in known if not names or name in names]
+        if name not in available:
+            matches = get_close_matches(name, available, 3)
+            hint = f"The tasks are: {', '.join(available)}."
+            if matches:
+                hint = f"Did you mean {' or '.join(matches)}?"
+            raise DataError(f"--tasks {name}: no such task. {hint}")
+    return [name for name in available if not names or name in names]
+
+
+def _missing(left_out: dict[str, str]) -> DataError:
+    first, *others = left_out
+    more = f" (and {len(others)} more: {', '.join(others)})" if others else ""
+    return DataError(
+        f"{first} is missing: {left_out[first].rstrip('.')}{more}. Add it, name the tasks to "
+        "evaluate with --tasks, or leave out what is missing with --skip-missing."
+    )

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from rematch.console import say
 from rematch.encoding.encoder import Encoder
 from rematch.encoding.vector_store import VectorStore
 from rematch.errors import ModelError, RematchError
-from rematch.evaluate.benchmarks import Benchmark, load
-from rematch.evaluate.output import content_of, save_vectors, write
+from rematch.evaluate.benchmarks import Benchmark, load_benchmark
+from rematch.evaluate.output import save_vectors, scores_json, write
 from rematch.evaluate.rerank import Reranking
 from rematch.evaluate.run import TaskResult, evaluate
 from rematch.matching import View
@@ -30,7 +31,7 @@ from rematch.model import ReMatch
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluateOptions:
     """The command's options; see ``rematch evaluate --help``."""
 
     model: str = "rematch-tiny"
@@ -52,14 +53,26 @@ class Options:
     max_pixels: int | None = None
     trust_remote_code: bool = False
 
+    def affecting_scores(self) -> dict[str, Any]:
+        """The options that change scores, for ``scores.json``."""
+        return {
+            "limit": self.limit,
+            "document_instructions": self.document_instructions,
+            "rerank": self.rerank,
+            "views": [str(view) for view in self.views],
+            "maxsim": self.maxsim,
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+        }
 
-def run(options: Options) -> dict[str, Any]:
-    """Evaluate and return what ``scores.json`` holds.
+
+def run(options: EvaluateOptions) -> dict[str, Any]:
+    """Evaluate, print a table, write the files, and return the content of ``scores.json``.
 
     Under ``torchrun`` the processes share the work, and the first one prints and writes.
 
     Raises:
-        RematchError: If an option does not fit, or as for loading and evaluating.
+        RematchError: If options contradict each other, or as for loading and evaluating.
     """
     if options.output and options.output.is_file():
         raise RematchError(f"--output {options.output} is a file. Give a directory.")
@@ -74,9 +87,9 @@ def run(options: Options) -> dict[str, Any]:
             dist.destroy_process_group()
 
 
-def _run(options: Options) -> dict[str, Any]:
+def _run(options: EvaluateOptions) -> dict[str, Any]:
     started = time.perf_counter()
-    benchmark = load(
+    benchmark = load_benchmark(
         options.benchmark, options.data, options.tasks, options.limit, options.skip_missing
     )
     model = load_model(options)
@@ -84,32 +97,67 @@ def _run(options: Options) -> dict[str, Any]:
         raise RematchError(
             f"{options.model}: --rerank and --maxsim need a ReMatch model. Leave them out."
         )
-    first = get_rank() == 0
-    directory = options.cache or (options.output / "vectors" if options.output else None)
-    warn = say if first else _nothing
-    store = VectorStore(directory, model, warn) if directory else None
-    console = Console(stderr=True)
+    is_first = get_rank() == 0
+    warn = say if is_first else _ignore
+    results, encoder = _evaluate(options, benchmark, model, warn, show_progress=is_first)
+    if not results:
+        name, reason = next(iter(benchmark.left_out.items()))
+        raise RematchError(f"no task could be evaluated. {name}: {reason}")
+    content = scores_json(
+        options.model,
+        benchmark,
+        results,
+        encoder,
+        time.perf_counter() - started,
+        options.affecting_scores(),
+    )
+    if is_first:
+        _print(results, content)
+        if options.output:
+            paths = write(options.output, content, results, encoder)
+            if options.save_vectors:
+                save_vectors(options.output / "arrays", results)
+            names = ", ".join(escape(str(path)) for path in paths)
+            Console().print(f"Written: {names}", soft_wrap=True)
+    return content
+
+
+def _ignore(message: str) -> None:
+    pass
+
+
+def _evaluate(
+    options: EvaluateOptions,
+    benchmark: Benchmark,
+    model: SentenceTransformer,
+    warn: Callable[[str], None],
+    show_progress: bool,
+) -> tuple[list[TaskResult], Encoder]:
+    """The results of the tasks, and the encoder; tasks that are left out go to the benchmark."""
+    directory = options.cache
+    if directory is None and options.output:
+        directory = options.output / "vectors"
     columns = (
         TextColumn("{task.description:<24}"),
         BarColumn(),
-        TextColumn("{task.fields[now]}"),
+        TextColumn("{task.fields[inputs]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not first) as progress:
-        bar = progress.add_task("evaluating", total=len(benchmark.tasks), now="")
-
-        def encoded(done: int, total: int) -> None:
-            progress.update(bar, now=f"{done:,} of {total:,} inputs")
-
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, disable=not show_progress
+    ) as progress:
+        bar = progress.add_task("evaluating", total=len(benchmark.tasks), inputs="")
         encoder = Encoder(
             model,
-            store,
+            VectorStore(directory, model, warn) if directory else None,
             batch_tokens=options.batch_tokens,
             workers=options.workers,
-            progress=encoded,
+            progress=lambda done, total: progress.update(
+                bar, inputs=f"{done:,} of {total:,} inputs"
+            ),
             warn=warn,
         )
-        results, broken = evaluate(
+        results, left_out = evaluate(
             encoder,
             benchmark.tasks,
             progress=lambda name: progress.update(bar, advance=1, description=name),
@@ -118,48 +166,15 @@ def _run(options: Options) -> dict[str, Any]:
             reranking=Reranking(options.rerank, options.views) if options.rerank else None,
             multi_vector=options.maxsim,
         )
-    benchmark.left_out |= broken
-    if not results:
-        name, why = next(iter(benchmark.left_out.items()))
-        raise RematchError(f"nothing could be evaluated: {name}: {why}")
-    kept = (
-        "limit",
-        "document_instructions",
-        "rerank",
-        "views",
-        "maxsim",
-        "min_pixels",
-        "max_pixels",
-    )
-    content = content_of(
-        options.model,
-        benchmark,
-        results,
-        encoder,
-        time.perf_counter() - started,
-        {k: getattr(options, k) for k in kept},
-    )
-    if first:
-        _print(results, content, benchmark)
-        if options.output:
-            paths = write(options.output, content, results, encoder)
-            if options.save_vectors:
-                save_vectors(options.output / "arrays", results)
-            Console().print(
-                "Written: " + ", ".join(escape(str(path)) for path in paths), soft_wrap=True
-            )
-    return content
+    benchmark.left_out |= left_out
+    return results, encoder
 
 
-def _nothing(message: str) -> None:
-    pass
-
-
-def load_model(options: Options) -> SentenceTransformer:
-    """A ReMatch model, or any other SentenceTransformer.
+def load_model(options: EvaluateOptions) -> SentenceTransformer:
+    """Load a ReMatch model, or any other SentenceTransformer.
 
     Raises:
-        ModelError: If it is neither, or does not take the wanted picture sizes.
+        ModelError: If it is neither, or its pictures cannot be limited as the options say.
     """
     name = options.model
     kwargs: dict[str, Any] = {}
@@ -182,36 +197,37 @@ def load_model(options: Options) -> SentenceTransformer:
 
 
 def _is_rematch(name: str) -> bool:
-    modules = Path(resolve(name)) / "modules.json"
-    return (
-        not Path(resolve(name)).is_dir()
-        or not modules.exists()
-        or "rematch." in modules.read_text()
-    )
+    """Whether to load a model as ReMatch: all but directories of other SentenceTransformers."""
+    directory = Path(resolve(name))
+    modules = directory / "modules.json"
+    if not directory.is_dir() or not modules.exists():
+        return True
+    return "rematch." in modules.read_text()
 
 
-def _print(results: list[TaskResult], content: dict[str, Any], benchmark: Benchmark) -> None:
+def _print(results: Sequence[TaskResult], content: dict[str, Any]) -> None:
+    """Print the table of scores, and warnings."""
     table = Table(title="Hit@1 (%)")
     others = [name for name in content["methods"] if name != "embedding"]
     table.add_column("task", no_wrap=True)
     for column in ("Hit@1", "Hit@10", "MRR", *others):
         table.add_column(column, justify="right")
-    for r in results:
-        cells = [f"{r.scores[k]:.1f}" for k in ("hit@1", "hit@10", "mrr")]
-        table.add_row(r.task.name, *cells, *(f"{r.methods[n]['hit@1']:.1f}" for n in others))
+    for result in results:
+        cells = [f"{result.scores[name]:.1f}" for name in ("hit@1", "hit@10", "mrr")]
+        cells += [f"{result.methods[name].scores['hit@1']:.1f}" for name in others]
+        table.add_row(result.task.name, *cells)
     table.add_section()
     for name, value in content["scores"].items():
-        cells = [f"{content['methods'][n]['scores'][name]:.1f}" for n in others]
+        cells = [f"{content['methods'][method]['scores'][name]:.1f}" for method in others]
         table.add_row(f"[bold]{name}", f"[bold]{value:.1f}", "", "", *cells)
     for name in ("chance", "commonest"):
         table.add_row(f"{name}, overall", f"{content[name]['overall']:.1f}", "", "")
     if others:
-        cost = content["run"]["ms_per_query"]
-        table.add_row(
-            "ms per query", f"{cost['embedding']:.2f}", "", "", *(f"{cost[n]:.2f}" for n in others)
-        )
+        costs = content["run"]["ms_per_query"]
+        cells = [f"{costs[method]:.2f}" for method in others]
+        table.add_row("ms per query", f"{costs['embedding']:.2f}", "", "", *cells)
     Console().print(table)
-    for name, why in benchmark.left_out.items():
-        say(f"left out: {name}: {why}")
+    for name, reason in content["left_out"].items():
+        say(f"left out: {name}: {reason}")
     for warning in content["warnings"]:
         say(warning)

@@ -1,4 +1,6 @@
-"""Another ranking of the same candidates: P(yes) of the matching head for the first."""
+"""Rerank candidates by the matching head: the first ones of a ranking, in the order of their
+margins.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,55 +11,87 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from sentence_transformers.util.distributed import get_rank, get_world_size
 
-from rematch.evaluate.metrics import Ranks, ranks_of_right
+from rematch.evaluate.metrics import Ranks, ranks_of_relevant
 from rematch.matching import Form, View
 from rematch.model import ReMatch
 
-Pool = tuple[
-    NDArray[np.int64], int, NDArray[np.int64]
-]  # candidates, how many are right, their order by embedding
 Forms = Mapping[Form, Sequence[Any] | NDArray[np.float32]]  # inputs as raw, vectors as feat
+_BLOCK = 16  # queries that are scored together
 
 
 @dataclass(frozen=True)
 class Reranking:
-    """How far and with what: the first ``top`` candidates, in each of ``views``."""
+    """How candidates are reranked.
+
+    Attributes:
+        top: How many candidates are reranked.
+        views: The views of the matching head, each of which gives a ranking of its own.
+    """
 
     top: int = 10
     views: tuple[View, ...] = (View.RAW_RAW,)
 
 
-def rerank(
-    model: ReMatch, queries: Forms, documents: Forms, pools: Sequence[Pool], top: int, view: View
-) -> Sequence[Ranks]:
-    """Ranks of the right documents after the first candidates are ordered by their margins.
+@dataclass(frozen=True)
+class Ranking:
+    """The candidates of a query, ranked.
 
-    Processes share the queries. Equal margins never count for a right document.
+    Attributes:
+        candidates: Indices of documents, the relevant ones first, (C,).
+        relevant: How many candidates are relevant.
+        order: Positions in ``candidates`` from best to worst, (C,).
+    """
+
+    candidates: NDArray[np.int64]
+    relevant: int
+    order: NDArray[np.int64]
+
+
+def rerank(
+    model: ReMatch,
+    queries: Forms,
+    documents: Forms,
+    rankings: Sequence[Ranking],
+    top: int,
+    view: View,
+) -> list[Ranks]:
+    """Ranks of each query's relevant documents after reranking.
+
+    Under ``torchrun`` the processes share the queries. Equal margins never count in favour of a
+    relevant document.
 
     Args:
-        model: The model.
+        model: The model whose matching head scores the candidates.
         queries: The queries in each form.
         documents: The documents in each form.
-        pools: The candidates of each query.
-        top: How many candidates are reranked; the others keep their places.
-        view: The forms that the matching head reads.
+        rankings: The ranking of each query by embedding.
+        top: How many candidates are reranked; the others keep their ranks.
+        view: The view of the matching head.
     """
     ranks: dict[int, Ranks] = {}
-    numbers = range(get_rank(), len(pools), get_world_size())
-    for start in range(0, len(numbers), 16):
-        block = numbers[start : start + 16]
-        lists = [
-            [documents[view.document][j] for j in pools[i][0][pools[i][2][:top]]] for i in block
-        ]
-        margins = model.score_lists([queries[view.query][i] for i in block], lists, view)
+    numbers = range(get_rank(), len(rankings), get_world_size())
+    for start in range(0, len(numbers), _BLOCK):
+        block = numbers[start : start + _BLOCK]
+        document_lists = []
+        for i in block:
+            best = rankings[i].candidates[rankings[i].order[:top]]
+            document_lists.append([documents[view.document][j] for j in best])
+        margins = model.score_lists([queries[view.query][i] for i in block], document_lists, view)
         for i, query_margins in zip(block, margins, strict=True):
-            candidates, right, order = pools[i]
-            scores = np.empty(len(candidates), np.float64)
-            scores[order] = query_margins.min(initial=0.0) - np.arange(1, len(candidates) + 1)
-            scores[order[:top]] = query_margins
-            ranks[i] = ranks_of_right(scores, right)
+            scores = _merged_scores(rankings[i].order, query_margins)
+            ranks[i] = ranks_of_relevant(scores, rankings[i].relevant)
     if get_world_size() > 1:
         shares: list[Any] = [None] * get_world_size()
         dist.all_gather_object(shares, ranks)
         ranks = {i: r for share in shares for i, r in share.items()}
-    return [ranks[i] for i in range(len(pools))]
+    return [ranks[i] for i in range(len(rankings))]
+
+
+def _merged_scores(order: NDArray[np.int64], margins: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Scores of a query's candidates, (C,): margins of the first ones, and for the others scores
+    below all margins that keep their order.
+    """
+    scores = np.empty(len(order), np.float64)
+    scores[order] = margins.min(initial=0.0) - np.arange(1, len(order) + 1)
+    scores[order[: len(margins)]] = margins
+    return scores

@@ -1,4 +1,4 @@
-"""``rematch serve``."""
+"""``rematch serve``: load, listen, serve."""
 
 import os
 import socket
@@ -13,7 +13,7 @@ try:
     from rematch.serve.app import create_app
 except ImportError as error:
     raise RematchError(
-        f"rematch serve needs {error.name}: pip install 'rematch-mm[serve]'."
+        f"rematch serve needs {error.name}. Install it: pip install 'rematch-mm[serve]'."
     ) from error
 from rematch.console import say
 from rematch.serve.engine import Engine
@@ -39,75 +39,83 @@ class ServeOptions:
 
 
 def run_server(options: ServeOptions) -> None:
-    """Serve until SIGTERM or Ctrl-C; what was taken by then is finished.
+    """Serve until SIGTERM or Ctrl-C, then finish the requests that are queued.
 
     Raises:
-        RematchError: If there is nothing to serve, the key file is empty or missing, or the port
-            is taken.
+        RematchError: If the target is neither an index nor a model, the key file is missing or
+            empty, or the port is in use.
     """
-    keys = _keys(options.api_keys)
-    listening = _listen(options.host, options.port)
+    keys = _load_keys(options.api_keys)
+    listener = _listen(options.host, options.port)
     engine = Engine(options.target, options.model)
     hosts = tuple(host.strip().lower() for host in options.image_hosts.split(",") if host.strip())
     if options.host not in _LOOPBACK and not keys:
         say(
-            f"{options.host} can be reached by others, and no API key is asked for. See "
+            f"other machines can reach {options.host}, and no API key is required. Consider "
             "--api-keys."
         )
     app = create_app(
         engine,
         Limits(hosts=hosts),
         keys,
-        budget=options.batch_tokens,
-        most_waiting=options.waiting,
+        batch_tokens=options.batch_tokens,
+        waiting=options.waiting,
         timeout=options.timeout,
-        together=options.batching,
+        batching=options.batching,
     )
-    page = (
-        "the search page is at /"
-        if engine.index is not None
-        else "there is no search page without an index"
-    )
-    port = listening.getsockname()[1]
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    print(f"Serving {options.target} on http://{host}:{port}; {page}. Ctrl-C ends it.", flush=True)  # noqa: T201
+    print(_banner(options, listener.getsockname()[1], engine), flush=True)  # noqa: T201
     config = uvicorn.Config(
         app,
         log_level="warning",
         timeout_graceful_shutdown=int(options.timeout) + 1,
         server_header=False,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _banner(options: ServeOptions, port: int, engine: Engine) -> str:
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    page = "the search page is at /"
+    if engine.index is None:
+        page = "there is no search page without an index"
+    return f"Serving {options.target} on http://{host}:{port}; {page}. Press Ctrl-C to stop."
 
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(
-        family, socket.SOCK_STREAM, socket.IPPROTO_TCP
-    )  # named, or asyncio leaves Nagle on
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # with the protocol named, asyncio switches Nagle's algorithm off
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((host, port))
-        listening.listen(2048)
+        listener.bind((host, port))
+        listener.listen(2048)
     except OSError as error:
-        listening.close()
+        listener.close()
         raise RematchError(
-            f"{host}:{port}: cannot be listened on ({error.strerror}). Is something there? Choose "
+            f"cannot listen on {host}:{port} ({error.strerror}). Stop what uses it, or choose "
             "another --port."
         ) from None
-    return listening
+    return listener
 
 
-def _keys(path: Path | None) -> list[str]:
-    keys = [
-        key.strip() for key in os.environ.get("REMATCH_API_KEYS", "").split(",") if key.strip()
-    ]
+def _load_keys(path: Path | None) -> list[str]:
+    """API keys from the environment and from a file.
+
+    Raises:
+        RematchError: If the file cannot be read or holds no key.
+    """
+    values = os.environ.get("REMATCH_API_KEYS", "").split(",")
+    keys = [value.strip() for value in values if value.strip()]
     if path is None:
         return keys
     try:
-        read = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        lines = path.read_text().splitlines()
     except OSError as error:
-        raise RematchError(f"--api-keys {path}: cannot be read ({error.strerror}).") from None
-    if not read:
-        raise RematchError(f"--api-keys {path}: holds no key. Write one a line.")
-    return keys + read
+        raise RematchError(
+            f"--api-keys {path}: cannot be read ({error.strerror}). Give a file with one key a "
+            "line."
+        ) from None
+    keys_in_file = [line.strip() for line in lines if line.strip()]
+    if not keys_in_file:
+        raise RematchError(f"--api-keys {path}: has no key. Write one key a line.")
+    return keys + keys_in_file

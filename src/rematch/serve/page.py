@@ -1,22 +1,23 @@
-"""The search page: three files of the package, no others."""
+"""The search page: three files of the package, and no file of anyone else."""
 
 from importlib.resources import files
 
 from fastapi import FastAPI, Response
 
-_FILES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+_MEDIA_TYPES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 
 
 def add_page(app: FastAPI) -> None:
-    """Serve the page at ``/`` and what it needs below ``/page``."""
-    content = {name: (files("rematch") / "assets/page" / name).read_text() for name in _FILES}
+    """Serve the page at ``/`` and its other files below ``/page``."""
+    folder = files("rematch") / "assets/page"
+    content = {name: (folder / name).read_text() for name in _MEDIA_TYPES}
 
     @app.get("/", include_in_schema=False)
     def index() -> Response:
         return Response(content["index.html"], media_type="text/html")
 
     @app.get("/page/{name}", include_in_schema=False)
-    def part(name: str) -> Response:
+    def page_file(name: str) -> Response:
         if name not in content:
             return Response("not found", 404)
-        return Response(content[name], media_type=_FILES[name])
+        return Response(content[name], media_type=_MEDIA_TYPES[name])

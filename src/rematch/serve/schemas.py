@@ -1,62 +1,62 @@
-"""What the HTTP API takes and gives, apart from how it is computed."""
+"""Requests and responses of the HTTP API, apart from how they are computed."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore")  # clients of other servers send fields of theirs
+class _Lenient(BaseModel):
+    model_config = ConfigDict(extra="ignore")  # clients of other servers send fields of their own
 
 
-class _Request(_Part):
+class _Request(_Lenient):
     @model_validator(mode="before")
     @classmethod
-    def _is_unicode(cls, value: Any) -> Any:
-        """JSON can spell half a character, which nothing behind this can encode."""
-        waiting = [value]
-        while waiting:
-            one = waiting.pop()
-            if isinstance(one, str):
+    def _check_unicode(cls, value: Any) -> Any:
+        """JSON can spell half a character, which no tokenizer or database can encode."""
+        remaining = [value]
+        while remaining:
+            node = remaining.pop()
+            if isinstance(node, str):
                 try:
-                    one.encode()
+                    node.encode()
                 except UnicodeEncodeError:
-                    raise ValueError("a text holds half a character (a lone surrogate)") from None
-            elif isinstance(one, dict):
-                waiting += [*one.keys(), *one.values()]
-            elif isinstance(one, list):
-                waiting += one
+                    raise ValueError("a text has half a character (a lone surrogate)") from None
+            elif isinstance(node, dict):
+                remaining += [*node.keys(), *node.values()]
+            elif isinstance(node, list):
+                remaining += node
         return value
 
 
-class ImageURL(_Part):
-    """As in OpenAI's chat messages."""
+class ImageURL(_Lenient):
+    """A picture's URL, as in OpenAI's chat messages."""
 
     url: str
 
 
-class TextPart(_Part):
-    """Part of a message."""
+class TextPart(_Lenient):
+    """The text of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class ImagePart(_Part):
-    """Part of a message."""
+class ImagePart(_Lenient):
+    """A picture of a message."""
 
     type: Literal["image_url"]
     image_url: ImageURL
 
 
-class Message(_Part):
-    """One turn, whose content is embedded."""
+class Message(_Lenient):
+    """A chat message, whose content is embedded."""
 
     role: str = "user"
     content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
 
 
-class Multimodal(_Part):
+class Multimodal(_Lenient):
     """Text, a picture, or both; ``image`` is a data URL."""
 
     text: str = ""
@@ -64,25 +64,27 @@ class Multimodal(_Part):
 
 
 class EmbeddingRequest(_Request):
-    """OpenAI's request, and as vLLM's with ``messages`` instead of ``input``."""
+    """OpenAI's request, or vLLM's with ``messages`` instead of ``input``."""
 
     input: str | list[str] | None = Field(None, examples=["a dog"])
     messages: list[Message] | None = None
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(
-        None, ge=1, description="keep only the first so many (Matryoshka)"
+        None, ge=1, description="keep only this many leading dimensions (Matryoshka)"
     )
     task: Literal["query", "document"] | None = Field(
         None, description="what is embedded; by default a document"
     )
     input_type: str | None = Field(
-        None, description="the same, as others call it: query, document, search_query, …"
+        None,
+        description="other APIs' name for task: query, document, search_query, search_document "
+        "or passage",
     )
 
 
 class Embedding(BaseModel):
-    """One vector, as numbers or as base64 of float32."""
+    """A vector, as numbers or as base64 of float32."""
 
     object: Literal["embedding"] = "embedding"
     index: int
@@ -90,7 +92,7 @@ class Embedding(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens read, pictures counted as what they become."""
+    """Number of tokens, including those that pictures become."""
 
     prompt_tokens: int
     total_tokens: int
@@ -106,7 +108,7 @@ class EmbeddingResponse(BaseModel):
 
 
 class RerankRequest(_Request):
-    """Jina's and Cohere's request; queries and documents may be pictures."""
+    """Jina's and Cohere's request; queries and documents may have pictures."""
 
     query: str | Multimodal
     documents: list[str | Multimodal] = Field(min_length=1)
@@ -116,9 +118,7 @@ class RerankRequest(_Request):
 
 
 class RerankResult(BaseModel):
-    """One document, by its place in the request; ``relevance_score`` is P(yes) of the matching
-    head.
-    """
+    """A document, by its index in the request; ``relevance_score`` is P(yes)."""
 
     index: int
     relevance_score: float
@@ -141,24 +141,24 @@ class SearchRequest(_Request):
     text: str = ""
     image: str | None = None
     top: int = Field(10, ge=1, le=200)
-    filter: str = Field("", max_length=2000, description="a condition in SQL on metadata")
+    filter: str = Field("", max_length=2000, description="an SQL condition on the metadata")
     rerank: str = Field("", max_length=100, description="stages such as feat:100,raw:10")
 
 
 class SearchHit(BaseModel):
-    """One result."""
+    """A document that the search returns."""
 
     id: str
     score: float
     by: str
-    nearest: int = Field(description="its place by cosine, from 1, before anything reordered")
+    nearest: int = Field(description="rank by cosine, from 1, before reranking")
     text: str
     has_picture: bool
     metadata: dict[str, str | float | bool | None]
 
 
 class SearchResponse(BaseModel):
-    """Results, best first."""
+    """Hits, best first."""
 
     hits: list[SearchHit]
     milliseconds: float
@@ -173,8 +173,8 @@ class AttentionRequest(_Request):
 
 
 class AttentionResponse(BaseModel):
-    """Pictures as data URLs, darkened where the tokens do not look: all tokens, and each of the
-    first six.
+    """Data URLs of pictures, darkened where the learnable tokens do not look: ``together`` for all
+    tokens, ``tokens`` for each of the first six.
     """
 
     together: str
@@ -182,13 +182,13 @@ class AttentionResponse(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """One model."""
+    """A model that is served."""
 
     id: str
     object: Literal["model"] = "model"
     owned_by: str = "rematch"
     dimensions: int
-    documents: int = Field(0, description="in the index, if one is served")
+    documents: int = Field(0, description="number of documents in the index, if there is one")
     tasks: list[str]
 
 
@@ -200,7 +200,7 @@ class ModelList(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What is wrong, in OpenAI's shape."""
+    """What is wrong, in OpenAI's format."""
 
     message: str
     type: str
@@ -208,6 +208,6 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """An error."""
+    """The response for every error."""
 
     error: ErrorBody

@@ -1,32 +1,32 @@
 "use strict";
 const $ = (id) => document.getElementById(id);
 let picture = null; // the query's picture as a data URL
-let latest = 0; // number of the newest search: answers of older ones are dropped
-let asked = null; // the query of the results that are shown
-const key = () => sessionStorage.getItem("key") || "";
+let latestSearch = 0; // number of the latest search; responses to earlier ones are dropped
+let shownQuery = null; // the query whose results are shown
+const apiKey = () => sessionStorage.getItem("key") || "";
 
 async function call(path, body) {
-  const headers = key() ? { Authorization: "Bearer " + key() } : {};
+  const headers = apiKey() ? { Authorization: "Bearer " + apiKey() } : {};
   if (body !== undefined) headers["Content-Type"] = "application/json";
-  let answer;
+  let response;
   try {
-    answer = await fetch(path, { method: body === undefined ? "GET" : "POST", headers, body: body === undefined ? undefined : JSON.stringify(body) });
+    response = await fetch(path, { method: body === undefined ? "GET" : "POST", headers, body: body === undefined ? undefined : JSON.stringify(body) });
   } catch {
     throw new Error("The server cannot be reached. Is it still running?");
   }
-  if (answer.status === 401) {
-    const given = prompt("This server asks for an API key:");
-    if (given) {
-      sessionStorage.setItem("key", given);
+  if (response.status === 401) {
+    const enteredKey = prompt("This server needs an API key:");
+    if (enteredKey) {
+      sessionStorage.setItem("key", enteredKey);
       return call(path, body);
     }
   }
-  if (!answer.ok) {
-    let message = "The server answers " + answer.status + ".";
-    try { message = (await answer.json()).error.message; } catch { /* no JSON: the status says it */ }
+  if (!response.ok) {
+    let message = "The server answered with status " + response.status + ".";
+    try { message = (await response.json()).error.message; } catch { /* not JSON: the status must do */ }
     throw new Error(message);
   }
-  return answer;
+  return response;
 }
 
 function say(text, isError) {
@@ -36,7 +36,7 @@ function say(text, isError) {
 
 function usePicture(file) {
   if (!file) return;
-  if (!file.type.startsWith("image/")) { say("“" + file.name + "” is no picture.", true); return; }
+  if (!file.type.startsWith("image/")) { say("“" + file.name + "” is not a picture.", true); return; }
   const reader = new FileReader();
   reader.onload = () => {
     picture = reader.result;
@@ -55,31 +55,33 @@ function removePicture() {
   $("file").value = "";
   $("thumb").hidden = true;
   $("thumb").removeAttribute("src");
-  $("hint").textContent = "Drop, paste or choose a picture to search by it, alone or with text";
+  $("hint").textContent = "Drop, paste or choose a picture to search with, alone or together with text";
   $("clear").hidden = true;
 }
 
 async function search() {
   const text = $("text").value.trim();
-  if (!text && !picture) { say("Type something, or give a picture."); return; }
-  const mine = ++latest;
+  if (!text && !picture) { say("Type a query or add a picture."); return; }
+  const number = ++latestSearch;
   const top = Number($("top").value);
   const body = { text, image: picture, top, filter: $("filter").value.trim(), rerank: $("rerank").checked ? "raw:" + top : "" };
   say("Searching…");
   $("results").classList.add("busy");
   try {
-    const found = await (await call("v1/search", body)).json();
-    if (mine !== latest) return;
-    asked = { text, image: picture };
-    show(found.hits);
-    const moved = found.hits.filter((hit, i) => hit.nearest !== i + 1).length;
-    let told = found.hits.length + (found.hits.length === 1 ? " result" : " results") + " in " + Math.round(found.milliseconds) + " ms";
-    if (body.rerank) told += moved ? "; reranking moved " + moved + " of them" : "; reranking changed nothing";
-    say(found.hits.length ? told + "." : "Nothing was found" + (body.filter ? " that meets the filter." : "."));
+    const response = await (await call("v1/search", body)).json();
+    if (number !== latestSearch) return;
+    shownQuery = { text, image: picture };
+    const hits = response.hits;
+    show(hits);
+    const moved = hits.filter((hit, i) => hit.nearest !== i + 1).length;
+    let message = hits.length + (hits.length === 1 ? " result" : " results") + " in " + Math.round(response.milliseconds) + " ms";
+    if (body.rerank) message += moved ? "; reranking moved " + moved + " of them" : "; reranking did not change the order";
+    if (!hits.length) message = body.filter ? "No document matches the filter" : "The index has no documents";
+    say(message + ".");
   } catch (error) {
-    if (mine === latest) { show([]); say(error.message, true); }
+    if (number === latestSearch) { show([]); say(error.message, true); }
   } finally {
-    if (mine === latest) $("results").classList.remove("busy");
+    if (number === latestSearch) $("results").classList.remove("busy");
   }
 }
 
@@ -121,8 +123,8 @@ function show(hits) {
 
 async function load(image, id, edge) {
   try {
-    const answer = await call("v1/documents/" + encodeURIComponent(id) + "/picture?edge=" + edge);
-    const url = URL.createObjectURL(await answer.blob());
+    const response = await call("v1/documents/" + encodeURIComponent(id) + "/picture?edge=" + edge);
+    const url = URL.createObjectURL(await response.blob());
     image.onload = () => URL.revokeObjectURL(url);
     image.src = url;
   } catch (error) {
@@ -137,7 +139,7 @@ async function open(hit) {
   $("detail-picture").removeAttribute("src");
   $("token-maps").replaceChildren();
   for (const name of ["detail-map", "query-map"]) $(name).hidden = true;
-  const rows = [["score", hit.score.toFixed(4) + " (" + hit.by + ")"], ["place by cosine", hit.nearest], ...Object.entries(hit.metadata)];
+  const rows = [["score", hit.score.toFixed(4) + " (" + hit.by + ")"], ["rank by cosine", hit.nearest], ...Object.entries(hit.metadata)];
   $("detail-metadata").replaceChildren(...rows.filter(([, value]) => value !== null).map(([name, value]) => {
     const row = document.createElement("tr"), head = document.createElement("th"), cell = document.createElement("td");
     head.textContent = name;
@@ -146,20 +148,20 @@ async function open(hit) {
     return row;
   }));
   $("detail").showModal();
-  const looks = [];
+  const requests = [];
   if (hit.has_picture) {
     load($("detail-picture"), hit.id, 1024);
-    looks.push(look("detail-map", { id: hit.id }, true));
+    requests.push(showAttention("detail-map", { id: hit.id }, true));
   }
-  if (asked && asked.image) looks.push(look("query-map", asked, false));
-  $("detail-status").textContent = looks.length ? "Looking where the tokens look…" : "";
-  const failed = (await Promise.allSettled(looks)).find((one) => one.status === "rejected");
+  if (shownQuery && shownQuery.image) requests.push(showAttention("query-map", shownQuery, false));
+  $("detail-status").textContent = requests.length ? "Computing attention maps…" : "";
+  const failed = (await Promise.allSettled(requests)).find((result) => result.status === "rejected");
   $("detail-status").textContent = failed ? failed.reason.message : "";
 }
 
-async function look(place, body, withTokens) {
+async function showAttention(figureId, body, withTokens) {
   const maps = await (await call("v1/attention", body)).json();
-  const figure = $(place);
+  const figure = $(figureId);
   figure.querySelector("img").src = maps.together;
   figure.hidden = false;
   if (withTokens) {
@@ -185,7 +187,7 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
   });
 }
 document.addEventListener("paste", (event) => usePicture([...event.clipboardData.files].find((file) => file.type.startsWith("image/"))));
-for (const id of ["rerank", "top"]) $(id).addEventListener("change", () => { if (asked) search(); });
+for (const id of ["rerank", "top"]) $(id).addEventListener("change", () => { if (shownQuery) search(); });
 
 (async () => {
   try {

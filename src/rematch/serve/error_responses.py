@@ -1,0 +1,54 @@
+"""Errors as JSON responses in OpenAI's format, without paths or tracebacks."""
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from rematch.errors import RematchError
+from rematch.serve.limits import ClientError
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found",
+    413: "too_large",
+    422: "invalid_request_error",
+    429: "overloaded",
+    503: "unavailable",
+    504: "timeout",
+}
+
+
+def error_response(status: int, message: str) -> JSONResponse:
+    """The response for an error with this HTTP status."""
+    error = {"message": message, "type": _TYPES.get(status, "server_error"), "code": status}
+    headers = {}
+    if status in (429, 503):
+        headers["Retry-After"] = "1"
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse({"error": error}, status, headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Make the application answer every exception with an :func:`error_response`."""
+
+    @app.exception_handler(RematchError)
+    async def rematch_error(_: Request, error: RematchError) -> JSONResponse:
+        status = error.status if isinstance(error, ClientError) else 400
+        return error_response(status, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][1:]) or "the body"
+        return error_response(422, f"{field}: {first['msg']}.")
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
+        return error_response(error.status_code, str(error.detail))
+
+    @app.exception_handler(Exception)
+    async def unexpected_error(_: Request, error: Exception) -> JSONResponse:
+        return error_response(500, "internal server error. The server's log has the details.")

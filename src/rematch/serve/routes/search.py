@@ -1,0 +1,100 @@
+"""Search in the index, and what the search page shows of its documents."""
+
+import time
+from functools import partial
+from typing import Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+
+from rematch.serve.inputs import multimodal_inputs
+from rematch.serve.limits import ClientError
+from rematch.serve.schemas import (
+    AttentionRequest,
+    AttentionResponse,
+    Multimodal,
+    SearchHit,
+    SearchRequest,
+    SearchResponse,
+)
+from rematch.serve.service import ServiceDependency
+
+router = APIRouter()
+
+
+@router.post("/v1/search")
+async def search(
+    request: Request, body: SearchRequest, service: ServiceDependency
+) -> SearchResponse:
+    """The nearest documents of the index, reranked if the request says so."""
+    started = time.perf_counter()
+    if not body.text.strip() and body.image is None:
+        raise ClientError("no query. Send text, image, or both.")
+    engine = service.engine
+    query = Multimodal(text=body.text, image=body.image)
+    inputs = await run_in_threadpool(multimodal_inputs, [query], service.limits)
+    tokens = await service.tokens(inputs)
+    key = ("search", body.top, body.filter, body.rerank)
+    compute = partial(engine.search, top=body.top, filter=body.filter, rerank=body.rerank)
+    (hits,) = await service.compute(request, key, compute, inputs, tokens)
+    ids_with_picture = await run_in_threadpool(engine.ids_with_picture, hits)
+    return SearchResponse(
+        hits=[
+            SearchHit(
+                id=hit.id,
+                score=hit.score,
+                by=hit.by,
+                nearest=hit.nearest,
+                text=hit.text,
+                has_picture=hit.id in ids_with_picture,
+                metadata=hit.metadata,
+            )
+            for hit in hits
+        ],
+        milliseconds=round(1000 * (time.perf_counter() - started), 1),
+    )
+
+
+@router.get(
+    "/v1/documents/{name:path}/picture",
+    responses={200: {"content": {"image/jpeg": {}}}},
+    response_class=Response,
+)
+async def picture(
+    name: str, service: ServiceDependency, edge: int = Query(320, ge=16, le=2048)
+) -> Response:
+    """A document's picture as JPEG; its longer side has at most ``edge`` pixels."""
+    content = await run_in_threadpool(service.engine.picture, name, edge)
+    headers = {"Cache-Control": "private, max-age=3600"}
+    return Response(content, media_type="image/jpeg", headers=headers)
+
+
+@router.post("/v1/attention")
+async def attention(
+    request: Request, body: AttentionRequest, service: ServiceDependency
+) -> AttentionResponse:
+    """Where the learnable tokens look in a picture."""
+    engine = service.engine
+    task: Literal["query", "document"]
+    if body.id is not None:
+        task = "document"
+        inputs = [await run_in_threadpool(engine.document, body.id)]
+    else:
+        task = "query"
+        query = Multimodal(text=body.text, image=body.image)
+        inputs = await run_in_threadpool(multimodal_inputs, [query], service.limits)
+    if "image" not in inputs[0]:
+        raise ClientError(
+            "there is no picture to look at. Send one, or the id of a document that has one."
+        )
+    tokens = await service.tokens(inputs)
+    compute = partial(engine.attention_maps, task=task)
+    (maps,) = await service.compute(request, ("attention", task), compute, inputs, tokens)
+    together, *single = await run_in_threadpool(engine.overlays, inputs[0]["image"], maps)
+    return AttentionResponse(together=together, tokens=single)
+
+
+@router.get("/v1/examples")
+async def examples(service: ServiceDependency) -> list[str]:
+    """A few texts of the index, as examples of queries."""
+    return await run_in_threadpool(service.engine.examples)

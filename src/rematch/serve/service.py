@@ -1,0 +1,104 @@
+"""What the routes of an application share, and how they get it."""
+
+import asyncio
+import hmac
+import time
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
+
+from rematch.serve.batching import Batcher
+from rematch.serve.engine import Engine
+from rematch.serve.inputs import Input
+from rematch.serve.limits import ClientError, Limits
+from rematch.serve.middleware import Metrics
+from rematch.serve.schemas import ErrorResponse
+
+Value = TypeVar("Value")
+Result = TypeVar("Result")
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 422, 429, 503, 504)
+}
+
+
+@dataclass(frozen=True)
+class Service:
+    """What an application serves, and on what terms.
+
+    Attributes:
+        engine: The model, and an index if there is one.
+        batcher: The queue in front of the model's thread.
+        limits: Limits of a request.
+        keys: API keys; without any, no key is needed.
+        timeout: Seconds after which a request is given up.
+        metrics: Counts of requests.
+    """
+
+    engine: Engine
+    batcher: Batcher
+    limits: Limits
+    keys: Sequence[str]
+    timeout: float
+    metrics: Metrics
+
+    async def tokens(self, inputs: Sequence[Input]) -> list[int]:
+        """How many tokens each input has."""
+        return await run_in_threadpool(self.engine.measure, inputs)
+
+    async def compute(
+        self,
+        request: Request,
+        key: Hashable,
+        compute: Callable[[list[Value]], Sequence[Result]],
+        values: Sequence[Value],
+        tokens: Sequence[int],
+    ) -> list[Result]:
+        """The results for a request's values; arguments as for
+        :meth:`~rematch.serve.batching.Batcher.run`.
+
+        Raises:
+            ClientError: 429, 503 or 504.
+        """
+        work = self.batcher.run(key, compute, values, tokens)
+        return await _until_timeout(request, work, self.timeout)
+
+
+async def _until_timeout(request: Request, work: Awaitable[Result], seconds: float) -> Result:
+    """The result of ``work``, which is cancelled if the client disconnects or time runs out."""
+    task = asyncio.ensure_future(work)
+    deadline = time.monotonic() + seconds
+    while True:
+        done, _ = await asyncio.wait({task}, timeout=0.2)
+        if done:
+            return task.result()
+        if await request.is_disconnected() or time.monotonic() > deadline:
+            task.cancel()
+            await asyncio.wait({task})
+            raise ClientError(
+                f"not done within {seconds:g} seconds. Send less, or try again later.", 504
+            )
+
+
+async def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+ServiceDependency = Annotated[Service, Depends(_service)]
+
+
+async def authorize(request: Request, service: ServiceDependency) -> None:
+    """Refuse a request without a valid API key, if the service has keys.
+
+    Raises:
+        ClientError: 401.
+    """
+    scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
+    # compare with every key, so that the time does not tell which one matches
+    matches = [hmac.compare_digest(credentials.encode(), key.encode()) for key in service.keys]
+    if service.keys and (scheme.lower() != "bearer" or not any(matches)):
+        raise ClientError("no valid API key. Send it as 'Authorization: Bearer KEY'.", 401)
