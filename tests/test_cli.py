@@ -5,7 +5,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -108,20 +107,11 @@ assert "torch" not in sys.modules
 """
 
 
-def test_help_is_quick_and_needs_no_torch():
-    took = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", HELP], capture_output=True, text=True, check=False
-        )
-        took.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        assert all(
-            word in done.stdout
-            for word in ("demo", "train", "evaluate", "index", "search", "serve", "data")
-        )
-    assert min(took) < 1.0
+def test_help_needs_no_torch():
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for word in ("demo", "train", "evaluate", "index", "search", "serve", "data"):
+        assert word in done.stdout
 
 
 def test_version_and_typos(rematch):
