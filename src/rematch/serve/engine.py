@@ -176,8 +176,8 @@ class Engine:
             The mean over all tokens, then each of the first tokens.
         """
         picture = pictures[0] if isinstance(pictures, list) else pictures
-        shown = [maps.mean(0), *maps[:_OVERLAYS]]
-        return [data_url(overlay(picture, weights), _OVERLAY_EDGE) for weights in shown]
+        selected = [maps.mean(0), *maps[:_OVERLAYS]]
+        return [data_url(overlay(picture, weights), _OVERLAY_EDGE) for weights in selected]
 
 
 def _with_own_processor(model: ReMatch) -> ReMatch:
