@@ -46,8 +46,9 @@ from rematch.files import write_json
 from rematch.matching import VIEWS
 from rematch.model import ReMatch
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
+from rematch.train.build import build_collator, build_loss, build_model
 from rematch.train.recipe import Recipe, load_recipe
-from rematch.train.run import build_collator, build_loss, build_model, train
+from rematch.train.run import train
 from rematch.train.sources import build_dataset
 
 ROOT = Path(__file__).parents[1]

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rematch.data import picto
-from rematch.data.mmeb import read_eval
+from rematch.data.mmeb import load_mmeb_eval
 from rematch.data.mmeb_export import export_picto
 from rematch.encoding.encoder import Encoder
 from rematch.encoding.vector_store import VectorStore
@@ -99,17 +99,17 @@ def main() -> None:
         count = iter(range(1_000_000))
 
         def ours() -> None:
-            tasks, _ = read_eval(folder / "tree", limit=args.limit)
+            tasks, _ = load_mmeb_eval(folder / "tree", limit=args.limit)
             evaluate(Encoder(model, VectorStore(folder / f"store{next(count)}", model)), tasks)
 
         def every_row() -> None:
-            for task in read_eval(folder / "tree", limit=args.limit)[0]:
+            for task in load_mmeb_eval(folder / "tree", limit=args.limit)[0]:
                 model.encode_query([query.as_input() for query in task.queries], **plain)
                 for own in task.candidates:
                     model.encode_document([task.documents[i].as_input() for i in own], **plain)
 
         def distinct_rows() -> None:
-            for task in read_eval(folder / "tree", limit=args.limit)[0]:
+            for task in load_mmeb_eval(folder / "tree", limit=args.limit)[0]:
                 model.encode_query([query.as_input() for query in task.queries], **plain)
                 model.encode_document(
                     [document.as_input() for document in task.documents], **plain

@@ -75,13 +75,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
-from rematch.backbone.module import resolve
+from rematch.backbone.loading import resolve
 from rematch.encoding.encoder import Encoder
 from rematch.files import write_json
 from rematch.model import ReMatch
+from rematch.train.build import build_collator, build_loss, build_model
 from rematch.train.estimate import GB, RESERVED, estimate
 from rematch.train.recipe import Recipe
-from rematch.train.run import build_collator, build_loss, build_model
 from rematch.train.shape import load_shape
 from rematch.train.trainer import PEAK_TFLOPS
 

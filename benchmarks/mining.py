@@ -26,8 +26,10 @@ from rich.table import Table
 
 from rematch.data import picto
 from rematch.files import write_json
+from rematch.matching import View
 from rematch.model import ReMatch
-from rematch.train.mine import Rules, mine
+from rematch.train.candidates import Rules
+from rematch.train.mine import mine
 
 ASK = {
     "text to picture": "Find me an image that matches the given caption: ",
@@ -83,7 +85,7 @@ def judged(
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         data, shows, near = build(directory, kind, queries)
-        rules = Rules(**EVERYTHING, views=views)
+        rules = Rules(**EVERYTHING, view=View(views))
         mine(model, data, directory / "mined.jsonl", rules, directory / "corpus.jsonl")
         found = []
         for line in (directory / "mined.jsonl").read_text().splitlines():

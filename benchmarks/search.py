@@ -234,11 +234,11 @@ def ann(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
             built = time.perf_counter() - started
             size = sum(map(_size, set(parts.iterdir()) - before)) if kind != "scan" else base
             for q in queries[:20]:
-                index._nearest(q, NEIGHBOURS, "", [], kind == "scan", args.probes)
+                index.nearest(q, NEIGHBOURS, exact=kind == "scan", probes=args.probes)
             times, right = [], 0
             for q, own in zip(queries, truth, strict=True):
                 started = time.perf_counter()
-                rows = index._nearest(q, NEIGHBOURS, "", [], kind == "scan", args.probes)
+                rows = index.nearest(q, NEIGHBOURS, exact=kind == "scan", probes=args.probes)
                 times.append(1000 * (time.perf_counter() - started))
                 right += len(own & set(rows["id"].to_pylist()))
             recall = right / (NEIGHBOURS * ANN_QUERIES)

@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
-from rematch.backbone.module import resolve
+from rematch.backbone.loading import resolve
 from rematch.data import picto
 from rematch.data.picto_tasks import training_triplet
 from rematch.files import write_json
@@ -175,7 +175,7 @@ def random_qwen(directory: Path, **smaller: Any) -> str:
     fits torch).
     """
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from tiny_backbones import MROPE, qwen2_vl
+    from tiny_families import MROPE, qwen2_vl
 
     text = {
         "hidden_size": 1536,

@@ -49,28 +49,18 @@ def bindings(tree: ast.Module) -> Iterator[str]:
             yield node.attr
 
 
-def imports(name: str, tree: ast.Module, known_modules: set[str]) -> set[str]:
-    """Modules of the package that a module imports, at the top or inside functions, but not for
-    types alone.
-    """
-    for_types = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If)
-        and isinstance(node.test, ast.Name)
-        and node.test.id == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
+def imports(name: str, tree: ast.Module, package_modules: set[str]) -> set[str]:
+    """Modules of the package that a module imports, anywhere in its code."""
     targets = set()
     for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom) or id(node) in for_types or not node.module:
+        if not isinstance(node, ast.ImportFrom) or not node.module:
             continue
         package, _, target = node.module.partition(".")
         if package != PACKAGE:
             continue
         for alias in node.names:
             inner = f"{target}.{alias.name}".strip(".")
-            targets.add(inner if inner in known_modules else target or PACKAGE)
+            targets.add(inner if inner in package_modules else target or PACKAGE)
     return targets - {name, PACKAGE}
 
 
@@ -116,7 +106,7 @@ def measure(source: Path) -> dict[str, Any]:
                 sizes[kind].append(
                     ((node.end_lineno or 0) - node.lineno + 1, f"{name}:{node.name}")
                 )
-    lines = {name: len((path_of(source, name)).read_text().splitlines()) for name in trees}
+    lines = {name: len(path_of(source, name).read_text().splitlines()) for name in trees}
     vague = {name: count for name, count in names.items() if name.strip("_") in VAGUE}
     longest_file = max(lines, key=lambda name: lines[name])
     return {
@@ -128,8 +118,8 @@ def measure(source: Path) -> dict[str, Any]:
         "longest file": [lines[longest_file], longest_file],
         "longest function": list(max(sizes[ast.FunctionDef])),
         "longest class": list(max(sizes[ast.ClassDef])),
-        "lines over 100 characters": sum(
-            len(line) > 100
+        "lines over 99 characters": sum(
+            len(line) > 99
             for name in trees
             for line in path_of(source, name).read_text().splitlines()
         ),

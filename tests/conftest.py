@@ -2,23 +2,24 @@
 vocabulary.
 """
 
+import json
 import os
 import random
+import shutil
 from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault(
-    "REMATCH_NATIVE_BF16", "0"
-)  # the same arithmetic on every machine; tests of bfloat16 ask for it
+# the same arithmetic on every machine; tests of bfloat16 switch it on
+os.environ.setdefault("REMATCH_NATIVE_BF16", "0")
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging
 
-from rematch.backbone.module import resolve
+from rematch.backbone.loading import resolve
 from rematch.data.picto_tasks import TASKS, training_triplet
 from rematch.model import ReMatch
 
@@ -55,9 +56,7 @@ def build_model(
     model = ReMatch.from_backbone(str(path), num_tokens, model_kwargs={"dtype": dtype}, **kwargs)
     model.fusion.to(dtype)
     for module in model.modules():
-        if (
-            type(module).__name__ == "Qwen3RMSNorm"
-        ):  # rounds to float32 inside, which would hide in float64 tests
+        if type(module).__name__ == "Qwen3RMSNorm":  # its own rounds to float32 inside
             module.forward = partial(_rms_norm, module)
     return model.eval()
 
@@ -84,8 +83,52 @@ def saved_model(backbone_path, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def triplets() -> list[dict]:
     """One sample of each of Picto's twelve tasks: text-only, picture-only and mixed columns."""
-    found = [training_triplet(0, i, name) for i, name in enumerate(TASKS)]
-    random.Random(0).shuffle(found)
-    return [
-        {c: getattr(t, c).as_input() for c in ("query", "positive", "negative")} for t in found
-    ]
+    samples = [training_triplet(0, i, name) for i, name in enumerate(TASKS)]
+    random.Random(0).shuffle(samples)
+    columns = ("query", "positive", "negative")
+    return [{c: getattr(sample, c).as_input() for c in columns} for sample in samples]
+
+
+# ---- search, imported only where it is needed ---------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def searcher(saved_model) -> ReMatch:
+    """The saved checkpoint; tests must not change it."""
+    return ReMatch(str(saved_model))
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Pictures of awkward names, some with captions and metadata, one a copy of another."""
+    from shared_search import NAMES, save_picture
+
+    folder = tmp_path / "photos"
+    for i, name in enumerate(NAMES):
+        save_picture(folder / "deep" / f"{name}.png", i)
+    shutil.copy(folder / "deep" / "plain.png", folder / "copy.png")
+    (folder / "deep" / "plain.txt").write_text("a caption\n")
+    (folder / "deep" / "it's.json").write_text(
+        json.dumps({"caption": "a dark room", "year": 1999, "place": "Rome", "l": [1]})
+    )
+    (folder / "deep" / "with space.json").write_text(json.dumps({"year": 2010, "good": True}))
+    (folder / "._hidden.png").write_bytes(b"what macOS leaves")
+    (folder / "circle").symlink_to(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def library(searcher, tmp_path_factory):
+    """An index of 40 documents: pictures, texts and both, with years."""
+    from shared_search import build_index, save_picture
+
+    folder = tmp_path_factory.mktemp("library")
+    rows = []
+    for i in range(40):
+        row = {"id": f"d{i}", "year": 1980 + i}
+        row |= {"image": str(save_picture(folder / f"{i}.png", i))} if i % 3 else {}
+        row |= {"text": f"number {i}"} if i % 3 != 1 else {}
+        rows.append(row)
+    (folder / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    index, _ = build_index(searcher, folder / "c.jsonl", folder / "i", tokens=True)
+    return index

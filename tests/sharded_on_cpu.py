@@ -1,5 +1,4 @@
-"""``rematch`` with FSDP2 on CPUs, which accelerate offers on GPUs only: it is told that CPUs will
-do.
+"""``rematch`` with FSDP2 on CPUs: accelerate, which offers it on GPUs only, is patched.
 
 torchrun --nproc_per_node=2 tests/sharded_on_cpu.py train RECIPE …
 """
@@ -15,7 +14,7 @@ source = textwrap.dedent(inspect.getsource(state.AcceleratorState.__init__))
 changed = source.replace(
     "DistributedType.MULTI_GPU,", "DistributedType.MULTI_GPU, DistributedType.MULTI_CPU,"
 )
-assert changed != source, "accelerate chooses FSDP in another way now"
+assert changed != source, "accelerate no longer chooses FSDP in the way that is patched here"
 exec(compile(changed, __file__, "exec"), vars(state))
 state.AcceleratorState.__init__ = vars(state).pop("__init__")
 torch.cpu.current_device = lambda: torch.device("cpu")
@@ -24,13 +23,13 @@ if __name__ == "__main__":
     from rematch import cli
     from rematch.train.trainer import Trainer
 
-    plain = Trainer.training_step
+    training_step = Trainer.training_step
 
-    def checked(self, *args, **kwargs):
+    def checked_step(self, *args, **kwargs):
         assert self.is_fsdp_enabled
         assert all(type(p.data).__name__ == "DTensor" for p in self.model.parameters())
-        return plain(self, *args, **kwargs)
+        return training_step(self, *args, **kwargs)
 
-    Trainer.training_step = checked
+    Trainer.training_step = checked_step
     sys.argv[0] = "rematch"
     cli.main()

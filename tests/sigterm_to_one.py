@@ -1,4 +1,4 @@
-"""Train whole; train again while one of two processes gets SIGTERM, and go on.
+"""Train without interruption; train again, with SIGTERM to one of two processes, and resume.
 
 torchrun --nproc_per_node=2 tests/sigterm_to_one.py RECIPE DIRECTORY
 """
@@ -13,13 +13,13 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from rematch.errors import TrainingError
+from rematch.train.checkpoints import check_checkpoint, newest_checkpoint
 from rematch.train.recipe import load_recipe
 from rematch.train.run import train
-from rematch.train.trainer import check_checkpoint, newest_checkpoint
 
 
 class Signal(TrainerCallback):
-    """SIGTERM to the second process, in its second step."""
+    """Sends SIGTERM to the second process after its second step."""
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step == 2 and args.process_index == 1:

@@ -1,5 +1,5 @@
-"""Every family of backbones that the documentation names: trained, saved, loaded, encoded,
-matched; or refused.
+"""Every family of backbones that the documentation names: training, loading, encoding and
+matching, or a refusal.
 """
 
 import json
@@ -23,8 +23,8 @@ SMOL, IDEFICS = (
 )
 QUERY = "the red cat"
 
-# By family: the turn of a text, that of a picture, and the content of both, as its real template
-# has them.
+# For each family, as its real template writes them: the turn of a text, the turn of a picture, and
+# the content of both.
 TURNS = {
     "qwen2_vl": (
         QWEN2 + CHATML.format(QUERY),
@@ -56,67 +56,69 @@ TURNS = {
     ),
 }
 WORKING = tuple(TURNS)
-TORCHVISION = (
-    Path(sys.prefix) / "torchvision-for-tests"
-)  # `make install` puts it there, out of the library's way
+# `make install` puts it there, where no library imports it
+TORCHVISION = Path(sys.prefix) / "torchvision-for-tests"
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What tests/tiny_backbones.py found for each family."""
+def measurements(tmp_path_factory):
+    """The measurements of tests/tiny_backbones.py for each family."""
     assert TORCHVISION.is_dir(), f"{TORCHVISION} is missing; `make install` puts it there"
     output = tmp_path_factory.mktemp("backbones")
     script = Path(__file__).with_name("tiny_backbones.py")
     paths = [str(TORCHVISION), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, script, output, *WORKING, "gemma3"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     return {path.stem: json.loads(path.read_text()) for path in output.glob("*.json")}
 
 
 @pytest.mark.parametrize("family", WORKING)
-def test_family_trains_and_gives_the_same_vectors_by_every_way(found, family):
-    mine = found[family]
-    assert "error" not in mine, mine
-    losses = [mine[name] for name in ("contrastive", "orthogonality", "matching", "grad_norm")]
+def test_family_trains_and_gives_the_same_vectors_on_every_way(measurements, family):
+    result = measurements[family]
+    assert "error" not in result, result
+    losses = [result[name] for name in ("contrastive", "orthogonality", "matching", "grad_norm")]
     assert np.isfinite(losses).all()
     assert min(losses) > 0
-    assert mine["loaded"] < 1e-5  # loaded from disk as it was trained
-    assert mine["alone"] < 1e-5  # alone as in a padded batch
-    assert mine["features"] < 1e-5  # pictures seen beforehand as through the processor
+    assert result["loaded"] < 1e-5  # loaded from disk as it was trained
+    assert result["alone"] < 1e-5  # alone as in a padded batch
+    assert result["features"] < 1e-5  # from the vision tower's features as from pictures
 
 
 @pytest.mark.parametrize("family", WORKING)
-def test_limits_of_pixels_are_those_of_the_checkpoint(found, family):
+def test_limits_of_pixels_are_those_of_the_checkpoint(measurements, family):
     """A picture of 56 x 56 is four patches, or one if it may have 1,568 pixels."""
-    backbone, trained, loaded, encoded = found[family]["visual_tokens"]
+    backbone, trained, loaded, encoded = measurements[family]["visual_tokens"]
     assert trained == loaded == encoded
     assert [backbone, trained] == ([4, 1] if "qwen" in family else [backbone, backbone])
 
 
 @pytest.mark.parametrize("family", WORKING)
-def test_family_answers_packed_questions_as_single_ones(found, family):
-    for view, (packed, single) in found[family]["match"].items():
+def test_family_answers_packed_questions_as_single_ones(measurements, family):
+    for view, (packed, single) in measurements[family]["match"].items():
         np.testing.assert_allclose(packed, single, atol=1e-5, err_msg=view)
-        assert len(set(packed)) == 3, view  # documents tell in every view
+        assert len(set(packed)) == 3, view  # no two documents are equal in any view
 
 
 @pytest.mark.parametrize("family", WORKING)
-def test_training_reads_the_tokens_that_encoding_reads(found, family):
-    readings = found[family]["readings"]
+def test_training_reads_the_tokens_that_encoding_reads(measurements, family):
+    readings = measurements[family]["readings"]
     assert len(readings) == 16
     for kind, (in_training, encoded, *texts) in readings.items():
         assert in_training == encoded, (kind, texts)
 
 
 @pytest.mark.parametrize("family", WORKING)
-def test_turns_and_questions_have_the_structure_of_the_real_template(found, family):
+def test_turns_and_questions_have_the_structure_of_the_real_template(measurements, family):
     text, picture, content = TURNS[family]
-    readings, tail = found[family]["readings"], "".join(f"<|query_emb_{i}|>" for i in range(4))
+    readings, tail = (
+        measurements[family]["readings"],
+        "".join(f"<|query_emb_{i}|>" for i in range(4)),
+    )
     assert readings["text, query"][2] == text + tail
     assert readings["picture, query"][2] == picture + tail
     assert readings["two pictures, query"][2].count("assistant") == picture.count("assistant")
@@ -124,7 +126,7 @@ def test_turns_and_questions_have_the_structure_of_the_real_template(found, fami
     contents = {
         kind: readings[f"{kind}, query"][4] for kind in ("text", "both", "blanks", "lines")
     }
-    contents["blanks"] = contents["blanks"].lstrip()  # SentencePiece shows one less than there are
+    contents["blanks"] = contents["blanks"].lstrip()  # SentencePiece decodes one blank less
     assert contents == {
         "text": QUERY,
         "both": content,
@@ -132,20 +134,17 @@ def test_turns_and_questions_have_the_structure_of_the_real_template(found, fami
         "lines": "\n\nthe red\n\ncat\n",
     }
 
-    asked = text.replace(
-        QUERY,
-        "Is the document relevant to the query? Answer only Yes or No.\nQuery:\n{}\nDocument:\n{}",
-    )
-    expected = asked.format(QUERY, content.replace(QUERY, "a dog")).replace(
-        "a dog", "a dog\nRelevant?"
-    )
+    prompt = "Is the document relevant to the query? Answer only Yes or No."
+    turn = text.replace(QUERY, prompt + "\nQuery:\n{}\nDocument:\n{}\nRelevant?")
+    expected = turn.format(QUERY, content.replace(QUERY, "a dog"))
     # SentencePiece begins each segment with a blank
-    assert re.sub(" ?\n ?", "\n", found[family]["question"]) == re.sub(" ?\n ?", "\n", expected)
+    question = measurements[family]["question"]
+    assert re.sub(" ?\n ?", "\n", question) == re.sub(" ?\n ?", "\n", expected)
 
 
 @pytest.mark.parametrize("family", WORKING)
-def test_control_tokens_in_a_text_are_refused_whoever_reads_it(found, family):
-    special, accepted, ordinary = found[family]["control"]
+def test_control_tokens_in_a_text_are_refused_on_every_way(measurements, family):
+    special, accepted, ordinary = measurements[family]["control"]
     assert len(special) >= 8 + 5  # the learnable ones and the family's
     assert accepted == []
     assert bool(ordinary) == (
@@ -153,8 +152,8 @@ def test_control_tokens_in_a_text_are_refused_whoever_reads_it(found, family):
     )
 
 
-def test_bidirectional_pictures_are_refused_with_the_reason(found):
-    message = found["gemma3"]["error"]
+def test_bidirectional_pictures_are_refused_with_the_reason(measurements):
+    message = measurements["gemma3"]["error"]
     assert "Gemma3ForConditionalGeneration" in message
     assert "see those behind them" in message
     assert "Qwen2-VL" in message

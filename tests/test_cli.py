@@ -15,10 +15,11 @@ import yaml
 from PIL import Image
 
 from rematch import ReMatch, cli
-from rematch.backbone.module import resolve
+from rematch.backbone.loading import resolve
 from rematch.errors import ModelError
 from rematch.train.recipe import load_recipe
-from rematch.train.run import build_dataset, train
+from rematch.train.run import train
+from rematch.train.sources import build_dataset
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -270,7 +271,7 @@ def test_bad_training_data(fails, backbone_path, pairs, tmp_path):
     )
     assert "is neither text" in message('{"query": {"text": 5}, "positive": "b", "negative": "b"}')
     assert "is neither text" in message('{"query": "  ", "positive": "b", "negative": "b"}')
-    assert "has no negative; some samples have" in message('{"query": "a", "positive": "b"}')
+    assert "has no negative, but other samples have" in message('{"query": "a", "positive": "b"}')
     whole = (tmp_path / "red.png").read_bytes()
     assert "cut.png: " in message(
         '{"query": "a", "positive": "cut.png", "negative": "b"}', cut=whole[:-40]
@@ -292,10 +293,13 @@ def test_bad_mining_input(fails, pairs, tmp_path):
     assert "no such file" in fails(
         "mine", "rematch-tiny", tmp_path / "none.jsonl", "--output", output
     )
-    assert "--views raw is unknown" in fails(
-        "mine", "rematch-tiny", pairs, "--output", output, "--views", "raw"
+    for option in ("--view", "--views"):
+        assert "view 'raw' is unknown" in fails(
+            "mine", "rematch-tiny", pairs, "--output", output, option, "raw"
+        )
+    assert "extension .jsonl" in fails(
+        "mine", "rematch-tiny", pairs, "--output", tmp_path / "mined"
     )
-    assert "ending .jsonl" in fails("mine", "rematch-tiny", pairs, "--output", tmp_path / "mined")
     assert "exists already" in fails("mine", "rematch-tiny", pairs, "--output", pairs)
     assert "no ReMatch checkpoint" in fails("mine", tmp_path, pairs, "--output", output)
     assert "no such folder or file" in fails(
@@ -384,7 +388,7 @@ def test_bad_backbones(fails, backbone_path, tmp_path):
     tokenizer = json.loads((tmp_path / "spelling/tokenizer.json").read_text())
     tokenizer["model"]["merges"] = []
     (tmp_path / "spelling/tokenizer.json").write_text(json.dumps(tokenizer))
-    assert "cuts 'Yes' into" in train(tmp_path / "spelling")
+    assert "splits 'Yes' into" in train(tmp_path / "spelling")
     assert "cannot be loaded" in train(tmp_path / "nowhere")
 
 

@@ -1,4 +1,4 @@
-"""The demo in small: two steps an arm, two tasks, the report's numbers and pictures."""
+"""The demo on a small scale: two steps per model, four tasks; what the reports hold."""
 
 import json
 import re
@@ -6,15 +6,9 @@ import re
 import pytest
 
 from rematch.data.picto_tasks import TASKS
-from rematch.demo.run import (
-    FEWEST_STEPS,
-    MOST_STEPS,
-    Pace,
-    explain,
-    recipes,
-    run_demo,
-    seconds_per_step,
-)
+from rematch.demo.command import DemoOptions, run_demo
+from rematch.demo.pace import MAX_STEPS, MIN_STEPS, Pace, seconds_per_step
+from rematch.demo.run import demo_recipes
 from rematch.matching import View
 
 
@@ -22,14 +16,14 @@ def test_the_demo_writes_both_reports(tmp_path, monkeypatch):
     names = ("Picto-Count", "Picto-HowMany", "Picto-I2T", "Picto-Grounding")
     tasks = {n: TASKS[n] for n in names}
     monkeypatch.setattr("rematch.data.picto_tasks.TASKS", tasks)
-    monkeypatch.setattr("rematch.demo.run.BATCH", 4)
-    page = run_demo(tmp_path / "out", steps=2)
+    monkeypatch.setattr("rematch.demo.run.BATCH_SIZE", 4)
+    page = run_demo(DemoOptions(tmp_path / "out", steps=2))
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["benchmark"] == "picto"
     assert report["seconds"] > 0
     assert report["steps_per_arm"] == 2
     assert set(report["seconds_per_step"]) == {"contrastive", "rematch"}
-    assert report["why"].startswith("2 training steps per arm (a step takes: contrastive ")
+    assert report["why"].startswith("2 training steps per model (time per step: contrastive ")
     assert set(report["arms"]) == {"contrastive", "rematch", "rematch-tiny"}
     for scores in (*report["arms"].values(), report["chance"]):
         assert set(scores) == {
@@ -53,21 +47,21 @@ def test_the_demo_writes_both_reports(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("left", "steps", "why"),
+    ("remaining", "steps", "why"),
     [
-        (1000.0, MOST_STEPS, "the most that the demo trains"),
-        (260.0, 33, "as many as let the demo end within 5 minutes"),
-        (60.0, FEWEST_STEPS, "will take about 2 minutes longer than 5"),
+        (1000.0, MAX_STEPS, "the maximum of the demo"),
+        (260.0, 33, "as many as fit into 5 minutes"),
+        (60.0, MIN_STEPS, "will take about 2 minutes longer than 5"),
     ],
 )
-def test_the_demo_trains_as_long_as_its_time_allows(left, steps, why):
-    pace = Pace({"contrastive": 1.0, "rematch": 3.0}, evaluation=20.0, left=left)
-    assert pace.fitting == steps
-    assert why in explain(pace, steps, asked_for=False)
-    assert explain(pace, 7, asked_for=True).endswith("as asked for.")
+def test_the_demo_trains_as_long_as_its_time_allows(remaining, steps, why):
+    pace = Pace({"contrastive": 1.0, "rematch": 3.0}, 20.0, remaining)
+    assert pace.steps == steps
+    assert why in pace.explain(steps, requested=False)
+    assert pace.explain(7, requested=True).endswith("as requested.")
 
 
 def test_a_step_is_timed_on_the_machine(monkeypatch, tmp_path):
-    monkeypatch.setattr("rematch.demo.run.BATCH", 2)
-    for name, recipe in recipes(4, tmp_path).items():
+    monkeypatch.setattr("rematch.demo.run.BATCH_SIZE", 2)
+    for name, recipe in demo_recipes(4, tmp_path).items():
         assert seconds_per_step(recipe) > 0, name

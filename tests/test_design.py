@@ -1,78 +1,88 @@
-"""Imports point one way, files stay small, heavy imports stay inside commands."""
+"""Imports point one way, folders do not import each other, heavy imports stay inside commands."""
 
 import ast
+import sys
 from pathlib import Path
 
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import architecture
+
 SOURCE = Path(__file__).parents[1] / "src" / "rematch"
-# A module may import from its own rank and below.
-RANKS = [
-    {"errors", "prompts", "files"},
-    {"data", "evaluate.metrics", "matching"},
-    {"memory", "tokens", "pictures", "turns", "reading", "cache", "lora", "parallel"},
-    {"backbone", "batch"},
-    {"scoring"},
-    {"model"},
-    {"vectors"},
-    {"encoder"},
-    {"losses", "search", "attention"},
-    {"train", "evaluate"},
-    {"report"},
-    {"demo", "serve"},
-    {"cli"},
-]
+# A module or folder imports from the lines above; modules of one folder import each other freely.
+ORDER = """
+errors console
+files prompts
+matching tokens losses
+data
+backbone
+scoring
+model
+encoding interpretability
+search evaluate train
+demo serve
+cli
+"""
+LIGHT = ("cli", "errors", "prompts", "data.schema")
+HEAVY = {"torch", "transformers", "sentence_transformers", "datasets", "peft"}
+
+
+def trees():
+    modules = architecture.modules(SOURCE)
+    return {name: tree for name, tree in modules.items() if tree.body and name != "rematch"}
 
 
 def rank(module: str) -> int:
-    for level, names in reversed(list(enumerate(RANKS))):
-        if any(
-            module == n or module.startswith(n + ".") for n in names
-        ) and module not in set().union(*RANKS[:level]):
-            return level
-    raise AssertionError(f"{module} has no place in the house plan")
-
-
-def modules():
-    for path in sorted(SOURCE.rglob("*.py")):
-        name = (
-            ".".join(path.relative_to(SOURCE).with_suffix("").parts)
-            .removesuffix("__init__")
-            .strip(".")
-        )
-        if name and path.read_text().strip():
-            yield name, ast.parse(path.read_text())
+    """The line of ORDER that names the folder of a module, or the module if it is in the root."""
+    for number, line in enumerate(ORDER.strip().splitlines()):
+        if architecture.folder(module) in line.split():
+            return number
+    raise AssertionError(f"{module} has no place in ORDER")
 
 
 def test_imports_point_one_way():
-    for name, tree in modules():
+    modules = trees()
+    for name, tree in modules.items():
+        for target in architecture.imports(name, tree, set(modules)):
+            inside = architecture.folder(target) == architecture.folder(name)
+            assert inside or rank(target) < rank(name), f"{name} imports {target}"
+
+
+def test_neither_modules_nor_folders_import_each_other():
+    figures = architecture.measure(SOURCE)
+    assert figures["module cycles"] == []
+    assert figures["folder cycles"] == []
+
+
+def test_imports_are_absolute():
+    for name, tree in trees().items():
         for node in ast.walk(tree):
-            assert not (isinstance(node, ast.ImportFrom) and node.level), (
-                f"{name}: relative import"
-            )
+            assert not (isinstance(node, ast.ImportFrom) and node.level), name
             if isinstance(node, ast.Import):
-                assert not any(a.name.startswith("rematch.") for a in node.names), (
-                    f"{name}: import rematch.x"
-                )
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rematch."):
-                target = node.module.removeprefix("rematch.")
-                targets = [
-                    f"{target}.{a.name}" if target == "data" else target for a in node.names
-                ]
-                for imported in targets:
-                    assert rank(imported) <= rank(name), f"{name} imports {imported}"
+                assert not any(alias.name.startswith("rematch.") for alias in node.names), name
 
 
-def test_light_modules_import_nothing_heavy_at_the_top():
-    for name, tree in modules():
-        if name in ("cli", "errors", "prompts", "train.recipe", "matching", "data.schema"):
-            tops = {a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names}
-            tops |= {n.module for n in tree.body if isinstance(n, ast.ImportFrom)}
-            heavy = {"transformers", "sentence_transformers", "datasets", "peft"} | (
-                {"torch"} if name != "matching" else set()
-            )
-            assert not {t.partition(".")[0] for t in tops if t} & heavy, name
+def test_bindings_say_what_they_hold():
+    figures = architecture.measure(SOURCE)
+    assert figures["vague share (%)"] <= 0.5, figures["vague names"]
 
 
-def test_no_file_is_very_long_and_none_is_called_utils():
-    for path in SOURCE.rglob("*.py"):
-        assert len(path.read_text().splitlines()) <= 500, path
-        assert "util" not in path.name
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_modules_import_nothing_heavy_at_the_top(name):
+    body = trees()[name].body
+    names = [node.names for node in body if isinstance(node, ast.Import)]
+    imported = {alias.name for aliases in names for alias in aliases}
+    imported |= {node.module for node in body if isinstance(node, ast.ImportFrom) and node.module}
+    assert not {module.partition(".")[0] for module in imported} & HEAVY
+
+
+def test_test_files_do_not_import_each_other():
+    for path in Path(__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                assert not node.module.startswith("test_"), path.name
+
+
+def test_no_file_is_called_utils():
+    assert not [path for path in SOURCE.rglob("*.py") if "util" in path.name]

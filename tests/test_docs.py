@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_benchmark_data import eval_tree, own_data, zeroshot_tree
+from shared_benchmarks import custom_data, eval_tree, zeroshot_tree
 
 from rematch import Index, cli
 
@@ -118,7 +118,7 @@ def test_the_evaluation_page_from_top_to_bottom(tmp_path, monkeypatch, capfd):
     eval_tree(tmp_path / "mmeb-eval")
     shutil.rmtree(tmp_path / "mmeb-eval" / "NIGHTS")
     zeroshot_tree(tmp_path / "zeroshot")
-    own_data(tmp_path)
+    custom_data(tmp_path)
     monkeypatch.chdir(tmp_path)
     ran = 0
     for language, options, code in blocks("docs/evaluation.md"):

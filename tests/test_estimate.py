@@ -1,43 +1,37 @@
-"""The estimate against real passes, published sizes, and the recipes that ship."""
+"""The estimate against a real step, published sizes, and the recipes of the project."""
 
 import json
 import re
 import sys
 import weakref
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
-from test_mrope import Bare, text_segment
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForMultimodalLM, Qwen2VLConfig
 
 from rematch import cli
-from rematch.backbone.lora import inject
 from rematch.data.picto_tasks import training_triplet
 from rematch.errors import RecipeError
-from rematch.matching import pack
+from rematch.train.build import build_collator, build_loss, build_model
 from rematch.train.estimate import GB, estimate
 from rematch.train.recipe import load_recipe
-from rematch.train.run import build_collator, build_loss, build_model
-from rematch.train.shape import head_bytes, layer_bytes, load_shape, pass_bytes
+from rematch.train.shape import load_shape
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = Path(__file__).parent / "data" / "backbones"  # config.json of each, as on the hub
-CARDS = {
+CARDS = {  # GB, GPUs, TFLOP/s that one may achieve
     "24gb": (24, 1, 60),
     "80gb": (80, 1, 300),
     "8x80gb": (80, 8, 300),
-}  # GB, GPUs, TFLOP/s that one may reach
+}
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("qwen*.yaml"))
 
 
 def shipped(name):
-    """A recipe, its backbone's config read from tests/data, and its card."""
+    """A recipe of the project with its backbone's config from tests/data, and its card."""
     return changed(name), CARDS[name.rpartition("-")[2]]
 
 
@@ -50,9 +44,7 @@ def changed(name, *overrides):
 
 @cache
 def shape_of(backbone):
-    """The shape of a shipped recipe's backbone, with its adapter and its 80 GB recipe's cap on
-    pictures.
-    """
+    """The shape of a backbone, with the adapter and the picture size of its 80 GB recipe."""
     return load_shape(changed(f"{backbone}-80gb"))
 
 
@@ -61,152 +53,8 @@ def estimated(name, *overrides, **options):
     return estimate(recipe, shape_of(name.rpartition("-")[0]), **options)
 
 
-# ---- the formula against autograd ---------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A Qwen2-VL of four layers, its config in a directory."""
-    path = tmp_path_factory.mktemp("small")
-    text = {
-        "vocab_size": 500,
-        "hidden_size": 128,
-        "intermediate_size": 448,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rope_parameters": {
-            "rope_type": "default",
-            "mrope_section": [4, 6, 6],
-            "rope_theta": 10000.0,
-        },
-    }
-    vision = {
-        "depth": 2,
-        "embed_dim": 16,
-        "hidden_size": 128,
-        "num_heads": 2,
-        "patch_size": 4,
-        "mlp_ratio": 2,
-    }
-    tokens = {"image_token_id": 5, "vision_start_token_id": 3, "vision_end_token_id": 4}
-    Qwen2VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens
-    ).save_pretrained(path)
-    return path
-
-
-def recipe_of(path, *overrides):
-    (path / "recipe.yaml").write_text("{}")
-    return load_recipe(
-        path / "recipe.yaml", [f"model.backbone={path}", "model.max_pixels=3136", *overrides]
-    )
-
-
-def build(path, lora, dtype):
-    config = Qwen2VLConfig.from_pretrained(path)
-    model = AutoModelForMultimodalLM.from_config(config, dtype=getattr(torch, dtype))
-    if lora:
-        inject(model, LoraConfig(r=8, lora_alpha=16), [490, 491], vision=False)
-    return Bare(model.train())
-
-
-def saved_bytes(model, forward):
-    """What autograd keeps of a forward pass besides the weights, each storage counted once."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward()
-    return sum(size for size, _ in kept.values())
-
-
-def embedding_pass(backbone, rows, length):
-    ids = torch.randint(20, 480, (rows, length))
-    mask = torch.ones(rows, length, dtype=torch.long)
-    mask[0, -length // 4 :] = 0
-    positions = torch.arange(length).expand(3, rows, length)
-    return lambda: backbone.base(input_ids=ids, attention_mask=mask, position_ids=positions)
-
-
-PRECISIONS = [
-    ("float32", True, False),
-    ("bfloat16", True, True),
-    ("bfloat16", True, False),
-    ("float32", True, True),
-    ("float32", False, False),
-    ("float32", False, True),
-]
-
-
-@pytest.mark.parametrize(("dtype", "lora", "bf16"), PRECISIONS)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_bytes_of_a_pass_are_those_that_autograd_saves(small, dtype, lora, bf16, attention):
-    overrides = [
-        f"model.dtype={dtype}",
-        *(["model.lora.r=8", "model.num_tokens=1"] if lora else []),
-    ]
-    shape = load_shape(recipe_of(small, *overrides))
-    backbone = build(small, lora, dtype)
-    if not lora:
-        backbone.freeze_vision()
-    backbone.model.set_attn_implementation(attention)
-    eager = attention == "eager"
-    for rows, length in ((16, 64), (4, 256)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            measured = saved_bytes(backbone.model, embedding_pass(backbone, rows, length))
-        assert pass_bytes(shape, rows, length, bf16=bf16, eager=eager) == pytest.approx(
-            measured, rel=0.05
-        )
-
-
-def test_bytes_of_a_checkpointed_pass(small):
-    shape = load_shape(
-        recipe_of(small, "model.lora.r=8", "model.num_tokens=1", "model.dtype=bfloat16")
-    )
-    backbone = build(small, True, "bfloat16")
-    backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
-    with torch.autocast("cpu", torch.bfloat16):
-        measured = saved_bytes(backbone.model, embedding_pass(backbone, 16, 64))
-    again = 16 * 64 * layer_bytes(shape, 64, bf16=True)  # computed in the backward pass
-    assert pass_bytes(shape, 16, 64, bf16=True, checkpointing=True) - again == pytest.approx(
-        measured, rel=0.15
-    )
-
-
-@pytest.mark.parametrize(("dtype", "bf16"), [("float32", False), ("bfloat16", True)])
-def test_bytes_of_a_matching_pass_with_the_answers(small, dtype, bf16):
-    shape = load_shape(
-        recipe_of(small, "model.lora.r=8", "model.num_tokens=1", f"model.dtype={dtype}")
-    )
-    backbone = build(small, True, dtype)
-    prompt, slot = text_segment(backbone, *range(30, 50)), text_segment(backbone, 12, 13)
-    query, document = (text_segment(backbone, *range(start, start + 80)) for start in (100, 200))
-    documents = [replace(document, sees=(0,), start=100)] * 2
-    slots = [replace(slot, sees=(0, 1, i), start=180, is_slot=True) for i in (2, 3)]
-    packed = pack([[prompt, replace(query, sees=(0,), start=20), *documents, *slots]] * 6, 0)
-    length, answers = packed.input_ids.shape[1], packed.slots.numel()
-
-    def answer():
-        logits = backbone.answer_logits(vars(packed)).float()
-        return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), torch.zeros(answers, dtype=torch.long)
-        )
-
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        measured = saved_bytes(backbone.model, answer)
-    predicted = pass_bytes(shape, 6, length, bf16=bf16) + head_bytes(shape, answers, bf16=bf16)
-    assert predicted == pytest.approx(measured, rel=0.15)
-
-
 class Peak(TorchDispatchMode):
-    """The most bytes that tensors made inside have held at once."""
+    """The peak of the bytes that tensors created inside take."""
 
     def __init__(self, model):
         super().__init__()
@@ -233,9 +81,7 @@ class Peak(TorchDispatchMode):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_peak_of_a_whole_step(checkpointing):
-    """Picto's samples hold fewer tokens than the estimate assumes, so that its passes are not
-    quite full.
-    """
+    """Picto's samples have fewer tokens than the estimate assumes, so passes are not full."""
     settings = [
         "model.lora.r=8",
         "loss.gradient_cache=true",
@@ -255,8 +101,8 @@ def test_peak_of_a_whole_step(checkpointing):
     with Peak(model) as measured:
         torch.stack(list(loss([batch]).values())).sum().backward()
     result = estimate(recipe, load_shape(recipe))
-    held = ("features of the frozen tower", "token vectors and their gradients", "gradients")
-    predicted = GB * (sum(result.memory[name] for name in held) + max(result.passes.values()))
+    names = ("features of the frozen tower", "token vectors and their gradients", "gradients")
+    predicted = GB * (sum(result.memory[name] for name in names) + max(result.passes.values()))
     assert 0.9 < predicted / measured.peak < 1.5
 
 
@@ -281,10 +127,8 @@ def test_weights_are_as_many_as_published(name, weights, adapter):
 
 
 def test_gpus_share_the_batch_and_with_fsdp_the_weights():
-    name, features = (
-        "qwen2.5-vl-7b-8x80gb",
-        "train.features_gb=100",
-    )  # enough for all pictures on one GPU, too
+    name = "qwen2.5-vl-7b-8x80gb"
+    features = "train.features_gb=100"  # enough for all pictures on one GPU
     alone, shared, sharded = (
         estimated(name, features, gpus=gpus, fsdp=fsdp)
         for gpus, fsdp in ((1, False), (8, False), (8, True))
@@ -295,11 +139,11 @@ def test_gpus_share_the_batch_and_with_fsdp_the_weights():
     assert shared.memory[weights] == alone.memory[weights]
     assert sharded.memory[weights] < alone.memory[weights] / 4
     assert sharded.passes == shared.passes
-    with pytest.raises(RecipeError, match="cannot be shared evenly by 3"):
+    with pytest.raises(RecipeError, match="cannot be divided evenly among 3 GPUs"):
         estimated(name, gpus=3)
 
 
-def test_what_saves_memory_and_time_shows():
+def test_settings_that_save_memory_or_time():
     base = estimated("qwen2-vl-2b-80gb")
     checkpointed = estimated("qwen2-vl-2b-80gb", "train.gradient_checkpointing=true")
     assert checkpointed.total < base.total / 2
@@ -323,11 +167,11 @@ def test_what_saves_memory_and_time_shows():
     assert again.step_flop > 1.2 * base.step_flop
 
 
-# ---- the recipes that ship ----------------------------------------------------------------------
+# ---- the recipes of the project -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_fits_its_card_and_says_what_it_takes(name):
+def test_recipe_fits_its_card_and_states_its_cost(name):
     recipe, (card, gpus, tflops) = shipped(name)
     shape = load_shape(recipe)
     result, usual = estimate(recipe, shape, gpus), estimate(recipe, shape, gpus, pictures=1)
@@ -368,7 +212,7 @@ def run(monkeypatch, capsys, *arguments):
     return code, *capsys.readouterr()
 
 
-def test_command_prints_the_estimate_and_judges_the_card(monkeypatch, capsys, tmp_path):
+def test_command_prints_the_estimate_and_compares_it_with_the_card(monkeypatch, capsys, tmp_path):
     recipe = ROOT / "recipes/qwen2-vl-2b-24gb.yaml"
     backbone = f"model.backbone={PUBLISHED / 'qwen2-vl-2b'}"
     output = tmp_path / "model"
@@ -390,7 +234,7 @@ def test_command_prints_the_estimate_and_judges_the_card(monkeypatch, capsys, tm
     assert "does not fit into 4 GB" in err
 
 
-def test_command_refuses_what_it_cannot_know(monkeypatch, capsys, tmp_path):
+def test_command_refuses_what_it_cannot_estimate(monkeypatch, capsys, tmp_path):
     recipe = ROOT / "recipes/qwen2-vl-2b-24gb.yaml"
     code, _, err = run(
         monkeypatch, capsys, recipe, "model.backbone=some/model-on-the-hub", "--estimate"

@@ -44,8 +44,9 @@ def test_cached_is_as_exact_as_plain_in_single_precision(make_model, triplets):
     plain, cached = both(single, [batch])
     assert truth.keys() == plain[1].keys() == cached[1].keys()
 
-    def distance(found):
-        return torch.cat([(found[name].double() - truth[name]).flatten() for name in truth]).norm()
+    def distance(gradients):
+        errors = [(gradients[name].double() - truth[name]).flatten() for name in truth]
+        return torch.cat(errors).norm()
 
     size = torch.cat([gradient.flatten() for gradient in truth.values()]).norm()
     assert distance(plain[1]) < 1e-3 * size
@@ -69,7 +70,7 @@ def test_cached_equals_plain_with_options(model, triplets, options):
     assert_equal(*both(model, [batch], scale=8.0, **options), 1e-9)
 
 
-def test_the_cut_into_mini_batches_changes_nothing(model, triplets):
+def test_the_split_into_mini_batches_changes_nothing(model, triplets):
     loss = ReMatchLoss(model)
     results = [
         gradients(model, loss, [Collator(model, batch_tokens=n)(triplets)["batch"]])
@@ -86,9 +87,9 @@ def test_two_forwards_before_the_backwards(model, triplets):
     model.zero_grad()
     totals = [torch.stack(list(loss([batch]).values())).sum() for batch in (first, second)]
     totals[0].backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    results = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     _, expected = gradients(model, loss, [first])
-    assert all(torch.equal(found[n], g) for n, g in expected.items())
+    assert all(torch.equal(results[n], g) for n, g in expected.items())
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -99,8 +100,8 @@ def test_gradient_checkpointing_changes_nothing(make_model, triplets, cached):
         model = make_model().train()
         language, vision = model.backbone.base.language_model, model.backbone.base.vision_tower
         norms = [
-            *(one.input_layernorm for one in language.layers),
-            *(one.layer_norm1 for one in vision.encoder.layers),
+            *(layer.input_layernorm for layer in language.layers),
+            *(layer.layer_norm1 for layer in vision.encoder.layers),
         ]
         if checkpointing:
             model.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -114,7 +115,7 @@ def test_gradient_checkpointing_changes_nothing(make_model, triplets, cached):
     assert ran[1] > ran[0]  # layers did run again in the backward pass
 
 
-def test_a_frozen_tower_sees_each_distinct_picture_once(model, triplets):
+def test_a_frozen_tower_runs_once_on_each_distinct_picture(model, triplets):
     model.backbone.freeze_vision()
     batch = Collator(model, batch_tokens=SMALL)([*triplets, *triplets])["batch"]
     loss = ReMatchLoss(model, gradient_cache=True)
@@ -131,11 +132,11 @@ def test_a_frozen_tower_sees_each_distinct_picture_once(model, triplets):
     ]
     assert sum(passed) == len({p.tobytes() for p in pictures}) == len(batch.pictures)
 
-    class Blind(ReMatchLoss):  # the obvious version: every forward looks at its own pictures
+    class RunsTowerEachTime(ReMatchLoss):  # the obvious version
         def picture_features(self, batch):
             return None
 
-    assert_equal(gradients(model, Blind(model), [batch]), once, 1e-9)
+    assert_equal(gradients(model, RunsTowerEachTime(model), [batch]), once, 1e-9)
 
 
 def test_a_tower_in_training_switches_reuse_off(model, triplets):
@@ -183,8 +184,8 @@ def test_training_reads_inputs_as_encoding_does(model, triplets):
     for task, column in (("query", "query"), ("document", "positive")):
         for row in triplets:
             reading = model.backbone.reader.read(row[column])
-            own = model.backbone.reader.embedding_batch([reading], [task])
+            batch = model.backbone.reader.embedding_batch([reading], [task])
             assert (
-                own["input_ids"].tolist()
+                batch["input_ids"].tolist()
                 == model.preprocess([row[column]], task=task)["input_ids"].tolist()
             )

@@ -1,14 +1,19 @@
-"""The loss against a plain re-implementation of the method's formulas, and each part switched off."""
+"""The losses against their formulas written out plainly, and each part switched off."""
 
 import math
 
 import pytest
 import torch
+from shared_gradients import assert_equal
 from shared_questions import packed_and_separate
 
-from rematch.losses import info_nce, orthogonality
+from rematch.losses import info_nce, matching_loss, orthogonality, rematch_loss
 from rematch.train.collator import Collator
 from rematch.train.loss import ReMatchLoss
+
+
+def random_vectors(count, width=4):
+    return torch.randn(count, width, dtype=torch.float64)
 
 
 def test_orthogonality_is_its_formula():
@@ -23,49 +28,112 @@ def test_orthogonality_is_its_formula():
 
 
 def test_info_nce_is_its_formula():
-    queries, documents = (
-        torch.randn(3, 4, dtype=torch.float64),
-        torch.randn(6, 4, dtype=torch.float64),
-    )
-    cos = lambda a, b: (a @ b / (a.norm() * b.norm())).item()  # noqa: E731
+    queries, documents = random_vectors(3), random_vectors(6)
+
+    def cosine(a, b):
+        return (a @ b / (a.norm() * b.norm())).item()
+
     losses = []
-    for i, q in enumerate(queries):
-        terms = [math.exp(cos(q, d) / 0.02) for d in documents]
+    for i, query in enumerate(queries):
+        terms = [math.exp(cosine(query, document) / 0.02) for document in documents]
         losses.append(-math.log(terms[i] / sum(terms)))
     assert info_nce(queries, documents, 0.02).item() == pytest.approx(sum(losses) / 3, rel=1e-12)
 
 
 def test_each_query_can_have_its_own_temperature():
-    queries, documents = (
-        torch.randn(3, 4, dtype=torch.float64),
-        torch.randn(6, 4, dtype=torch.float64),
-    )
-    own = torch.tensor([[0.02], [0.1], [0.5]], dtype=torch.float64)
-    each = []
-    for i, tau in enumerate(own.flatten().tolist()):
+    queries, documents = random_vectors(3), random_vectors(6)
+    temperatures = torch.tensor([[0.02], [0.1], [0.5]], dtype=torch.float64)
+    losses = []
+    for i, tau in enumerate(temperatures.flatten().tolist()):
         order = [i, *(j for j in range(6) if j != i)]
-        each.append(info_nce(queries[i : i + 1], documents[order], tau).item())
-    assert info_nce(queries, documents, own).item() == pytest.approx(sum(each) / 3, rel=1e-12)
+        losses.append(info_nce(queries[i : i + 1], documents[order], tau).item())
+    loss = info_nce(queries, documents, temperatures)
+    assert loss.item() == pytest.approx(sum(losses) / 3, rel=1e-12)
 
 
-def test_the_whole_loss_equals_a_plain_one(model, triplets):
+@pytest.mark.parametrize("each_its_own", [False, True])
+def test_info_nce_in_chunks_equals_info_nce_at_once(model, each_its_own):
+    """In value and in the gradient of queries, documents and temperature."""
+    positives, masked = torch.tensor([2, 0, 4, 1, 5]), torch.rand(5, 9) < 0.3
+    results = []
+    for max_scores in (1 << 24, 20):
+        torch.manual_seed(0)
+        queries, documents = random_vectors(5), random_vectors(9)
+        temperature = torch.rand((5, 1) if each_its_own else (), dtype=torch.float64) + 0.1
+        inputs = [tensor.requires_grad_() for tensor in (queries, documents, temperature)]
+        loss = ReMatchLoss(model, hardness=0.5, max_scores=max_scores)._info_nce(
+            *inputs, positives, masked
+        )
+        loss.backward()
+        results.append([loss.detach(), *(tensor.grad for tensor in inputs)])
+    for at_once, in_chunks in zip(*results, strict=True):
+        torch.testing.assert_close(at_once, in_chunks, rtol=1e-12, atol=1e-12)
+
+
+def test_matching_loss_is_its_formula():
+    logits = torch.randn(2, 4, 7, dtype=torch.float64)
+    relevant = torch.tensor([[True, False, True, False], [False, True, False, True]])
+    log_p = logits.log_softmax(-1)
+    terms = [-log_p[b, a, 5 if relevant[b, a] else 3] for b in range(2) for a in range(4)]
+    loss = matching_loss(logits, relevant, yes=5, no=3)
+    assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-12)
+
+
+def test_training_computes_rematch_loss(model, triplets):
+    """In value and gradient: embedding one input at a time, and eight separate questions.
+
+    Rows alone have other positions than padded ones, and the rotary tables are float32.
+    """
+    rows = triplets[:4]
+    yes, no = model.backbone.answer_ids
+
+    def plain():
+        multi_vectors = {"query": [], "positive": [], "negative": []}
+        for column, vectors in multi_vectors.items():
+            task = "query" if column == "query" else "document"
+            for row in rows:
+                features = model.preprocess([row[column]], task=task)
+                vectors.append(model(features)["multi_vector"][0])
+        stacked = {column: torch.stack(vectors) for column, vectors in multi_vectors.items()}
+        documents = torch.cat([stacked["positive"], stacked["negative"]])
+        _, separate = packed_and_separate(model, rows)
+        relevant = torch.tensor([[True, False] * 4] * 4)
+        return rematch_loss(stacked["query"], documents, separate, relevant, yes, no)
+
+    def trained():
+        losses = ReMatchLoss(model)([Collator(model)(rows)["batch"]])
+        return torch.stack(list(losses.values())).sum()
+
+    results = []
+    for version in (plain, trained):
+        model.zero_grad()
+        total = version()
+        total.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append(([total.item()], gradients))
+    assert_equal(*results, 1e-6)
+
+
+def test_the_parts_of_the_loss_equal_plain_ones(model, triplets):
     """L = L_cl + 0.5 L_orth + 0.1 L_qdm, from embeddings and from eight separate matching
     forwards.
     """
     rows = triplets[:4]
     parts = ReMatchLoss(model)([Collator(model)(rows)["batch"]])
 
-    multi = {c: [] for c in ("query", "positive", "negative")}
-    for column, vectors in multi.items():
+    multi_vectors = {column: [] for column in ("query", "positive", "negative")}
+    for column, vectors in multi_vectors.items():
         for row in rows:  # one at a time: no padding, no batch
             task = "query" if column == "query" else "document"
             vectors.append(model(model.preprocess([row[column]], task=task))["multi_vector"][0])
-    mean = {c: torch.stack(v).mean(1) for c, v in multi.items()}
-    unit = {c: v / v.norm(dim=1, keepdim=True) for c, v in mean.items()}
+    mean = {column: torch.stack(vectors).mean(1) for column, vectors in multi_vectors.items()}
+    unit = {
+        column: vectors / vectors.norm(dim=1, keepdim=True) for column, vectors in mean.items()
+    }
     scores = unit["query"] @ torch.cat([unit["positive"], unit["negative"]]).T / 0.02
     contrastive = -scores.log_softmax(1).diagonal().mean()
     penalties = []
-    for vectors in [v for column in multi.values() for v in column]:
+    for vectors in [v for column in multi_vectors.values() for v in column]:
         e = vectors / vectors.norm(dim=1, keepdim=True)
         penalties.append(((e @ e.T) ** 2).triu(1).sum() * 2 / (4 * 3))
     # rows alone have other positions than padded ones, and the rotary tables are float32

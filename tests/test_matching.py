@@ -1,4 +1,4 @@
-"""The unified mask against eight forwards of their own, and what an answer slot can see."""
+"""One packed forward pass against eight separate ones, and what answer slots attend to."""
 
 from dataclasses import replace
 
@@ -50,8 +50,10 @@ def test_gradient_flows_through_z_into_the_embedding(model, triplets):
 
 
 @pytest.mark.parametrize("view", View)
-def test_no_slot_sees_another_document(model, triplets, view):
-    """Another second document of the same length leaves the first one's logits equal to the bit."""
+def test_no_slot_attends_to_another_document(model, triplets, view):
+    """Replacing the second document by another of the same length leaves the logits of the first
+    equal to the bit.
+    """
     row = triplets[0]
     others = [{"text": "a dog above a pizza"}, {"text": "a fox below a taco"}]
     assert len({len(model.backbone.reader.read(other).ids) for other in others}) == 1
@@ -68,10 +70,8 @@ def test_no_slot_sees_another_document(model, triplets, view):
     assert not torch.equal(logits[0][1], logits[1][1])
 
 
-def test_the_place_of_the_positive_tells_nothing(model, triplets):
-    """Both document slots have the same positions: exchanging the documents exchanges their
-    scores.
-    """
+def test_the_order_of_the_documents_reveals_nothing(model, triplets):
+    """Both documents have the same positions: exchanging them exchanges their scores."""
     row = triplets[2]
     questions = [Question(View.RAW_RAW, 0), Question(View.RAW_RAW, 1)]
     scores = []
@@ -150,12 +150,10 @@ def test_short_and_long_lists_are_scored_as_single_pairs_are(model, triplets):
             assert margins == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("long_list", [False, True])
 @pytest.mark.parametrize("view", View)
-def test_match_answers_what_training_answers(model, triplets, view, many):
-    """The questions of a training batch, all views in one sequence, scored one view pair at a
-    time.
-    """
+def test_scores_are_the_answers_of_training(model, triplets, view, long_list):
+    """The questions of a training batch, all views in one sequence, against one view at a time."""
     rows = [triplets[i] for i in MIXED]
     loss = ReMatchLoss(model)
     batch = Collator(model)(rows)["batch"]
@@ -184,7 +182,7 @@ def test_match_answers_what_training_answers(model, triplets, view, many):
         queries, documents = (
             vectors if form == "feat" else inputs for form in (view.query, view.document)
         )
-        candidates = [documents[first], documents[second]] * (10 if many else 1)
+        candidates = [documents[first], documents[second]] * (10 if long_list else 1)
         scores = 1 / (1 + np.exp(-model.score(queries[query], candidates, view)))
         expected = torch.sigmoid(logits[slot : slot + 2, yes] - logits[slot : slot + 2, no])
         assert scores[:2] == pytest.approx(expected.numpy(), abs=1e-6)
@@ -192,7 +190,7 @@ def test_match_answers_what_training_answers(model, triplets, view, many):
 
 
 def test_margins_tell_documents_apart_in_bfloat16(make_model, triplets):
-    """Their logits, rounded to bfloat16 first, tie."""
+    """Logits rounded to bfloat16 would tie."""
     model = make_model(dtype=torch.bfloat16)
     documents = [t[side] for t in triplets for side in ("positive", "negative")]
     margins = model.score(triplets[0]["query"], documents)
@@ -210,7 +208,7 @@ def test_margins_are_exact_under_autocast(make_model, triplets):
     assert not torch.equal(margins, margins.bfloat16().float())
 
 
-def test_inputs_of_many_pairs_are_read_and_embedded_once(model, triplets, monkeypatch):
+def test_documents_of_several_queries_are_read_and_embedded_once(model, triplets, monkeypatch):
     reads, embedded = [], []
     read, encode = model.backbone.reader.read, model.encode_document
     monkeypatch.setattr(
@@ -241,9 +239,7 @@ def test_margins_are_those_of_the_logits(make_model, triplets, lora):
 
 
 @pytest.mark.parametrize("matching", ["unified", "reuse"])
-def test_match_keeps_its_budget_and_halves_on_out_of_memory(
-    model, triplets, monkeypatch, matching
-):
+def test_scoring_halves_a_pass_that_runs_out_of_memory(model, triplets, monkeypatch, matching):
     model.backbone.matching = matching
     documents = [t[side] for side in ("positive", "negative") for t in triplets]
     queries = [t["query"] for t in (triplets[0], *triplets)]
@@ -271,7 +267,7 @@ def out_of_memory(*_):
     raise torch.OutOfMemoryError("out of memory")
 
 
-def test_a_forward_pass_of_match_holds_its_budget(model, triplets, monkeypatch):
+def test_forward_passes_of_scoring_keep_to_their_budget(model, triplets, monkeypatch):
     sizes = []
     run = model.backbone.run_packed
 
@@ -291,7 +287,7 @@ def test_a_forward_pass_of_match_holds_its_budget(model, triplets, monkeypatch):
     assert max(sizes) <= 500
 
 
-def test_padding_sees_itself(model, triplets):
+def test_padding_attends_to_itself(model, triplets):
     read = model.backbone.reader.read
     rows = [(read(t["query"]), [read(t["positive"])]) for t in triplets[:3]]
     packed, _ = model.backbone.questions.pack(rows, [[Question(View.RAW_RAW, 0)]] * 3)

@@ -1,6 +1,7 @@
 """Mining: what is dropped and why, resuming, and an output that training reads."""
 
 import json
+from dataclasses import replace
 from zipfile import ZipFile
 
 import numpy as np
@@ -9,23 +10,26 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from rematch.data.triplets import load_triplets
 
 from rematch.data.images import Checked, Encoded, Zipped, load_image
-from rematch.data.pairs import read_triplets
 from rematch.data.schema import Item
 from rematch.encoding.encoder import look_at_picture
 from rematch.errors import DataError, ImageError
+from rematch.matching import View
 from rematch.train import mine as module
-from rematch.train.mine import Rules, _cell, identity, mine
+from rematch.train.candidates import Rules
+from rematch.train.mine import _content_key, mine
+from rematch.train.mine_output import _cell
 from rematch.train.recipe import load_recipe
 from rematch.train.sources import build_dataset
+
+RULES = Rules(negatives=2, candidates=20, margin=0.1, view=View.RAW_RAW)
 
 
 @pytest.fixture
 def data(tmp_path):
-    """Five queries as text, picture and both; one has two positives; positives repeat; a corpus
-    with a twin file.
-    """
+    """Five queries: text, picture, or both; one has two positives, one picture is there twice."""
     folder = tmp_path / "in"
     folder.mkdir()
     for i, colour in enumerate(("red", "green", "blue", "white", "black")):
@@ -49,56 +53,49 @@ def data(tmp_path):
 
 @pytest.fixture
 def judged(model, monkeypatch):
-    """A model whose P(yes) is by the document: as told here, else 0.1; right answers have 0.9."""
-    said = {"a dog": 0.6, "2.png": 0.45}
-    right = {"0.png", "1.png", "twin of 0.png", "a cat", "both"}
+    """A model whose P(yes) depends on the document: 0.9 for positives, as listed, or 0.1."""
+    p_yes = {"a dog": 0.6, "2.png": 0.45}
+    p_yes |= dict.fromkeys(("0.png", "1.png", "twin of 0.png", "a cat", "both"), 0.9)
 
     def name(document):
-        return (
-            document["text"].split(": ")[-1]
-            if "image" not in document
-            else str(document["image"]).split("/")[-1]
-        )
+        if "both" in document.get("text", ""):
+            return "both"
+        if "image" in document:
+            return str(document["image"]).split("/")[-1]
+        return document["text"].split(": ")[-1]
 
-    def match(queries, documents, views):
-        names = [name(d) if "both" not in d.get("text", "") else "both" for d in documents]
-        return np.array([said.get(n, 0.9 if n in right else 0.1) for n in names], np.float32)
+    def score_lists(queries, document_lists, view):
+        lists = [np.array([p_yes.get(name(d), 0.1) for d in ds]) for ds in document_lists]
+        return [np.log(values / (1 - values)).astype(np.float32) for values in lists]
 
-    monkeypatch.setattr(model, "match", match)
+    monkeypatch.setattr(model, "score_lists", score_lists)
     return model
 
 
 def run(model, data, output, **options):
-    return mine(
-        model,
-        data,
-        output,
-        Rules(**({"negatives": 2, "candidates": 20, "margin": 0.1, "views": "raw-raw"} | options)),
-        corpus=data.parent,
-    )
+    return mine(model, data, output, replace(RULES, **options), corpus=data.parent)
 
 
 def test_everything_is_accounted_for(judged, data, tmp_path):
     output = tmp_path / "out" / "mined.jsonl"
     output.parent.mkdir()
     report = run(judged, data, output)
-    # six positives and a negative in the data, six pictures in the folder; 0 and its twin are one,
-    # so are the cats
-    assert (report["queries"], report["documents"], report["duplicates_in_the_corpus"]) == (
-        5,
-        8,
-        5,
-    )
+    # 6 positives and a negative in the data, 6 pictures in the folder; two pictures are the same,
+    # and so are the cats
+    assert (report["queries"], report["documents"]) == (5, 8)
+    assert report["duplicates_in_the_corpus"] == 5
+    assert report["rules"]["views"] == "raw-raw"
     counts = report["candidates"]
     assert sum(counts.values()) == 5 * 8
     assert counts["positive"] == 6
-    assert (
-        counts["query"] == 2
-    )  # the pictures that are asked with, and the text "a cat" against itself
+    assert counts["query"] == 2  # the picture of one query, and the text "a cat"
     assert counts["kept"] == report["negatives"]
     assert not (tmp_path / "out" / "mined.jsonl.partial").exists()
     page = output.with_suffix(".html").read_text()
-    assert f"{counts['yes']} candidates false negative: the matching head says Yes" in page
+    assert (
+        f"{counts['yes']} candidates dropped as false negatives: the matching head says Yes"
+        in page
+    )
     assert page.count("data:image/png") > 5
     assert json.loads(output.with_suffix(".json").read_text()) == report
 
@@ -114,52 +111,62 @@ def test_false_negatives_are_dropped_and_the_hardest_of_the_others_kept(judged, 
         assert row["p_yes"] < 0.5
         assert row["p_yes"] <= row["positive_p_yes"] - 0.5
     assert len({json.dumps(row["query"]) for row in rows}) == len(rows)  # one negative a query
-    triplets = read_triplets(output)  # it is training data, paths and all
+    triplets = load_triplets(output)  # it is training data, paths and all
     assert len(triplets) == len(rows)
     assert all(triplet.negative for triplet in triplets)
 
 
-def test_a_cut_off_run_goes_on_and_ends_like_an_undisturbed_one(
-    judged, data, tmp_path, monkeypatch
+@pytest.mark.parametrize("stage", ["encoding documents", "judging"])
+def test_an_interrupted_run_resumes_and_ends_like_an_uninterrupted_one(
+    judged, data, tmp_path, monkeypatch, stage
 ):
-    monkeypatch.setattr(module, "QUERIES_AT_ONCE", 2)
-    monkeypatch.setattr(module, "INPUTS_AT_ONCE", 3)
-    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    run(judged, data, whole)
-    asked = []
-    match = judged.match
+    """It is interrupted after the queries have been encoded, or the first block judged."""
+    monkeypatch.setattr(module, "QUERIES_PER_BLOCK", 2)
+    uninterrupted, interrupted = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    run(judged, data, uninterrupted)
 
-    def dies(queries, documents, views):
-        if len(asked) == 1:
+    def interrupt(name, completed, total):
+        if name == stage and completed == (2 if stage == "judging" else 0):
             raise KeyboardInterrupt
-        asked.append(len(queries))
-        return match(queries, documents, views)
 
-    monkeypatch.setattr(judged, "match", dies)
     with pytest.raises(KeyboardInterrupt):
-        run(judged, data, cut)
-    assert not cut.exists()
-    monkeypatch.setattr(judged, "match", match)
-    monkeypatch.setattr(judged, "encode_document", None)  # nothing is encoded again
-    monkeypatch.setattr(judged, "encode_query", None)
-    run(judged, data, cut)
-    assert cut.read_text() == whole.read_text()
+        mine(judged, data, interrupted, RULES, data.parent, interrupt)
+    assert not interrupted.exists()
+    embed, score_lists = judged.forward, judged.score_lists
+    tasks, judged_queries = [], []
+
+    def counting_forward(features, task, **options):
+        tasks.append(task)
+        return embed(features, task=task, **options)
+
+    def counting_score_lists(queries, document_lists, view):
+        judged_queries.extend(queries)
+        return score_lists(queries, document_lists, view)
+
+    monkeypatch.setattr(judged, "forward", counting_forward)
+    monkeypatch.setattr(judged, "score_lists", counting_score_lists)
+    run(judged, data, interrupted)
+    assert set(tasks) == ({"document"} if stage == "encoding documents" else set())
+    assert len(judged_queries) == (5 if stage == "encoding documents" else 3)
+    for suffix in (".jsonl", ".json", ".html"):
+        contents = [path.with_suffix(suffix).read_text() for path in (uninterrupted, interrupted)]
+        assert contents[0] == contents[1]
 
 
-def test_unfinished_work_of_another_run_is_not_mixed_in(judged, data, tmp_path, monkeypatch):
+def test_an_unfinished_run_with_other_rules_is_refused(judged, data, tmp_path, monkeypatch):
     output = tmp_path / "mined.jsonl"
-    monkeypatch.setattr(module, "_write", lambda *_: None)
+    monkeypatch.setattr(module, "write_output", lambda *_: None)
     run(judged, data, output)
-    with pytest.raises(DataError, match="unfinished work of another run"):
+    with pytest.raises(DataError, match="holds an unfinished run with another model"):
         run(judged, data, output, negatives=3)
 
 
 @pytest.mark.parametrize("part", ["projector", "token rows", "matching", "configuration"])
-def test_work_of_a_model_that_would_judge_otherwise_is_not_mixed_in(
+def test_an_unfinished_run_with_another_model_is_refused(
     judged, data, tmp_path, monkeypatch, part
 ):
     output = tmp_path / "mined.jsonl"
-    monkeypatch.setattr(module, "_write", lambda *_: None)
+    monkeypatch.setattr(module, "write_output", lambda *_: None)
     run(judged, data, output)
     run(judged, data, output)
     with torch.no_grad():
@@ -171,7 +178,7 @@ def test_work_of_a_model_that_would_judge_otherwise_is_not_mixed_in(
             judged.backbone.matching = "reuse"
         else:
             judged.backbone.model.config.text_config.rms_norm_eps *= 2
-    with pytest.raises(DataError, match="unfinished work of another run"):
+    with pytest.raises(DataError, match="holds an unfinished run with another model"):
         run(judged, data, output)
 
 
@@ -191,13 +198,13 @@ def test_pictures_inside_a_file_become_files_that_training_reads(judged, data, t
     )
     output = tmp_path / "out" / "mined.jsonl"
     output.parent.mkdir()
-    rules = Rules(negatives=20, candidates=20, views="raw-raw")
+    rules = Rules(negatives=20, candidates=20, view=View.RAW_RAW)
     report = mine(judged, data, output, rules, corpus=tmp_path / "corpus.parquet")
     assert (report["documents"], report["duplicates_in_the_corpus"]) == (5 + 2, 3)
     written = sorted((tmp_path / "out" / "mined-pictures").iterdir())
     assert sorted(path.suffix for path in written) == [".jpeg", ".png"]
     assert {path.read_bytes() for path in written} == set(contents[:2])
-    negatives = [triplet.negative for triplet in read_triplets(output)]
+    negatives = [triplet.negative for triplet in load_triplets(output)]
     assert {n.text for n in negatives if n.image in written} == {"", "with text"}
     recipe = load_recipe(
         "recipes/picto.yaml", [f"data.source={output}", "train.batch_size=2", "train.steps=1"]
@@ -223,36 +230,34 @@ def test_a_picture_is_the_same_wherever_it_lies(tmp_path):
         Zipped(tmp_path / "z.zip", "a.png"),
         Checked(path, *look_at_picture(path)),
     ]
-    assert len({identity(Item("text", picture)) for picture in same}) == 1
-    assert identity(Item("text", same[0])) != identity(Item("other", same[0]))
-    assert identity(Item("text", [path])) != identity(Item("text", [path, path]))
+    assert len({_content_key(Item("text", picture)) for picture in same}) == 1
+    assert _content_key(Item("text", same[0])) != _content_key(Item("other", same[0]))
+    assert _content_key(Item("text", [path])) != _content_key(Item("text", [path, path]))
     output = tmp_path / "mined.jsonl"
     cells = [_cell(Item("text", picture), output, tmp_path) for picture in same]
     assert cells[0] == cells[3] == {"text": "text", "image": ["a.png"]}
     assert cells[1] == cells[2]
     assert (tmp_path / cells[1]["image"][0]).read_bytes() == content
     with pytest.raises(ImageError, match="not a picture"):
-        identity(Item("", Encoded("e", b"text")))
+        _content_key(Item("", Encoded("e", b"text")))
 
 
-def test_feature_views_read_vectors_alone(model, data, tmp_path):
+def test_feat_views_read_vectors_alone(model, data, tmp_path):
     output = tmp_path / "mined.jsonl"
-    report = run(model, data, output, views="feat-feat", yes=1.0, margin=0.0)
+    report = run(model, data, output, view=View.FEAT_FEAT, yes=1.0, margin=0.0)
     assert report["queries"] == 5
     model.truncate_dim = 8
-    assert (
-        run(model, data, tmp_path / "truncated.jsonl", views="feat-feat", yes=1.0, margin=0.0)
-        == report
-    )
+    truncated = tmp_path / "truncated.jsonl"
+    assert run(model, data, truncated, view=View.FEAT_FEAT, yes=1.0, margin=0.0) == report
     row = json.loads(output.read_text().splitlines()[0]) if report["negatives"] else None
     assert row is None or {"cosine", "p_yes", "positive_p_yes"} < row.keys()
 
 
-def test_output_that_exists_or_is_no_jsonl_is_refused(model, data, tmp_path):
+def test_output_that_exists_or_is_not_jsonl_is_refused(model, data, tmp_path):
     with pytest.raises(DataError, match="exists already"):
         run(model, data, data)
-    with pytest.raises(DataError, match=r"ending \.jsonl"):
+    with pytest.raises(DataError, match=r"extension \.jsonl"):
         run(model, data, tmp_path / "mined.csv")
     (tmp_path / "mined-pictures").write_text("")
-    with pytest.raises(DataError, match="a folder for pictures is needed"):
+    with pytest.raises(DataError, match="pictures are written to a folder of this name"):
         run(model, data, tmp_path / "mined.jsonl")

@@ -44,11 +44,13 @@ def test_encode_gives_unit_vectors_of_every_kind_of_input(model, tmp_path):
     path = tmp_path / "a picture.png"
     Image.new("RGBA", (50, 30), (255, 0, 0, 128)).save(path)
     several = {"text": "compare", "image": [path, Image.new("L", (20, 20))]}
-    found = model.encode_query(["a dog", path, str(path), {"text": "red", "image": path}, several])
-    assert found.shape == (5, 32)
-    assert found.dtype == np.float32
-    assert np.linalg.norm(found, axis=1) == pytest.approx(np.ones(5), abs=1e-6)
-    assert found[1] == pytest.approx(found[2])
+    vectors = model.encode_query(
+        ["a dog", path, str(path), {"text": "red", "image": path}, several]
+    )
+    assert vectors.shape == (5, 32)
+    assert vectors.dtype == np.float32
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(5), abs=1e-6)
+    assert vectors[1] == pytest.approx(vectors[2])
     assert model.encode_document("a dog").shape == (32,)
     assert model.encode_document(path).shape == (32,)
 
@@ -82,10 +84,10 @@ def test_the_vectors_are_the_last_hidden_states_after_the_final_norm(model):
 def test_vectors_do_not_depend_on_batch_size_or_padding_side(make_model, triplets):
     model = make_model(dtype=SINGLE)
     texts = inputs(triplets)
-    one = model.encode_query(texts, batch_size=1)
-    assert np.abs(model.encode_query(texts, batch_size=len(texts)) - one).max() <= 1e-5
+    single = model.encode_query(texts, batch_size=1)
+    assert np.abs(model.encode_query(texts, batch_size=len(texts)) - single).max() <= 1e-5
     model.backbone.processor.tokenizer.padding_side = "right"
-    assert np.abs(model.encode_query(texts, batch_size=len(texts)) - one).max() <= 1e-5
+    assert np.abs(model.encode_query(texts, batch_size=len(texts)) - single).max() <= 1e-5
 
 
 def test_long_text_keeps_the_learnable_tokens(model):

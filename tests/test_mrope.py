@@ -59,7 +59,7 @@ def backbone():
 
 
 def picture_segment(backbone, before, height, width, after):
-    """Text, a picture of height × width merged patches, text; and the picture's patches and grid."""
+    """Text, a picture of height × width merged patches, text; and its patches and grid."""
     ids = torch.tensor([*before, START, *[IMAGE] * (height * width), END, *after])
     grid = torch.tensor([1, 2 * height, 2 * width])
     pixels = torch.randn(4 * height * width, 3 * 2 * 4 * 4, dtype=torch.float64)

@@ -57,8 +57,10 @@ def step(model, wrapped, rows, cached, reuse, options):
             gradients[name.removeprefix("module.")] = (
                 gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
             )
-    own = loss.log_temperature.grad if loss.log_temperature is not None else None
-    return total.detach(), gradients, own
+    temperature = None
+    if loss.log_temperature is not None:
+        temperature = loss.log_temperature.grad
+    return total.detach(), gradients, temperature
 
 
 def worker(rank, port, backbone, shares, results):
@@ -197,8 +199,8 @@ def test_two_processes_train_and_save_what_one_does(backbone_path, tmp_path, kin
         f"loss.matching={matching}",
     ]
     recipe = ROOT / "recipes" / "picto.yaml"
-    one, two = tmp_path / "one", tmp_path / "two"
-    train(load_recipe(recipe, [*settings, f"train.output={one}"]), quiet=True)
+    alone, together = tmp_path / "one", tmp_path / "two"
+    train(load_recipe(recipe, [*settings, f"train.output={alone}"]), quiet=True)
     program = (
         ["-m", "rematch.cli"] if kind == "ddp" else [Path(__file__).with_name("sharded_on_cpu.py")]
     )
@@ -210,7 +212,7 @@ def test_two_processes_train_and_save_what_one_does(backbone_path, tmp_path, kin
         f"--master_port={free_port()}",
     ]
     done = subprocess.run(
-        [*launch, *program, "train", recipe, *settings, f"train.output={two}"],
+        [*launch, *program, "train", recipe, *settings, f"train.output={together}"],
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         | (FSDP2 if kind == "fsdp2" else {}),
@@ -219,7 +221,9 @@ def test_two_processes_train_and_save_what_one_does(backbone_path, tmp_path, kin
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    base, single, shared = (load_file(p / "model.safetensors") for p in (backbone_path, one, two))
+    base, single, shared = (
+        load_file(path / "model.safetensors") for path in (backbone_path, alone, together)
+    )
     assert single.keys() == shared.keys()
     moved = max(
         float((single[n] - base[n]).abs().max()) for n in base if base[n].shape == single[n].shape
@@ -227,16 +231,14 @@ def test_two_processes_train_and_save_what_one_does(backbone_path, tmp_path, kin
     apart = max(float((single[n] - shared[n]).abs().max()) for n in single)
     assert moved > 1e-3
     assert apart < moved / 10  # Adam turns rounding into steps where a gradient is nearly zero
-    trained, together = ReMatch(one), ReMatch(two)
-    assert together.backbone.matching == trained.backbone.matching == matching
+    single_model, shared_model = ReMatch(alone), ReMatch(together)
+    assert shared_model.backbone.matching == single_model.backbone.matching == matching
     pair = (["a dog"], [Image.new("RGB", (96, 96), "red")])
-    assert together.match(*pair) == pytest.approx(trained.match(*pair), abs=0.02)
-    pairs_apart = (
-        (trained.fusion.projector.linear_1.weight - together.fusion.projector.linear_1.weight)
-        .abs()
-        .max()
+    assert shared_model.match(*pair) == pytest.approx(single_model.match(*pair), abs=0.02)
+    single_weight, shared_weight = (
+        model.fusion.projector.linear_1.weight for model in (single_model, shared_model)
     )
-    assert pairs_apart < moved / 10
+    assert (single_weight - shared_weight).abs().max() < moved / 10
 
 
 # ---- a process group that serves one device only ------------------------------------------------

@@ -1,4 +1,4 @@
-"""Picto: the same from the same seed, tests of unseen combinations, balanced answers, MMEB's
+"""Picto: equal scenes from equal seeds, held-out combinations, balanced answers, export to MMEB's
 layouts.
 """
 
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from rematch.data import picto
-from rematch.data.mmeb import MARKER, read_eval, read_train
+from rematch.data.mmeb import MARKER, load_mmeb_eval, load_mmeb_train
 from rematch.data.mmeb_export import export_picto
 from rematch.data.picto_tasks import CANDIDATES, TASKS, evaluation_tasks, training_triplet
 from rematch.errors import DataError
@@ -82,14 +82,12 @@ def test_a_near_miss_differs_in_exactly_one_thing_and_stays_in_its_split():
 
 
 def test_captions_tell_scenes_apart():
-    """Two scenes have one caption only if they differ in nothing but the free row or column of one
-    or two objects.
-    """
+    """Only the row or column of one or two objects is left open, so these are left out here."""
     rng = random.Random(2)
-    seen = {}
+    scenes = {}
     for _ in range(4000):
         scene = picto.sample_scene(rng, count=rng.randint(3, 4))
-        assert seen.setdefault(picto.caption(scene), scene) == scene
+        assert scenes.setdefault(picto.caption(scene), scene) == scene
 
 
 def test_the_test_set_has_its_size_and_is_fixed():
@@ -101,8 +99,8 @@ def test_the_test_set_has_its_size_and_is_fixed():
         assert len(task.documents) <= 400
         assert all(len(set(c)) == len(c) == CANDIDATES for c in task.candidates)
         assert task.candidates == again.candidates
-        for own in task.candidates:  # no second right answer
-            assert len({task.documents[i].key for i in own}) == CANDIDATES
+        for candidates in task.candidates:  # no second positive
+            assert len({task.documents[i].key for i in candidates}) == CANDIDATES
         assert [q.text for q in task.queries] == [q.text for q in again.queries]
     small = evaluation_tasks(queries=50)
     assert [q.text for t in small for q in t.queries] == [
@@ -150,7 +148,7 @@ def test_training_triplets_follow_from_seed_and_index():
     assert training_triplet(3, 5).query != a.query
 
 
-def test_export_in_mmeb_eval_form_reads_back_as_the_same_test(tmp_path, monkeypatch):
+def test_export_in_mmeb_eval_layout_loads_as_the_same_test_set(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "rematch.data.picto_tasks.TASKS", {n: TASKS[n] for n in ("Picto-Count", "Picto-T2I")}
     )
@@ -164,21 +162,24 @@ def test_export_in_mmeb_eval_form_reads_back_as_the_same_test(tmp_path, monkeypa
     count = pq.read_table(tmp_path / "eval/Picto-Count/test-00000-of-00001.parquet").to_pylist()
     assert count[0]["qry_text"].startswith(MARKER)
     assert count[0]["tgt_img_path"] == [""] * 100
-    made = [*evaluation_tasks(), *evaluation_tasks(ood=True)]
-    for task, read in zip(made, read_eval(tmp_path / "eval")[0], strict=True):
-        assert (task.name, task.meta_task, task.ood) == (read.name, read.meta_task, read.ood)
+    tasks = [*evaluation_tasks(), *evaluation_tasks(ood=True)]
+    for task, loaded in zip(tasks, load_mmeb_eval(tmp_path / "eval")[0], strict=True):
+        assert (task.name, task.meta_task, task.ood) == (loaded.name, loaded.meta_task, loaded.ood)
         for i in (0, 123):
-            assert task.queries[i].as_input().get("text") == read.queries[i].as_input().get("text")
-            ours, theirs = (t.documents[t.candidates[i][0]] for t in (task, read))
-            assert ours.as_input().get("text") == theirs.as_input().get("text")
-            assert ours.as_input(instruction=False).get("text") == theirs.as_input(
-                instruction=False
-            ).get("text")
-            if ours.image is not None:
-                assert Image.open(theirs.image).tobytes() == ours.image.tobytes()
+            assert task.queries[i].as_input().get("text") == loaded.queries[i].as_input().get(
+                "text"
+            )
+            document, exported = (t.documents[t.candidates[i][0]] for t in (task, loaded))
+            for instruction in (True, False):
+                text, exported_text = (
+                    d.as_input(instruction).get("text") for d in (document, exported)
+                )
+                assert text == exported_text
+            if document.image is not None:
+                assert Image.open(exported.image).tobytes() == document.image.tobytes()
 
 
-def test_export_in_mmeb_train_form_reads_back(tmp_path):
+def test_export_in_mmeb_train_layout_loads_as_the_same_samples(tmp_path):
     samples = 40
     export_picto(tmp_path / "train", "mmeb-train", samples=samples)
     table = pq.read_table(
@@ -192,13 +193,15 @@ def test_export_in_mmeb_train_form_reads_back(tmp_path):
         "neg_text",
         "neg_image_path",
     ]
-    assert [len(config) for config in read_train(tmp_path / "train")] == [samples] * len(TASKS)
+    assert [len(config) for config in load_mmeb_train(tmp_path / "train")] == [samples] * len(
+        TASKS
+    )
     names = [name.replace("_", "-") for name in sorted(n.replace("-", "_") for n in TASKS)]
-    made = [training_triplet(0, i, name) for name in names for i in range(samples)]
-    read = [triplet for config in read_train(tmp_path / "train") for triplet in config]
-    for ours, theirs in zip(made, read, strict=True):
-        for side in ("query", "positive", "negative"):
-            a, b = getattr(ours, side), getattr(theirs, side)
+    triplets = [training_triplet(0, i, name) for name in names for i in range(samples)]
+    loaded = [triplet for config in load_mmeb_train(tmp_path / "train") for triplet in config]
+    for triplet, exported in zip(triplets, loaded, strict=True):
+        for column in ("query", "positive", "negative"):
+            a, b = getattr(triplet, column), getattr(exported, column)
             assert a.as_input().get("text") == b.as_input().get("text")
             assert (a.image is None) == (b.image is None)
             assert a.image is None or Image.open(b.image).tobytes() == a.image.tobytes()

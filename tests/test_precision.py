@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rematch.train.precision import choose, native_bfloat16
+from rematch.train.precision import choose_precision, native_bfloat16
 from rematch.train.recipe import load_recipe
 from rematch.train.run import train
 
@@ -17,7 +17,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def test_a_cpu_without_avx_512_has_no_native_bfloat16():
-    """Asked in a process of its own: torch reads the capability when it is loaded."""
+    """Runs in a process of its own: torch reads the capability when it is loaded."""
     program = "from rematch.train.precision import native_bfloat16; print(native_bfloat16('cpu'))"
     environment = {
         name: value for name, value in os.environ.items() if name != "REMATCH_NATIVE_BF16"
@@ -47,31 +47,31 @@ def test_native_bfloat16_of_x86(monkeypatch, capability, avx512_bf16, amx, nativ
     assert native_bfloat16("cpu") is native
 
 
-def test_what_auto_means(monkeypatch):
+def test_auto_follows_the_hardware(monkeypatch):
     monkeypatch.setenv("REMATCH_NATIVE_BF16", "1")
-    assert choose("auto", "auto", "cpu") == (True, "eager")
-    assert choose("auto", "auto", "cuda") == (True, None)
-    assert choose(False, "auto", "cpu") == (False, None)
-    assert choose("auto", "sdpa", "cpu") == (True, "sdpa")
+    assert choose_precision("auto", "auto", "cpu") == (True, "eager")
+    assert choose_precision("auto", "auto", "cuda") == (True, None)
+    assert choose_precision(False, "auto", "cpu") == (False, None)
+    assert choose_precision("auto", "sdpa", "cpu") == (True, "sdpa")
     monkeypatch.setenv("REMATCH_NATIVE_BF16", "0")
-    assert choose("auto", "auto", "cpu") == (False, None)
-    assert choose(True, "auto", "cpu") == (True, "eager")
+    assert choose_precision("auto", "auto", "cpu") == (False, None)
+    assert choose_precision(True, "auto", "cpu") == (True, "eager")
 
 
 @pytest.mark.parametrize(
     "name", ["picto.yaml", *(path.name for path in sorted(RECIPES.glob("ladder-*.yaml")))]
 )
-def test_recipes_for_cpus_leave_it_to_the_hardware(name):
+def test_recipes_for_cpus_use_auto(name):
     recipe = load_recipe(RECIPES / name)
     assert recipe.train.bf16 == "auto"
     assert recipe.model.attention == "auto"
 
 
 @pytest.mark.parametrize(
-    ("native", "chosen"), [("1", ("bfloat16 autocast", "eager")), ("0", ("float32", "sdpa"))]
+    ("native", "arithmetic"), [("1", ("bfloat16 autocast", "eager")), ("0", ("float32", "sdpa"))]
 )
-def test_the_log_says_what_was_chosen(
-    backbone_path, tmp_path, monkeypatch, capsys, native, chosen
+def test_the_log_names_the_arithmetic(
+    backbone_path, tmp_path, monkeypatch, capsys, native, arithmetic
 ):
     monkeypatch.setenv("REMATCH_NATIVE_BF16", native)
     settings = [
@@ -83,5 +83,7 @@ def test_the_log_says_what_was_chosen(
     settings += ["train.workers=0", f"train.output={tmp_path / 'model'}", "train.report_to=[none]"]
     train(load_recipe(RECIPES / "picto.yaml", settings))
     first, *_ = json.loads((tmp_path / "model/log.json").read_text())
-    assert (first["precision"], first["attention"]) == chosen
-    assert f"training on cpu: {chosen[0]}, {chosen[1]} attention" in capsys.readouterr().err
+    assert (first["precision"], first["attention"]) == arithmetic
+    assert (
+        f"training on cpu: {arithmetic[0]}, {arithmetic[1]} attention" in capsys.readouterr().err
+    )

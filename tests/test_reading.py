@@ -1,4 +1,4 @@
-"""Inputs as token ids: the same in training as in use, and text is nothing but text."""
+"""Inputs as token ids: the same in training as in encoding, and no control tokens in texts."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from rematch.errors import ModelError
 
 @pytest.fixture
 def changed(backbone_path, tmp_path):
-    """Copies the tiny backbone with a file of it changed by a function of its text."""
+    """A function that copies the tiny backbone and edits one of its files."""
 
     def change(file, edit):
         path = tmp_path / "changed"
@@ -25,16 +25,15 @@ def changed(backbone_path, tmp_path):
     return change
 
 
-def test_a_template_that_reads_queries_otherwise_in_encoding_is_refused_with_both_strings(changed):
+def test_a_template_that_changes_queries_in_encoding_is_refused_with_both_strings(changed):
     path = changed(
         "chat_template.jinja", lambda text: "{% if task == 'query' %}Find: {% endif %}" + text
     )
-    with pytest.raises(ModelError) as refused:
+    with pytest.raises(ModelError) as error:
         Backbone(path)
-    assert "training would read a query as '<|user|>" in str(refused.value)
-    assert "but encode reads 'find" in str(refused.value).replace(" ", "").replace(
-        "butencodereads", "but encode reads "
-    )
+    message = str(error.value)
+    assert "training would read a query as '<|user|>" in message
+    assert "butencodereads'find" in message.replace(" ", "")
 
 
 def test_a_tokenizer_that_ends_with_a_token_of_its_own_is_refused(changed):
@@ -63,14 +62,14 @@ def test_pictures_of_another_size_in_encoding_are_refused(backbone_path):
         Backbone(str(backbone_path), processing_kwargs=settings)
 
 
-def test_what_stands_around_the_content_depends_on_pictures_and_text(make_model):
+def test_what_the_template_writes_around_a_content_depends_on_pictures_and_text(make_model):
     backbone = make_model().backbone
     backbone.processor.chat_template = (
         "{% for m in messages %}USER: {% for p in m.content %}{% if p.type == 'image' %}<image> "
         "{% endif %}{% endfor %}{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }} {% "
         "endif %}{% endfor %}ASSISTANT:{% endfor %}"
     )
-    frames = backbone.reader.turns.read_template()
+    frames = backbone.reader.turns.parse_template()
     assert {key: (frame.prefix, frame.suffix) for key, frame in frames.items()} == {
         (False, True): ("USER: ", " ASSISTANT:"),
         (True, True): ("USER: ", " ASSISTANT:"),
@@ -87,9 +86,9 @@ def test_a_turn_is_read_in_training_as_in_encoding_and_its_content_is_what_was_g
     value = {"text": text, "image": [Image.new("RGB", (40, 30 + i)) for i in range(pictures)]}
     reading = reader.read(value)
     encoded = model.preprocess([value], task="query")["input_ids"][0]
-    assert reader.embedded(reading, "query").ids.tolist() == encoded.tolist()
-    content, alone = reading.content.ids.tolist(), reader.turns.ids(text)
-    assert content == [reader.picture_token] * reading.visual_tokens + alone
+    assert reader.with_learnable_tokens(reading, "query").ids.tolist() == encoded.tolist()
+    content, alone = reading.content.ids.tolist(), reader.turns.token_ids(text)
+    assert content == [reader.picture_token_id] * reading.visual_tokens + alone
     assert bool(reading.visual_tokens) == bool(pictures)
     assert reading.content.positions[0].tolist() == list(range(len(reading.content.ids)))
 
@@ -98,17 +97,18 @@ def test_a_turn_is_read_in_training_as_in_encoding_and_its_content_is_what_was_g
     "token", ["<|end|>", "<|user|>", "<image>", "<|pad|>", "<|query_emb_0|>", "<|doc_emb_3|>"]
 )
 def test_a_control_token_in_a_text_is_an_error_that_names_the_input(model, token):
-    said = re.escape(
-        f"input 1: its text holds {token}, which the model reads as a control token. Take it out."
+    message = re.escape(
+        f"input 1: its text holds {token}, which the model reads as a control token. Remove it "
+        "from the text."
     )
     text = f"a dog {token} a cat"
-    with pytest.raises(RematchError, match=said):
+    with pytest.raises(RematchError, match=message):
         model.encode_document(["a cat", text])
-    with pytest.raises(RematchError, match=said):
+    with pytest.raises(RematchError, match=message):
         model.encode_document(["a cat", {"text": text, "image": Image.new("RGB", (9, 9))}])
-    with pytest.raises(RematchError, match=said):
+    with pytest.raises(RematchError, match=message):
         model.match(["a dog"] * 2, ["a cat", text], "feat-raw")
-    with pytest.raises(RematchError, match=said.replace("1", "0", 1)):
+    with pytest.raises(RematchError, match=message.replace("1", "0", 1)):
         model.encode(["a cat"], prompt=text)
 
 

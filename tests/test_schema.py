@@ -1,6 +1,4 @@
-"""The API against its own description: requests made up from the schema never crash it, and its
-answers fit.
-"""
+"""The HTTP API against its schema: generated requests never crash it, and responses fit."""
 
 import pytest
 import schemathesis
@@ -34,19 +32,21 @@ def engine(saved_model, tmp_path_factory) -> Engine:
 @pytest.fixture(scope="module")
 def operations(engine):
     with running(engine, limits=Limits(inputs=8, text=500)) as address:
-        described = schemathesis.openapi.from_url(f"{address}/openapi.json")
-        found = [one.ok() for one in described.get_all_operations()]
-        yield {f"{one.method.upper()} {one.path}": one for one in found}
+        schema = schemathesis.openapi.from_url(f"{address}/openapi.json")
+        operations = [result.ok() for result in schema.get_all_operations()]
+        yield {
+            f"{operation.method.upper()} {operation.path}": operation for operation in operations
+        }
 
 
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
-def test_no_crash_and_no_answer_that_does_not_fit(operations, name):
+def test_no_request_crashes_and_every_response_fits_the_schema(operations, name):
     assert operations.keys() == OPERATIONS
 
     @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
     @given(case=operations[name].as_strategy())
-    def answers(case):
-        # a schema does not say that a query must not be empty: such requests get 400
+    def check(case):
+        # the schema cannot say that a query must not be empty; such requests get status 400
         case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
-    answers()
+    check()

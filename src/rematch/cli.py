@@ -40,53 +40,54 @@ def _options(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Directory of the report.")] = Path("rematch-demo"),
+    output: Annotated[Path, typer.Option(help="Directory for the report.")] = Path("rematch-demo"),
     steps: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Training steps per arm; by default as many as five minutes allow."
+            min=2,
+            help="Training steps per model; by default as many as fit into five minutes.",
         ),
     ] = None,
 ) -> None:
-    """Fine-tune the tiny base twice, evaluate, search, and write an HTML report; under five
+    """Fine-tune the tiny base in two ways, evaluate, search, and write an HTML report; under five
     minutes on two cores.
     """
-    from rematch.demo.run import run_demo
+    from rematch.demo.command import DemoOptions, run_demo
 
-    report = run_demo(output, steps)
-    typer.echo(f"\nReport: {report}")
+    run_demo(DemoOptions(output=output, steps=steps))
 
 
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML; see recipes/.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="section.key=value, such as train.steps=200.")
+        list[str] | None,
+        typer.Argument(help="Settings as section.key=value, such as train.steps=200."),
     ] = None,
     estimate: Annotated[
         bool,
         typer.Option(
             "--estimate",
-            help="Only print memory and time of a step; reads the backbone's config alone.",
+            help="Only print memory and time per step; reads the backbone's config, no weights.",
         ),
     ] = False,
     gpus: Annotated[
-        int, typer.Option(min=1, help="With --estimate: GPUs that share the batch.")
+        int, typer.Option(min=1, help="With --estimate: number of GPUs that share the batch.")
     ] = 1,
     fsdp: Annotated[
-        bool, typer.Option("--fsdp", help="With --estimate: they share the weights too.")
+        bool, typer.Option("--fsdp", help="With --estimate: the GPUs also share the weights.")
     ] = False,
     gpu_memory: Annotated[
         float | None,
         typer.Option(
-            min=0.1, help="With --estimate: GB of one GPU; exit with 2 if they do not suffice."
+            min=0.1, help="With --estimate: GB of one GPU; exit code 2 if the run needs more."
         ),
     ] = None,
     tflops: Annotated[
         float | None,
         typer.Option(
             min=0.1,
-            help="With --estimate: TFLOP/s that one GPU really does, say 40 % of its peak.",
+            help="With --estimate: TFLOP/s that one GPU achieves, such as 40 % of its peak.",
         ),
     ] = None,
     pictures: Annotated[
@@ -94,27 +95,25 @@ def train(
         typer.Option(
             min=0,
             max=3,
-            help="With --estimate: pictures in query, positive and negative together.",
+            help="With --estimate: how many of query, positive and negative have a picture.",
         ),
     ] = 3,
 ) -> None:
     """Train a retriever from a recipe."""
-    from rematch.train.recipe import load_recipe
+    from rematch.train.command import TrainOptions, run_train
 
-    settings = load_recipe(recipe, overrides or [])
-    if estimate:
-        from rematch.train.estimate import report
-
-        report(settings, gpus, fsdp, gpu_memory, tflops, pictures)
-        return
-    if (gpus, fsdp, gpu_memory, tflops, pictures) != (1, False, None, None, 3):
-        raise RematchError(
-            "--gpus, --fsdp, --gpu-memory, --tflops and --pictures go with --estimate. Add it."
+    run_train(
+        TrainOptions(
+            recipe=recipe,
+            overrides=tuple(overrides or ()),
+            estimate=estimate,
+            gpus=gpus,
+            fsdp=fsdp,
+            gpu_memory=gpu_memory,
+            tflops=tflops,
+            pictures=pictures,
         )
-    from rematch.train.run import train as run
-
-    run(settings)
-    typer.echo(f"Model and log: {settings.train.output}")
+    )
 
 
 @app.command()
@@ -125,69 +124,56 @@ def mine(
     ],
     output: Annotated[
         Path,
-        typer.Option(help="Training data with hard negatives, .jsonl; a report lies beside it."),
+        typer.Option(
+            help="The .jsonl file of training data to write; a report is written beside it."
+        ),
     ],
     corpus: Annotated[
         Path | None, typer.Option(help="Further documents: a folder of pictures, or a file.")
     ] = None,
-    negatives: Annotated[int, typer.Option(min=1, help="Negatives for each query, at most.")] = 4,
-    candidates: Annotated[int, typer.Option(min=1, help="Nearest documents looked at.")] = 30,
+    negatives: Annotated[
+        int, typer.Option(min=1, help="Maximum number of negatives per query.")
+    ] = 4,
+    candidates: Annotated[
+        int, typer.Option(min=1, help="Number of nearest documents to judge per query.")
+    ] = 30,
     yes: Annotated[
-        float, typer.Option(min=0, max=1, help="P(yes) from which a candidate is a right answer.")
+        float, typer.Option(min=0, max=1, help="P(yes) from which a candidate is dropped.")
     ] = 0.5,
     margin: Annotated[
-        float, typer.Option(min=0, max=1, help="Least distance to the positive's P(yes).")
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Distance that a candidate's P(yes) must keep below the positive's.",
+        ),
     ] = 0.0,
-    views: Annotated[
-        str, typer.Option(help="What the matching head reads: feat-feat (vectors), …, raw-raw.")
+    view: Annotated[
+        str,
+        typer.Option(
+            "--view",
+            "--views",
+            help="View of the matching head: feat-feat (vectors only), feat-raw, raw-feat or "
+            "raw-raw.",
+        ),
     ] = "feat-feat",
 ) -> None:
-    """Find hard negatives for own data; the matching head takes out false ones."""
-    if not data.is_file():
-        raise RematchError(
-            f"{data}: no such file. Give a .jsonl or .parquet file with query and positive."
-        )
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
-    from rich.table import Table
-
+    """Find hard negatives for your own data; the matching head drops false negatives."""
     from rematch.matching import View
-    from rematch.model import ReMatch
-    from rematch.train.mine import REASONS, Rules
-    from rematch.train.mine import mine as run
+    from rematch.train.command import MineOptions, run_mine
 
-    rules = Rules(negatives, candidates, yes, margin, View(views))
-    with Progress(
-        *Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn()
-    ) as shown:
-        bars: dict[str, TaskID] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in bars:
-                bars[what] = shown.add_task(what, total=total)
-            shown.update(bars[what], completed=done)
-
-        report = run(ReMatch(model), data, output, rules, corpus, progress)
-    table = Table("candidates", "")
-    for reason, count in report["candidates"].items():
-        table.add_row(f"{count:,}", REASONS[reason])
-    Console().print(table)
-    if report["positives_answered_yes"] < 0.6:
-        typer.echo(
-            f"warning: the model says Yes to only {100 * report['positives_answered_yes']:.0f} % "
-            "of the labelled positives; its filter is not to be trusted on this data. Fine-tune "
-            "it first.",
-            err=True,
+    run_mine(
+        MineOptions(
+            model=model,
+            data=data,
+            output=output,
+            corpus=corpus,
+            negatives=negatives,
+            candidates=candidates,
+            yes=yes,
+            margin=margin,
+            view=View(view),
         )
-    if lost := report["queries_without_negatives"]:
-        typer.echo(
-            f"{lost} of {report['queries']} queries have no negative left and are not in the "
-            "output.",
-            err=True,
-        )
-    typer.echo(
-        f"{report['negatives']:,} negatives: {output}\nWhat was dropped and why: "
-        f"{output.with_suffix('.html')}"
     )
 
 
@@ -199,7 +185,7 @@ def evaluate(
     benchmark: Annotated[
         str,
         typer.Option(
-            help="picto, mmeb, zeroshot; or own data: .yaml, .jsonl, .parquet, a BEIR folder."
+            help="picto, mmeb, zeroshot; or your own .yaml, .jsonl, .parquet or BEIR folder."
         ),
     ] = "picto",
     output: Annotated[
@@ -291,50 +277,51 @@ def evaluate(
 @app.command()
 def index(
     model: Annotated[
-        str, typer.Argument(help="Checkpoint directory or hub name; left out: rematch-tiny.")
+        str, typer.Argument(help="Checkpoint directory or hub name; rematch-tiny if left out.")
     ],
     corpus: Annotated[
         str | None,
         typer.Argument(
-            help="A folder of pictures, a .jsonl/.parquet file, or a Hugging Face data set."
+            help="A folder of pictures, a .jsonl or .parquet file, or a Hugging Face data set."
         ),
     ] = None,
     output: Annotated[
         str,
         typer.Option(
-            help="Directory or object store's URI; an index that is there is brought up to date."
+            help="Directory, or URI on an object store; an existing index is brought up to date."
         ),
     ] = "rematch.idx",
     tokens: Annotated[
-        bool, typer.Option(help="Keep the K token vectors, for --rerank maxsim.")
+        bool, typer.Option(help="Store the K token vectors too, for --rerank maxsim.")
     ] = False,
     dimensions: Annotated[
-        int, typer.Option(min=0, help="Keep only so many dimensions; 0 for all.")
+        int, typer.Option(min=0, help="Keep only this many dimensions; 0 for all.")
     ] = 0,
     ann: Annotated[
         str,
         typer.Option(
-            help="Approximate index: auto (int8 above 100,000), none, float, int8, binary, pq, hnsw."
+            help="Approximate index: auto (int8 above 100,000), none, float, int8, binary, pq, "
+            "hnsw."
         ),
     ] = "auto",
     add: Annotated[
-        bool, typer.Option(help="Leave documents in the index that are not in CORPUS.")
+        bool, typer.Option(help="Keep documents in the index that are not in CORPUS.")
     ] = False,
     max_failures: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of documents that may be broken.")
+        float, typer.Option(min=0, max=1, help="Share of documents that may be unreadable.")
     ] = 0.2,
     engine: Annotated[
         str, typer.Option(help="local, or ray for many processes or machines.")
     ] = "local",
-    actors: Annotated[int, typer.Option(min=1, help="With ray: how many encoders.")] = 2,
+    actors: Annotated[int, typer.Option(min=1, help="With ray: number of encoders.")] = 2,
     batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a forward pass.")
+        int | None, typer.Option(min=1, help="Tokens of a forward pass, padding included.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that prepare batches.")
+        int | None, typer.Option(min=0, help="Number of processes that prepare batches.")
     ] = None,
 ) -> None:
-    """Encode a corpus into an index; run it again after changes, or if it was cut off."""
+    """Encode a corpus into an index. Run it again to update the index or to resume."""
     if corpus is None:
         model, corpus = "rematch-tiny", model
     from rematch.search.command import IndexOptions, run_index
@@ -359,39 +346,35 @@ def index(
 
 @app.command()
 def search(
-    index: Annotated[str, typer.Argument(help="What `rematch index` wrote.")],
+    index: Annotated[str, typer.Argument(help="The output of `rematch index`.")],
     text: Annotated[str | None, typer.Option(help="Query text.")] = None,
     image: Annotated[Path | None, typer.Option(help="Query picture.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Results.")] = 10,
-    where: Annotated[
-        str, typer.Option("--filter", help='Condition in SQL on metadata, such as "year > 2000".')
+    top: Annotated[int, typer.Option(min=1, help="Number of hits.")] = 10,
+    filter: Annotated[
+        str, typer.Option(help='Condition in SQL on metadata, such as "year > 2000".')
     ] = "",
-    rerank: Annotated[
-        str, typer.Option(help="Stages such as feat:100,raw:10; also maxsim:200.")
-    ] = "",
+    rerank: Annotated[str, typer.Option(help="Stages such as maxsim:200,feat:100,raw:10.")] = "",
     exact: Annotated[
         bool, typer.Option(help="Scan all vectors even if there is an approximate index.")
     ] = False,
-    model: Annotated[str | None, typer.Option(help="Where the index's model lies now.")] = None,
+    model: Annotated[str | None, typer.Option(help="The index's model, if it has moved.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
-    """Search an index by text, by a picture, or by both."""
-    query: dict[str, object] = {"text": text} if text else {}
-    if image:
-        query["image"] = image
-    if not query:
-        raise RematchError("no query. Give --text, --image, or both.")
-    from rematch.search.command import run_search
+    """Search an index by text, by picture, or by both."""
+    from rematch.search.command import SearchOptions, run_search
 
     run_search(
-        index,
-        query,
-        top=top,
-        where=where,
-        rerank=rerank,
-        exact=exact,
-        model=model,
-        as_json=as_json,
+        SearchOptions(
+            index=index,
+            text=text,
+            image=image,
+            top=top,
+            filter=filter,
+            rerank=rerank,
+            exact=exact,
+            model=model,
+            as_json=as_json,
+        )
     )
 
 
@@ -455,12 +438,14 @@ def serve(
 
 @data_app.command()
 def export(
-    benchmark: Annotated[str, typer.Argument(help="picto.")],
-    directory: Annotated[Path, typer.Argument(help="Created; must not exist.")],
+    benchmark: Annotated[str, typer.Argument(help="Name of the benchmark: picto.")],
+    directory: Annotated[Path, typer.Argument(help="Directory to create; it must not exist yet.")],
     layout: Annotated[
-        str, typer.Option("--format", help="mmeb-train or mmeb-eval.")
+        str, typer.Option("--format", help="Layout of the files: mmeb-train or mmeb-eval.")
     ] = "mmeb-eval",
-    samples: Annotated[int, typer.Option(min=1, help="Training samples per task.")] = 2000,
+    samples: Annotated[
+        int, typer.Option(min=1, help="With mmeb-train: number of samples per task.")
+    ] = 2000,
 ) -> None:
     """Write a benchmark to disk in one of MMEB's layouts."""
     if benchmark != "picto":

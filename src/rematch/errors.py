@@ -1,14 +1,26 @@
-"""Mistakes a user can make, told as: what was seen, why it is wrong, what to do."""
+"""Errors that a user can correct.
+
+Every message says what was seen, why it is wrong and what to do::
+
+    RematchError(ValueError)
+    ├── ImageError
+    ├── TooLongError
+    ├── DataError
+    ├── RecipeError
+    ├── ModelError
+    └── TrainingError
+"""
 
 
 class RematchError(ValueError):
-    """Base of every error that input, data or settings can cause. The command line prints it and
-    exits with 2.
+    """Base class of every error that input, data or settings can cause.
+
+    The command line prints it and exits with status 2.
     """
 
 
 class ImageError(RematchError):
-    """A picture is missing, truncated, or too large to open."""
+    """A picture is missing, cannot be decoded, or is too large."""
 
 
 class TooLongError(RematchError):
@@ -20,7 +32,7 @@ class DataError(RematchError):
 
 
 class RecipeError(RematchError):
-    """A recipe has an unknown key or a value of the wrong kind."""
+    """A recipe has an unknown key or an invalid value."""
 
 
 class ModelError(RematchError):
@@ -28,4 +40,4 @@ class ModelError(RematchError):
 
 
 class TrainingError(RematchError):
-    """A training run cannot go on."""
+    """A training run cannot continue."""

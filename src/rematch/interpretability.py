@@ -1,4 +1,4 @@
-"""Where the learnable tokens look in a picture (the paper's Figure 1)."""
+"""Which parts of a picture the learnable tokens attend to (the paper's Figure 1)."""
 
 from inspect import signature
 from typing import Any
@@ -13,32 +13,33 @@ from rematch.model import ReMatch
 
 @torch.inference_mode()
 def attention_maps(model: ReMatch, value: Any, task: str = "document") -> NDArray[np.float32]:
-    """Attention of the learnable tokens' positions to a picture's, mean over layers and heads.
+    """Compute the attention of the learnable tokens to a picture, mean over layers and heads.
 
     Args:
-        model: With K learnable tokens; the last token alone if K = 0.
+        model: A model with K learnable tokens; if it has none, the last token takes their place.
         value: An input with one picture.
-        task: ``"query"`` or ``"document"``, which have tokens of their own.
+        task: ``"query"`` or ``"document"``, whose learnable tokens are used.
 
     Returns:
-        (K, h, w), where the picture is h · w tokens.
+        (K, h, w), where h · w is the number of the picture's tokens.
     """
     backbone = model.backbone
     implementation = backbone.model.config._attn_implementation
-    backbone.model.set_attn_implementation("eager")  # the others do not give their attention out
+    backbone.model.set_attn_implementation("eager")  # the others return no attention
     try:
         features = model.preprocess([value], task=task)
+        parameters = signature(backbone.base.forward).parameters
         inputs = {
-            k: v.to(model.device) for k, v in features.items() if isinstance(v, torch.Tensor)
+            name: value.to(model.device)
+            for name, value in features.items()
+            if name in parameters and isinstance(value, torch.Tensor)
         }
-        known = signature(backbone.base.forward).parameters
-        accepted = {k: v for k, v in inputs.items() if k in known}
-        attentions = backbone.base(**accepted, output_attentions=True).attentions
+        attentions = backbone.base(**inputs, output_attentions=True).attentions
     finally:
         backbone.model.set_attn_implementation(implementation)
     mean = torch.stack([a[0].mean(0) for a in attentions]).mean(0).float().cpu()  # (T, T)
     k = max(1, model.fusion.num_tokens)
-    is_patch = (features["input_ids"][0] == backbone.reader.picture_token).cpu()
+    is_patch = (features["input_ids"][0] == backbone.reader.picture_token_id).cpu()
     count = int(is_patch.sum())
     if "image_grid_thw" in features:
         _, height, width = features["image_grid_thw"][0].tolist()
@@ -53,16 +54,13 @@ def attention_maps(model: ReMatch, value: Any, task: str = "document") -> NDArra
 
 
 def overlay(picture: Image.Image, weights: NDArray[np.float32]) -> Image.Image:
-    """The picture, darkened where there is little attention.
+    """Darken a picture where there is little attention.
 
     Args:
-        picture: RGB.
-        weights: (h, w); the largest one is full brightness.
+        picture: The picture, RGB.
+        weights: Attention weights (h, w); the largest means full brightness.
     """
-    light = np.clip(weights / weights.max(), 0, 1)
-    mask = Image.fromarray((255 * light).astype(np.uint8)).resize(
-        picture.size, Image.Resampling.BICUBIC
-    )
-    return Image.composite(
-        picture, Image.eval(picture.convert("L"), lambda v: v // 4).convert("RGB"), mask
-    )
+    brightness = Image.fromarray((255 * np.clip(weights / weights.max(), 0, 1)).astype(np.uint8))
+    mask = brightness.resize(picture.size, Image.Resampling.BICUBIC)
+    dark = Image.eval(picture.convert("L"), lambda level: level // 4).convert("RGB")
+    return Image.composite(picture, dark, mask)

@@ -1,4 +1,6 @@
-"""The three losses and their sum, ``L = L_cl + w_orth · L_orth + w_qdm · L_qdm`` (paper.md "Idea").
+"""The three losses and their sum (paper.md "Idea").
+
+``L = L_cl + w_orth · L_orth + w_qdm · L_qdm``
 
 Shapes: B queries, M documents, N inputs, K learnable tokens, D width, V vocabulary.
 """

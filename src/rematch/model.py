@@ -16,9 +16,10 @@ from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from rematch.backbone.loading import resize_vocabulary, resolve
 from rematch.backbone.lora import inject, merge
 from rematch.backbone.memory import default_batch_tokens
-from rematch.backbone.module import Backbone, resize_vocabulary, resolve
+from rematch.backbone.module import Backbone
 from rematch.backbone.pictures import PictureFeatures, Pictures, feature_inputs
 from rematch.errors import ModelError, RematchError
 from rematch.matching import View
@@ -194,7 +195,7 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             RematchError: If an input is empty, or a picture cannot be read; the message names it.
         """
         if not multi_vector:
-            with self.backbone.reader.own_numbers(
+            with self.backbone.reader.report_original_rows(
                 [inputs] if self.is_singular_input(inputs) else inputs
             ):
                 return super().encode(inputs, *args, **kwargs)

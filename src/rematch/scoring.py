@@ -130,8 +130,8 @@ class MatchingHead:
     Args:
         backbone: Backbone of the model.
         fusion: Fusion of the model, with the projector.
-        embed: Embeds inputs for a task (``"query"`` or ``"document"``), for the feat form of inputs
-            that do not come as vectors.
+        embed: Embeds inputs for a task (``"query"`` or ``"document"``), where the feat form is
+            asked for and inputs do not come as vectors.
         view: The forms that its questions show.
         batch_tokens: Tokens of a forward pass, padding included.
     """
@@ -319,7 +319,7 @@ class MatchingHead:
         )
         embedded: dict[int, Segment] = {}
         for computed, (key, (reading, task)) in zip(numbers, readings.items(), strict=True):
-            embedded[key] = replace(reader.embedded(reading, task), computed=computed)
+            embedded[key] = replace(reader.with_learnable_tokens(reading, task), computed=computed)
         segments = [
             [embedded[id(r)] if r else None for r in (row.query_reading, *row.readings)]
             for row in rows
@@ -470,7 +470,7 @@ def embed_and_answer(
     ]
     device = backbone.model.device
     prompts = {name: value.to(device) for name, value in backbone.questions.prompts().items()}
-    (*states, prompt_states), layers = backbone.embed_keeping([*parts, prompts])
+    (*states, prompt_states), layers = backbone.embed_with_key_values([*parts, prompts])
     multi_vectors = [
         fusion({"token_embeddings": state, "attention_mask": part["attention_mask"]})[
             "multi_vector"

@@ -1,4 +1,4 @@
-"""Keys and values of a forward pass, handed out and put before another (docs/reuse.md)."""
+"""Keys and values of one forward pass, reused in another (docs/reuse.md)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,15 +8,16 @@ from transformers import DynamicCache
 
 
 class KeyValues(DynamicCache):  # type: ignore[misc]
-    """Hands out the keys and values that a forward pass computes, and puts others before them,
-    without extra copies.
+    """A cache that puts given keys and values before a sequence and records the new ones.
+
+    Unlike its base class it makes no copy of the new ones.
 
     Args:
-        before: Keys and values of every layer that stand before the sequence, (B, heads, C, head
-            width) each.
+        before: For every layer, the keys and values of the tokens before the sequence, (B, heads,
+            number of tokens before, head width) each.
 
     Attributes:
-        new: Those of the sequence, layer by layer.
+        new: For every layer that has run, the keys and values of the sequence.
     """
 
     def __init__(self, before: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
@@ -30,5 +31,5 @@ class KeyValues(DynamicCache):  # type: ignore[misc]
         self.new.append((keys, values))
         if not self.before:
             return keys, values
-        known_keys, known_values = self.before[layer]
-        return cat([known_keys, keys], 2), cat([known_values, values], 2)
+        keys_before, values_before = self.before[layer]
+        return cat([keys_before, keys], 2), cat([values_before, values], 2)

@@ -1,4 +1,4 @@
-"""Matching questions about readings, laid out with a backbone's prompt and template."""
+"""Packing matching questions about readings, with a backbone's prompt and chat template."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,10 +25,10 @@ class QuestionPacker:
     """Packs matching questions into sequences (:mod:`rematch.matching`).
 
     It needs no forward pass, so data workers can do it. A query or document that no question shows
-    as ``raw`` needs no reading: ``None`` stands for it.
+    as ``raw`` needs no reading, so ``None`` stands for it.
 
     Args:
-        reader: Reader of the backbone.
+        reader: Tokenizes inputs for the backbone.
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -48,47 +48,54 @@ class QuestionPacker:
         Returns:
             The packed sequences, and the readings whose pictures they show, in reading order.
         """
-        text = self.reader.text_segment
+        text_segment = self.reader.text_segment
         prompt, query_head, document_head = self._prompt_and_heads()
-        slot = text(MATCH_QUESTION + self.reader.suffix)
-        query_placeholder = text(MATCH_QUERY, placeholder=True)
-        document_placeholder = text(MATCH_DOCUMENT, placeholder=True)
+        slot = text_segment(MATCH_QUESTION + self.reader.suffix)
+        query_placeholder = text_segment(MATCH_QUERY, placeholder=True)
+        document_placeholder = text_segment(MATCH_DOCUMENT, placeholder=True)
         readings_with_pictures: list[Reading] = []
 
-        def forms(
-            shown: set[Form], reading: Reading | None, head: Segment, placeholder: Segment
+        def segments_by_form(
+            forms: set[Form], reading: Reading | None, head: Segment, placeholder: Segment
         ) -> Mapping[Form, Segment]:
             segments: dict[Form, Segment] = {}
-            if "raw" in shown and reading is not None:
-                segments["raw"] = self.reader.headed(head, reading.content)
+            if "raw" in forms and reading is not None:
+                segments["raw"] = self.reader.prepend(head, reading.content)
                 if reading.vision:
                     readings_with_pictures.append(reading)
-            if "feat" in shown:
+            if "feat" in forms:
                 segments["feat"] = placeholder
             return segments
 
         sequences = []
         for (query, documents), row_questions in zip(rows, questions, strict=True):
             query_forms = {view.query for view, _ in row_questions}
-            queries = forms(query_forms, query, query_head, query_placeholder)
-            document_forms = []
+            query_segments = segments_by_form(query_forms, query, query_head, query_placeholder)
+            document_segments = []
             for number, document in enumerate(documents):
-                shown = {view.document for view, j in row_questions if j == number}
-                document_forms.append(forms(shown, document, document_head, document_placeholder))
+                forms = {view.document for view, j in row_questions if j == number}
+                document_segments.append(
+                    segments_by_form(forms, document, document_head, document_placeholder)
+                )
             extent = query_placeholder.extent
-            sequences.append(lay_out(prompt, queries, document_forms, slot, row_questions, extent))
+            sequences.append(
+                lay_out(prompt, query_segments, document_segments, slot, row_questions, extent)
+            )
         return self._packed(sequences), readings_with_pictures
 
     def pack_prefix(self, query: Reading | None) -> tuple[Packed, list[Segment]]:
         """Pack what all questions about a query share, to be computed once.
 
+        Args:
+            query: The query, or ``None`` to show it as feat.
+
         Returns:
-            The packed sequence; and its segments, marked as computed.
+            The packed sequence, and its segments, marked as computed.
         """
         prompt, query_head, document_head = self._prompt_and_heads()
         placeholder = self.reader.text_segment(MATCH_QUERY, placeholder=True)
         form: Form = "feat" if query is None else "raw"
-        segment = placeholder if query is None else self.reader.headed(query_head, query.content)
+        segment = placeholder if query is None else self.reader.prepend(query_head, query.content)
         segments = lay_out_prefix(prompt, segment, document_head, placeholder.extent, form)
         packed = self._packed([segments])
         numbers = torch.arange(packed.input_ids.shape[1])
@@ -102,7 +109,7 @@ class QuestionPacker:
 
         Args:
             prefix: The segments that :meth:`pack_prefix` returns.
-            rows: The documents of each sequence.
+            rows: The documents of each sequence; ``None`` stands for a document shown as feat.
         """
         slot = self.reader.text_segment(MATCH_QUESTION + self.reader.suffix)
         placeholder = self.reader.text_segment("", placeholder=True)
@@ -113,14 +120,15 @@ class QuestionPacker:
         return self._packed(sequences)
 
     def prompts(self) -> dict[str, Tensor]:
-        """The prompts that are computed once, with the embedding pass, in ``reuse`` mode.
+        """Return the prompts that ``reuse`` mode computes once, with the embedding pass.
 
         Returns:
-            Two rows, padded as by :meth:`Reader.embedding_batch`: the prompt with the head of a
-            query, and the prompt with the head of a document.
+            Two rows padded to a batch
+            (:meth:`~rematch.backbone.reading.Reader.embedding_batch`): the prompt with the head of
+            a query, and the prompt with the head of a document.
         """
         prompt, *heads = self._prompt_and_heads()
-        return self.reader.padded([self.reader.headed(prompt, head) for head in heads])
+        return self.reader.pad([self.reader.prepend(prompt, head) for head in heads])
 
     def pack_reuse(
         self,
@@ -134,7 +142,8 @@ class QuestionPacker:
             rows: The query and the documents of each sequence as they were embedded, marked as
                 computed.
             questions: The questions of each sequence.
-            prompts: The numbers of the tokens of both rows of :meth:`prompts`.
+            prompts: For both rows of :meth:`prompts`, the numbers of their tokens among the
+                computed ones.
         """
         prompt, *heads = self._prompt_and_heads()
         size = len(prompt.ids)
@@ -154,7 +163,7 @@ class QuestionPacker:
         return self._packed(sequences)
 
     def overhead(self) -> tuple[int, int]:
-        """Tokens of a packed sequence beside the contents.
+        """Count the tokens of a packed sequence besides the contents.
 
         Returns:
             Tokens for the query, and tokens for each document with its question.

@@ -1,5 +1,5 @@
-"""One user turn in a backbone's chat template: rendered, tokenized, and what the template writes
-around the content.
+"""One user turn in a backbone's chat template: rendering it, tokenizing it, and finding what the
+template writes around the content.
 """
 
 import re
@@ -13,12 +13,12 @@ from torch import Tensor
 from rematch.errors import ModelError, RematchError
 
 TEXT_FEATURES = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
-_MARK = "\ue000"  # stands for a user's text; no template has it
+_MARK = "\ue000"  # stands for a user's text; no template contains it
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What the chat template writes around a user's content, as text and as token ids."""
+    """What the chat template writes before and after a user's content, as text and token ids."""
 
     prefix: str
     suffix: str
@@ -27,7 +27,7 @@ class Frame:
 
 
 def user_turn(pictures: Sequence[Image.Image], text: str) -> list[dict[str, Any]]:
-    """An input as a chat of one turn, pictures first."""
+    """Return an input as a chat of one user turn, pictures first."""
     content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
     if text:
         content.append({"type": "text", "text": text})
@@ -35,10 +35,10 @@ def user_turn(pictures: Sequence[Image.Image], text: str) -> list[dict[str, Any]
 
 
 class Turns:
-    """Renders and tokenizes turns with a backbone's processor.
+    """Renders and tokenizes user turns with a backbone's processor.
 
-    Attributes:
-        frames: What stands around the content, by whether it has pictures and whether it has text.
+    Args:
+        processor: Processor of the backbone.
 
     Raises:
         ModelError: If the chat template cannot take a user turn of text and a picture.
@@ -47,132 +47,160 @@ class Turns:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.frames = self.read_template()
+        self._frames = self.parse_template()
         self._control_tokens: dict[int, re.Pattern[str]] = {}
 
+    def frame(self, *, pictures: bool, text: bool) -> Frame:
+        """Return what the template writes around a content with pictures, with text, or both."""
+        return self._frames[pictures, text]
+
     def render(self, pictures: Sequence[Image.Image], text: str) -> str:
-        """A turn as the template writes it, up to where the assistant would answer."""
+        """Return a user turn as the template writes it, up to where the assistant answers."""
         turn = user_turn(pictures, text)
         return str(
             self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         )
 
-    def read_template(self) -> dict[tuple[bool, bool], Frame]:
-        """The frames; templates write other things before a picture than before text ("User:" and
+    def parse_template(self) -> dict[tuple[bool, bool], Frame]:
+        """Find the frames by rendering a text, a picture, and both.
+
+        Templates may write different things before a picture and before a text ("User:" and
         "User: ").
+
+        Returns:
+            The frames by (content has pictures, content has text).
+
+        Raises:
+            ModelError: If the chat template cannot take a user turn of text and a picture.
         """
         picture = Image.new("RGB", (1, 1))
         try:
-            text, shown, both = (
-                self.render([], _MARK),
-                self.render([picture], ""),
-                self.render([picture], _MARK),
-            )
-            (prefix, suffix), (start, end) = text.split(_MARK), both.split(_MARK)
+            text_turn = self.render([], _MARK)
+            picture_turn = self.render([picture], "")
+            both_turn = self.render([picture], _MARK)
+            before_text, after_text = text_turn.split(_MARK)
+            before_both, after_both = both_turn.split(_MARK)
         except Exception as error:
             raise ModelError(
                 f"the chat template cannot render a user turn of text and a picture ({error}). "
                 "Use a backbone whose template takes structured content."
             ) from error
-        before_picture = _shared_start(prefix, start)
-        if not start.removeprefix(before_picture).strip():
+        before_picture = _common_prefix(before_text, before_both)
+        if not before_both.removeprefix(before_picture).strip():
             raise ModelError(
                 "the chat template leaves pictures out. Use a backbone whose template takes "
                 "pictures."
             )
-        if shown.startswith(start):  # what is written behind a picture belongs to it ("<image> ")
-            after_picture = shown.removeprefix(start)
-        else:  # unless it is there for the text's sake
-            after_picture = _shared_start(suffix[::-1], shown[::-1])[::-1]
+        if picture_turn.startswith(before_both):
+            # what follows the picture in both turns, such as a space, belongs to the picture
+            after_picture = picture_turn.removeprefix(before_both)
+        else:
+            # what follows the picture before a text belongs to the text
+            after_picture = _common_prefix(after_text[::-1], picture_turn[::-1])[::-1]
+        picture_content = picture_turn.removesuffix(after_picture)
         return {
-            (False, True): self._frame(prefix, prefix + "a", suffix),
-            (True, True): self._frame(before_picture, start + "a", end),
-            (True, False): self._frame(
-                before_picture, shown.removesuffix(after_picture), after_picture
-            ),
+            (False, True): self._make_frame(before_text, before_text + "a", after_text),
+            (True, True): self._make_frame(before_picture, before_both + "a", after_both),
+            (True, False): self._make_frame(before_picture, picture_content, after_picture),
         }
 
-    def _frame(self, prefix: str, before_suffix: str, suffix: str) -> Frame:
-        """The suffix is tokenized behind something, where a tokenizer that puts a space before a
-        text puts none.
+    def _make_frame(self, prefix: str, before_suffix: str, suffix: str) -> Frame:
+        """Make a frame; its suffix is tokenized after a content.
+
+        At the start of a text, a tokenizer may put a space that is absent after a content.
         """
-        behind = self.ids(before_suffix + suffix)[len(self.ids(before_suffix)) :]
-        return Frame(prefix, suffix, self.opening_ids(prefix), behind)
+        start = len(self.token_ids(before_suffix))
+        suffix_ids = self.token_ids(before_suffix + suffix)[start:]
+        return Frame(prefix, suffix, self.opening_ids(prefix), suffix_ids)
 
     def refuse_control_tokens(self, text: str, row: int) -> None:
-        """A user's text must be nothing but text.
+        """Raise an error if a user's text holds a control token.
+
+        These are the tokenizer's special tokens and the processor's placeholders. One of them in a
+        text would end the turn or stand for a picture.
+
+        Args:
+            text: Text of the input.
+            row: Row of the input in the batch, for the error.
 
         Raises:
-            RematchError: If it holds one of the tokenizer's special tokens or of the processor's
-                placeholders: it would end the turn, or stand for a picture.
+            RematchError: If the text holds a control token.
         """
-        size = len(self.tokenizer)  # learnable tokens are added after the backbone has been loaded
-        if size not in self._control_tokens:
-            added = self.tokenizer.added_tokens_decoder.values()
-            placeholders = (
-                getattr(self.processor, f"{kind}_token", None)
-                for kind in ("image", "video", "audio")
-            )
-            tokens = {token.content for token in added if token.special} | {
-                *filter(None, placeholders)
-            }
-            longest_first = sorted(tokens, key=len, reverse=True)
-            self._control_tokens[size] = re.compile(
-                "|".join(map(re.escape, longest_first)) or "(?!)"
-            )
-        if token := self._control_tokens[size].search(text):
+        token = self._control_token_pattern().search(text)
+        if token:
             raise RematchError(
                 f"input {row}: its text holds {token[0]}, which the model reads as a control "
-                "token. Take it out."
+                "token. Remove it from the text."
             )
 
-    def ids(self, text: str) -> list[int]:
-        """Of a part of a turn."""
+    def _control_token_pattern(self) -> re.Pattern[str]:
+        size = len(self.tokenizer)  # learnable tokens are added after the backbone has been loaded
+        if size not in self._control_tokens:
+            tokens = {
+                token.content
+                for token in self.tokenizer.added_tokens_decoder.values()
+                if token.special
+            }
+            for kind in ("image", "video", "audio"):
+                placeholder = getattr(self.processor, f"{kind}_token", None)
+                if placeholder:
+                    tokens.add(placeholder)
+            longest_first = sorted(tokens, key=len, reverse=True)
+            pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
+            self._control_tokens[size] = re.compile(pattern)
+        return self._control_tokens[size]
+
+    def token_ids(self, text: str) -> list[int]:
+        """Tokenize a part of a turn, without BOS."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids
 
     def opening_ids(self, text: str) -> list[int]:
-        """Of a text that opens a sequence: the template or the tokenizer puts BOS before it, where
-        a model has one.
+        """Tokenize a text that opens a sequence.
+
+        BOS comes first if the model has one, whether the template or the tokenizer writes it.
         """
-        ids, bos = self.ids(text), self.tokenizer.bos_token_id
+        ids, bos = self.token_ids(text), self.tokenizer.bos_token_id
         adds_bos = bos in self.tokenizer.encode(text)[:1] and ids[:1] != [bos]
         return [bos, *ids] if adds_bos else ids
 
     def tokenize(
         self, text: str, pictures: list[Image.Image], *, bare: bool = False
     ) -> dict[str, Tensor]:
-        """The processor's output for one text, its token features without the batch dimension.
+        """Run the processor on one text.
 
         Args:
-            text: A rendered turn; as ``apply_chat_template`` has it, the tokenizer adds BOS unless
-                it is there.
-            pictures: Whose placeholders it holds.
-            bare: Add no BOS: it is a part of a turn.
+            text: A rendered turn. As in ``apply_chat_template``, the tokenizer adds BOS unless the
+                text begins with it.
+            pictures: The pictures whose placeholders the text holds.
+            bare: Whether the text is only a part of a turn, so that no BOS is added.
+
+        Returns:
+            The processor's features, those of tokens without the batch dimension.
         """
         bos = self.tokenizer.bos_token
         has_bos = bos is not None and text.startswith(bos)
+        options = {"add_special_tokens": False} if bare or has_bos else {}
         features = self.processor(
             text=[text],
             images=[pictures] if pictures else None,
             return_mm_token_type_ids=True,
             padding=False,
             return_tensors="pt",
-            **({"add_special_tokens": False} if bare or has_bos else {}),
+            **options,
         )
         return {
             name: value[0] if name in TEXT_FEATURES else value for name, value in features.items()
         }
 
 
-def _shared_start(a: str, b: str) -> str:
-    """What two texts begin with in common.
+def _common_prefix(a: str, b: str) -> str:
+    """Return the longest text that both texts begin with.
 
-    >>> _shared_start("User: ", "User:<image>")
+    >>> _common_prefix("User: ", "User:<image>")
     'User:'
     """
-    return a[
-        : next(
-            (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-        )
-    ]
+    length = 0
+    while a[: length + 1] == b[: length + 1] and length < min(len(a), len(b)):
+        length += 1
+    return a[:length]

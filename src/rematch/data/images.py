@@ -1,5 +1,7 @@
-"""Pictures from disk or a zip archive to RGB: rotated as EXIF says, transparency on white, first
-frame of an animation, no side shorter than what vision towers take.
+"""Loading pictures, from disk or out of a zip archive, as RGB.
+
+They are rotated as EXIF says, transparency is put on white, of an animation the first frame is
+taken, and no side is shorter than vision towers take.
 """
 
 import base64
@@ -17,15 +19,19 @@ from xxhash import xxh3_128
 from rematch.errors import ImageError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-SHORTEST, ENLARGED = (
-    28,
-    56,
-)  # MMEB's rule: a picture with a side under 28 pixels is scaled to 56×56
+# MMEB's rule: a picture with a side under 28 pixels is scaled to 56×56
+SHORTEST = 28
+ENLARGED = 56
 
 
 @dataclass(frozen=True)
-class Zipped:
-    """A picture inside a zip archive that was never unpacked."""
+class ZippedPicture:
+    """A picture inside a zip archive.
+
+    Attributes:
+        archive: Path of the archive.
+        member: Name of the picture in it.
+    """
 
     archive: Path
     member: str
@@ -34,13 +40,13 @@ class Zipped:
         return f"{self.archive}!{self.member}"
 
     def read_bytes(self) -> bytes:
-        """The picture's file.
+        """Return the content of the picture's file.
 
         Raises:
-            ImageError: If the archive is broken or does not hold it.
+            ImageError: If the archive is broken or does not hold the picture.
         """
         try:
-            return opened(self.archive, os.getpid()).read(self.member)
+            return open_archive(self.archive, os.getpid()).read(self.member)
         except KeyError:
             raise ImageError(f"{self}: the archive holds no such picture.") from None
         except (zipfile.BadZipFile, OSError, EOFError) as error:
@@ -50,8 +56,13 @@ class Zipped:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A picture's file, read but not decoded."""
+class EncodedPicture:
+    """A picture's file in memory, not decoded.
+
+    Attributes:
+        name: Name of the picture, for errors.
+        content: Content of the file.
+    """
 
     name: str
     content: bytes
@@ -60,18 +71,18 @@ class Encoded:
         return self.name
 
     def read_bytes(self) -> bytes:
-        """The file."""
+        """Return the content of the file."""
         return self.content
 
 
 @dataclass(frozen=True)
-class Checked:
-    """A picture's file on disk that was looked at before, and must not have changed since.
+class CheckedPicture:
+    """A picture's file on disk, with a checksum that reveals a later change.
 
     Attributes:
-        path: Where it lies.
-        digest: xxh3 of its content.
-        pixels: How many it has.
+        path: Path of the file.
+        digest: xxh3 digest of its content.
+        pixels: Number of its pixels.
     """
 
     path: Path
@@ -82,37 +93,41 @@ class Checked:
         return str(self.path)
 
     def read_bytes(self) -> bytes:
-        """The file.
+        """Return the content of the file.
 
         Raises:
-            ImageError: If it is gone or has changed.
+            ImageError: If the file cannot be read or has changed.
         """
         try:
             content = self.path.read_bytes()
         except OSError as error:
             raise ImageError(f"{self.path}: cannot be read ({error.strerror}).") from None
         if xxh3_128(content).digest() != self.digest:
-            raise ImageError(f"{self.path}: changed while it was read. Run again.")
+            raise ImageError(f"{self.path}: the file changed during the run. Run again.")
         return content
 
 
 @lru_cache(maxsize=64)
-def opened(archive: Path, process: int) -> zipfile.ZipFile:
-    """An archive, opened once in each process: forked ones would share one place in the file.
+def open_archive(archive: Path, process: int) -> zipfile.ZipFile:
+    """Open a zip archive once in each process; forked processes would share its file position.
+
+    Args:
+        archive: Path of the archive.
+        process: Id of the process, a part of the cache's key.
 
     Raises:
-        ImageError: If it is no whole zip archive.
+        ImageError: If the file is not a complete zip archive.
     """
     try:
         return zipfile.ZipFile(archive)
     except (zipfile.BadZipFile, OSError) as error:
         raise ImageError(
-            f"{archive}: no whole zip archive ({error}). Download it again."
+            f"{archive}: not a complete zip archive ({error}). Download it again."
         ) from None
 
 
 class Archives:
-    """The zip archives in a folder and in its ``images_zip/``.
+    """The pictures in the zip archives of a folder and of its subfolder ``images_zip``.
 
     Args:
         root: The folder.
@@ -122,63 +137,67 @@ class Archives:
         self.root = root
 
     @cached_property
-    def _members(self) -> dict[str, Zipped]:
-        found = {}
+    def _members(self) -> dict[str, ZippedPicture]:
+        members = {}
         for archive in sorted([*self.root.glob("*.zip"), *self.root.glob("images_zip/*.zip")]):
             if archive.name.startswith("._"):
                 continue
-            opened.cache_clear()  # it may have been replaced since
-            for name in opened(archive, os.getpid()).namelist():
+            open_archive.cache_clear()  # the archive may have been replaced since
+            for name in open_archive(archive, os.getpid()).namelist():
                 if name.lower().endswith(EXTENSIONS) and not Path(name).name.startswith("._"):
-                    found[_plain(name)] = Zipped(archive, name)
-        return found
+                    members[_without_images_folder(name)] = ZippedPicture(archive, name)
+        return members
 
-    def find(self, path: str) -> Zipped | None:
-        """Where a picture lies, whether or not its path or the archive's begins with ``images/``.
+    def find(self, path: str) -> ZippedPicture | None:
+        """Find a picture by its path; ``None`` if no archive holds it.
+
+        A leading ``images/`` in the path or in the archive makes no difference.
 
         Raises:
             ImageError: If an archive is broken.
         """
-        return self._members.get(_plain(path))
+        return self._members.get(_without_images_folder(path))
 
 
-def _plain(path: str) -> str:
+def _without_images_folder(path: str) -> str:
     return path.removeprefix("./").removeprefix("images/")
 
 
-File = Zipped | Encoded | Checked
-Picture = Image.Image | Path | File
+PictureFile = ZippedPicture | EncodedPicture | CheckedPicture
+PictureSource = Image.Image | Path | PictureFile
 
 
-def load_image(source: Picture | str) -> Image.Image:
-    """A decoded RGB picture.
+def load_image(source: PictureSource | str) -> Image.Image:
+    """Load a picture as RGB.
 
     Args:
-        source: A path, a place in a zip archive, a file's content, or an opened picture.
+        source: A path, a picture's file, or an opened picture.
 
     Raises:
-        ImageError: If the file is missing, is no picture, is cut off, or would decode to more
+        ImageError: If the file is missing, is not a picture, is cut off, or would decode to more
             pixels than Pillow's limit (``PIL.Image.MAX_IMAGE_PIXELS``) allows.
     """
     name = "picture" if isinstance(source, Image.Image) else str(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if isinstance(source, File):
+            if isinstance(source, PictureFile):
                 picture: Image.Image = Image.open(io.BytesIO(source.read_bytes()))
             else:
                 picture = source if isinstance(source, Image.Image) else Image.open(source)
             picture.load()
     except FileNotFoundError:
         raise ImageError(
-            f"{name}: no such picture. Check the path; relative paths start at the data file."
+            f"{name}: no such picture. Check the path; relative paths start at the data file's "
+            "folder."
         ) from None
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = Image.MAX_IMAGE_PIXELS
         raise ImageError(
-            f"{name}: more than {limit:,} pixels, refused as a decompression bomb. Scale it down."
+            f"{name}: has more than {limit:,} pixels and is refused as a decompression bomb. "
+            "Scale it down."
         ) from None
     except UnidentifiedImageError:
         raise ImageError(
@@ -196,7 +215,7 @@ def load_image(source: Picture | str) -> Image.Image:
 
 
 def data_url(picture: Image.Image, edge: int = 96) -> str:
-    """A picture as a PNG data URL, its longer side ``edge`` pixels."""
+    """Return a picture as a PNG data URL, scaled so that its longer side has ``edge`` pixels."""
     buffer = io.BytesIO()
     ImageOps.contain(picture.convert("RGB"), (edge, edge), Image.Resampling.LANCZOS).save(
         buffer, "PNG"

@@ -1,55 +1,53 @@
-"""What may be embedded: text, a picture, a path, or a dictionary of both."""
+"""The kinds of input that a model takes: text, a picture, a path, or a dictionary of both."""
 
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from rematch.data.images import EXTENSIONS, File, load_image
+from rematch.data.images import EXTENSIONS, PictureFile, load_image
 from rematch.errors import RematchError
 
 
-def as_parts(value: Any, row: int) -> tuple[list[Image.Image], str]:
-    """An input as (RGB pictures, text).
+def pictures_and_text(value: Any, row: int) -> tuple[list[Image.Image], str]:
+    """Split an input into RGB pictures and text.
 
     Args:
-        value: Text; a picture; a path (``Path``, or a string that ends like a picture's name); or
+        value: Text; a picture; a path (``Path``, or a string with the extension of a picture); or
             ``{"text": …, "image": …}`` with one or several pictures.
-        row: Where it stands in the batch, for the error.
+        row: Its row in the batch, for the error.
 
     Raises:
-        RematchError: If it is none of these, or empty.
+        RematchError: If the input is empty or of another kind.
+        ImageError: If a picture cannot be read.
 
-    >>> as_parts("a dog", 0)
+    >>> pictures_and_text("a dog", 0)
     ([], 'a dog')
     """
-    if isinstance(value, Path | Image.Image | File):
+    if isinstance(value, Path | Image.Image | PictureFile):
         return [load_image(value)], ""
+    text: Any = ""
+    images: Any = []
     if isinstance(value, str):
         if value.lower().endswith(EXTENSIONS):
             return [load_image(value)], ""
-        text, images = value, []
+        text = value
     elif isinstance(value, dict) and value.keys() <= {"text", "image"}:
-        text, found = value.get("text") or "", value.get("image")
-        images = (
-            list(found)
-            if isinstance(found, list | tuple)
-            else [found]
-            if found is not None
-            else []
-        )
+        text, images = value.get("text") or "", value.get("image")
+        if images is None:
+            images = []
+        elif not isinstance(images, list | tuple):
+            images = [images]
     else:
-        seen = (
-            f"a dictionary with the keys {sorted(map(str, value))}"
-            if isinstance(value, dict)
-            else repr(value)
-        )
+        kind = repr(value)
+        if isinstance(value, dict):
+            kind = f"a dictionary with the keys {sorted(map(str, value))}"
         raise RematchError(
-            f"input {row}: {seen} is no query or document. Give text, a picture, a path, or a "
+            f"input {row}: {kind} is not a query or document. Give text, a picture, a path, or a "
             "dictionary with 'text' and/or 'image'."
         )
     if not isinstance(text, str) or not all(
-        isinstance(image, str | Path | Image.Image | File) for image in images
+        isinstance(image, str | Path | Image.Image | PictureFile) for image in images
     ):
         raise RematchError(
             f"input {row}: 'text' must be text, and 'image' a picture, a path, or a list of them."

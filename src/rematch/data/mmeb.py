@@ -1,14 +1,15 @@
-"""MMEB from disk or from the hub: one reader for its three layouts.
+"""Loading MMEB in its three layouts, from disk or from the hub.
 
 - MMEB-train: ``<Config>/original-*.parquet`` (or ``diverse_instruction-*``) with ``qry,
-  qry_image_path, pos_text, pos_image_path`` and perhaps ``neg_text, neg_image_path``.
+  qry_image_path, pos_text, pos_image_path`` and optionally ``neg_text, neg_image_path``.
 - MMEB-eval: ``<Config>/test-*.parquet`` with ``qry_text, qry_img_path, tgt_text[],
-  tgt_img_path[]``; the two lists are parallel and **index 0 is the answer**.
-- MMEB_Test_Instruct: the same with the instructions apart, ``qry_inst`` and ``tgt_inst``.
+  tgt_img_path[]``; the two lists are parallel and **index 0 is the positive**.
+- MMEB_Test_Instruct: like MMEB-eval, with the instructions in columns of their own, ``qry_inst``
+  and ``tgt_inst``.
 
-Text may begin with the marker ``<|image_1|>``, with or without a picture; empty means "". Pictures
-lie unpacked beside the configs (also in ``images/`` or ``eval_images/``) or in zip archives there
-or in ``images_zip/``.
+A text may begin with the marker ``<|image_1|>``, with or without a picture; the path of a missing
+picture is empty. Pictures are unpacked beside the configs (also in ``images/`` or
+``eval_images/``), or in zip archives there or in ``images_zip/``.
 """
 
 from collections.abc import Iterable
@@ -18,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from rematch.data import mmeb_table, picto_tasks
-from rematch.data.images import Archives, Zipped
-from rematch.data.pairs import rows
+from rematch.data.images import Archives, ZippedPicture
+from rematch.data.mmeb_table import DataSet
+from rematch.data.rows import load_rows
 from rematch.data.schema import Item, RetrievalTask, Triplet
 from rematch.errors import DataError
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
@@ -29,132 +31,140 @@ HUB = "TIGER-Lab/MMEB-eval"
 _PICTURE_FOLDERS = ("", "images", "eval_images", "eval-images")
 
 
-def read_train(
+def load_mmeb_train(
     directory: Path | str, split: str = "original", allow_missing: bool = False
 ) -> list[list[Triplet]]:
-    """The training samples of a directory in MMEB-train form, config by config in the order of
-    their names.
+    """Load the training samples of a directory in MMEB-train layout.
 
     Args:
-        directory: The folder that holds one folder per config, or one config's own folder.
+        directory: The folder that holds a folder per config, or the folder of a single config.
         split: ``"original"`` or ``"diverse_instruction"``.
-        allow_missing: Let pictures be missing; whoever opens one then gets an ImageError.
+        allow_missing: Whether pictures may be missing; opening one later raises an ImageError.
+
+    Returns:
+        The samples of each config, in the order of the configs' names.
 
     Raises:
-        DataError: If there is no config in it, or a picture is missing.
+        DataError: If the directory holds no config, or a picture is missing.
         ImageError: If a zip archive is broken.
     """
     directory = Path(directory)
-    one = any(_real(directory.glob(f"{split}-*.parquet")))
-    pictures = _Pictures(directory.parent if one else directory, allow_missing)
+    pattern = f"{split}-*.parquet"
+    if any(_data_files(directory.glob(pattern))):  # a single config
+        root, files = directory.parent, sorted(_data_files(directory.glob(pattern)))
+    else:
+        root, files = directory, _parquet_files(directory, pattern)
+    pictures = _PictureFinder(root, allow_missing)
     configs: dict[str, list[Triplet]] = {}
-    for file in _parquet_files(directory.parent if one else directory, f"{split}-*.parquet"):
-        if one and file.parent != directory:
-            continue
+    for file in files:
         triplets = configs.setdefault(file.parent.name, [])
-        form = data_set(file.parent.name)
-        for row, record in rows(file):
-            _has(record, ("qry", "pos_text"), file, row)
-            query = _query("", record["qry"], record.get("qry_image_path"), pictures, file, row)
+        data_set = data_set_of(file.parent.name)
+        for row, record in load_rows(file):
+            place = f"{file}:{row}"
+            _check_columns(record, ("qry", "pos_text"), place)
+            query = _query("", record["qry"], record.get("qry_image_path"), pictures, place)
             positive, negative = (
                 _target(
-                    form,
+                    data_set,
                     "",
                     record.get(f"{side}_text"),
                     record.get(f"{side}_image_path"),
                     pictures,
-                    f"{file}:{row}",
+                    place,
                 )
                 for side in ("pos", "neg")
             )
-            triplets.append(
-                Triplet(query, positive, negative if negative.text or negative.image else None)
-            )
-    pictures.complain()
+            has_negative = negative.text or negative.image
+            triplets.append(Triplet(query, positive, negative if has_negative else None))
+    pictures.raise_if_missing()
     return list(configs.values())
 
 
-def read_eval(
+def load_mmeb_eval(
     directory: Path | str, names: Iterable[str] | None = None, limit: int | None = None
 ) -> tuple[list[RetrievalTask], dict[str, str]]:
-    """The tasks of a directory in MMEB-eval or MMEB_Test_Instruct form.
+    """Load the tasks of a directory in MMEB-eval or MMEB_Test_Instruct layout.
 
-    Candidates that agree in what identifies them
-    (:attr:`~rematch.data.mmeb_table.DataSet.identity`) are one document.
+    Candidates with the same key (:attr:`~rematch.data.mmeb_table.DataSet.candidate_key`) are the
+    same document.
 
     Args:
-        directory: Holds one folder per config.
-        names: The data sets wanted; by default whatever is there.
-        limit: Only the first so many queries of each.
+        directory: The folder that holds a folder per config.
+        names: Names of the data sets to load; by default all that the directory holds.
+        limit: Only load this many queries of each.
 
     Returns:
-        The tasks that are there whole, in the order of MMEB's (or Picto's) tables; and for each
-        wanted one that is not, why not.
+        The complete tasks, in the order of MMEB's (or Picto's) tables; and for each other data
+        set the reason why it is missing.
 
     Raises:
-        DataError: If there is no config in the directory, or a file cannot be read.
+        DataError: If the directory holds no config, or a file cannot be read.
         ImageError: If a zip archive is broken.
     """
     directory = Path(directory)
     files: dict[str, list[Path]] = {}
     for file in _parquet_files(directory, "test-*.parquet"):
-        if file.parent.name not in mmeb_table.LEFT_OUT:
+        if file.parent.name not in mmeb_table.EXCLUDED:
             files.setdefault(file.parent.name, []).append(file)
-    wanted = sorted(files, key=_place) if names is None else list(names)
-    tasks, missing, pictures = [], {}, _Pictures(directory)
-    for name in wanted:
+    names = sorted(files, key=_table_order) if names is None else names
+    tasks, missing, pictures = [], {}, _PictureFinder(directory)
+    for name in names:
         if name not in files:
             missing[name] = f"no {name}/test-*.parquet in {directory}"
             continue
-        tasks.append(_read_task(name, files[name], pictures, limit))
+        task = _load_task(name, files[name], pictures, limit)
         try:
-            pictures.complain()
+            pictures.raise_if_missing()
         except DataError as error:
             missing[name] = str(error)
-            tasks.pop()
+        else:
+            tasks.append(task)
     return tasks, missing
 
 
-def _read_task(
-    name: str, files: list[Path], pictures: "_Pictures", limit: int | None
+def _load_task(
+    name: str, files: list[Path], pictures: "_PictureFinder", limit: int | None
 ) -> RetrievalTask:
-    form = data_set(name)
-    task = RetrievalTask(name, form.meta_task, [], [], [], ood=form.ood)
-    known: dict[str, int] = {}
-    records = ((file, row, record) for file in files for row, record in rows(file))
-    for file, row, record in records:
+    data_set = data_set_of(name)
+    task = RetrievalTask(name, data_set.meta_task, [], [], [], ood=data_set.ood)
+    document_numbers: dict[str, int] = {}
+    records = ((f"{file}:{row}", record) for file in files for row, record in load_rows(file))
+    for place, record in records:
         if len(task.queries) == limit:
             break
-        _has(record, ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path"), file, row)
+        _check_columns(record, ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path"), place)
         texts, paths = record["tgt_text"] or [], record["tgt_img_path"] or []
         if not texts or len(texts) != len(paths):
             raise DataError(
-                f"{file}:{row}: {len(texts)} tgt_text and {len(paths)} tgt_img_path; the lists "
-                "must be of one length, with the answer first. Download the file again."
+                f"{place}: {len(texts)} tgt_text and {len(paths)} tgt_img_path; the lists must "
+                "have the same length, with the positive first. Download the file again."
             )
-        asked = record.get("qry_inst") or ""
+        instruction = record.get("qry_inst") or ""
         task.queries.append(
-            _query(asked, record["qry_text"], record["qry_img_path"], pictures, file, row)
+            _query(instruction, record["qry_text"], record["qry_img_path"], pictures, place)
         )
-        indices: dict[int, None] = {}  # a candidate that stands twice in a row is one
+        candidates: dict[int, None] = {}  # keeps the first of repeated candidates, in order
         for text, path in zip(texts, paths, strict=True):
-            key = _identity(form, text or "", path or "")
-            if key not in known:
-                known[key] = len(task.documents)
-                told = record.get("tgt_inst") or ""
+            key = _candidate_key(data_set, text or "", path or "")
+            if key not in document_numbers:
+                document_numbers[key] = len(task.documents)
+                instruction = record.get("tgt_inst") or ""
                 task.documents.append(
-                    _target(form, told, text, path, pictures, f"{file}:{row}", key)
+                    _target(data_set, instruction, text, path, pictures, place, key)
                 )
-            indices[known[key]] = None
-        task.candidates.append(np.fromiter(indices, np.int32))
+            candidates[document_numbers[key]] = None
+        task.candidates.append(np.fromiter(candidates, np.int32))
     return task
 
 
 def download(names: Iterable[str]) -> Path:
-    """The data sets from the Hugging Face hub, in its cache.
+    """Download data sets of MMEB-eval from the Hugging Face hub into its cache.
+
+    Returns:
+        The folder that holds a folder per config.
 
     Raises:
-        DataError: If the hub cannot be reached.
+        DataError: If the download fails.
     """
     from huggingface_hub import snapshot_download
 
@@ -165,139 +175,143 @@ def download(names: Iterable[str]) -> Path:
         )
     except Exception as error:
         raise DataError(
-            f"{HUB} cannot be had from the hub ({str(error).splitlines()[0]}). Download it "
-            "elsewhere and give its folder with --data."
+            f"{HUB} cannot be downloaded from the hub ({str(error).splitlines()[0]}). Download it "
+            "on another machine and give its folder with --data."
         ) from error
 
 
-def data_set(name: str) -> mmeb_table.DataSet:
-    """What is known of a config: one of MMEB's, or one of Picto's.
+def data_set_of(config: str) -> DataSet:
+    """Return the data set of a config's name, one of MMEB's or of Picto's.
 
     Raises:
-        DataError: If it is neither.
+        DataError: If neither has such a data set.
     """
-    base = name.removesuffix("-OOD")
-    picto = {n.replace("-", "_"): n for n in picto_tasks.TASKS} | {n: n for n in picto_tasks.TASKS}
+    picto = {name.replace("-", "_"): name for name in picto_tasks.TASKS}
+    picto |= {name: name for name in picto_tasks.TASKS}
+    base = config.removesuffix("-OOD")
     if base in picto:
         meta_task = picto_tasks.TASKS[picto[base]][0]
-        return mmeb_table.DataSet(name, meta_task, "image+text", name.endswith("-OOD"))
-    if found := mmeb_table.find(name):
-        return found
-    known = [d.name for d in mmeb_table.DATA_SETS]
+        return DataSet(config, meta_task, "image+text", config.endswith("-OOD"))
+    if data_set := mmeb_table.find_data_set(config):
+        return data_set
+    names = ", ".join(data_set.name for data_set in mmeb_table.DATA_SETS)
     raise DataError(
-        f"{name}: neither one of MMEB's data sets ({', '.join(known)}) nor of Picto's "
-        f"({', '.join(picto_tasks.TASKS)})."
+        f"{config}: not a data set of MMEB ({names}) or of Picto ({', '.join(picto_tasks.TASKS)})."
     )
 
 
-def _place(name: str) -> tuple[bool, int]:
-    order = [d.name for d in mmeb_table.DATA_SETS] + list(picto_tasks.TASKS)
+def _table_order(name: str) -> tuple[bool, int]:
+    """Sort key of a data set: its place in MMEB's or Picto's table."""
+    order = [data_set.name for data_set in mmeb_table.DATA_SETS] + list(picto_tasks.TASKS)
     base = name.removesuffix("-OOD")
     return name.endswith("-OOD"), order.index(base) if base in order else len(order)
 
 
 def _parquet_files(directory: Path, pattern: str) -> list[Path]:
-    files = sorted(_real(directory.glob(f"*/{pattern}")))
+    """The parquet files in the folders of a directory; a DataError if there are none."""
+    files = sorted(_data_files(directory.glob(f"*/{pattern}")))
     if not files:
-        what = "is not a folder" if not directory.is_dir() else f"no <config>/{pattern} in it"
+        reason = f"holds no <config>/{pattern}" if directory.is_dir() else "is not a folder"
         raise DataError(
-            f"{directory}: {what}. Give the directory that holds one folder per config."
+            f"{directory}: {reason}. Give the directory that holds a folder per config."
         )
     return files
 
 
-def _real(files: Iterable[Path]) -> list[Path]:
-    return [
-        file for file in files if not file.name.startswith("._")
-    ]  # what macOS adds to archives
+def _data_files(files: Iterable[Path]) -> list[Path]:
+    """Files without the resource forks (``._NAME``) that macOS adds to archives."""
+    return [file for file in files if not file.name.startswith("._")]
 
 
-def _has(record: dict[str, Any], columns: tuple[str, ...], file: Path, row: int) -> None:
-    if lost := [c for c in columns if c not in record]:
+def _check_columns(record: dict[str, Any], columns: tuple[str, ...], place: str) -> None:
+    missing = [column for column in columns if column not in record]
+    if missing:
         raise DataError(
-            f"{file}:{row}: has no column {', '.join(lost)}; it has {', '.join(record)}. Is it "
-            "MMEB's?"
+            f"{place}: has no column {', '.join(missing)}; it has {', '.join(record)}. Is this a "
+            "file of MMEB's?"
         )
 
 
 def _query(
-    instruction: str,
-    text: str | None,
-    path: str | None,
-    pictures: "_Pictures",
-    file: Path,
-    row: int,
+    instruction: str, text: str | None, path: str | None, pictures: "_PictureFinder", place: str
 ) -> Item:
-    instruction, text = _unmarked(instruction), _unmarked(text or "")
-    image = pictures.find(path, f"{file}:{row}") if path else None
-    return Item(text, image, instruction=_joined(instruction, text))
+    instruction, text = _without_marker(instruction), _without_marker(text or "")
+    image = pictures.find(path, place) if path else None
+    return Item(text, image, instruction=_spaced(instruction, text))
 
 
 def _target(
-    form: mmeb_table.DataSet,
+    data_set: DataSet,
     instruction: str,
     text: str | None,
     path: str | None,
-    pictures: "_Pictures",
-    where: str,
+    pictures: "_PictureFinder",
+    place: str,
     key: str = "",
 ) -> Item:
-    text, key = _unmarked(text or ""), key or path or text or ""
+    key = key or path or text or ""
+    text = _without_marker(text or "")
     if not path:
-        return Item(text, None, DOCUMENT_INSTRUCTIONS[form.kind], key)
-    instruction = _unmarked(instruction)
-    if not instruction:
-        instruction = next(
-            (known for known in mmeb_table.TARGET_INSTRUCTIONS if text.startswith(known)), ""
-        )
+        return Item(text, None, DOCUMENT_INSTRUCTIONS[data_set.kind], key)
+    instruction = _without_marker(instruction)
+    if not instruction:  # it may be at the start of the text
+        starts = (start for start in mmeb_table.TARGET_INSTRUCTIONS if text.startswith(start))
+        instruction = next(starts, "")
         text = text.removeprefix(instruction)
-    return Item(text, pictures.find(path, where), _joined(instruction, text), key)
+    return Item(text, pictures.find(path, place), _spaced(instruction, text), key)
 
 
-def _unmarked(text: str) -> str:
+def _without_marker(text: str) -> str:
     return text.replace(MARKER, "").strip("\n")
 
 
-def _joined(instruction: str, text: str) -> str:
-    return (
-        instruction + " "
-        if instruction and text and not instruction.endswith((" ", "\n"))
-        else instruction
-    )
+def _spaced(instruction: str, text: str) -> str:
+    """The instruction, with a space at its end if a text follows."""
+    needs_space = instruction and text and not instruction.endswith((" ", "\n"))
+    return instruction + " " if needs_space else instruction
 
 
-def _identity(form: mmeb_table.DataSet, text: str, path: str) -> str:
-    """As the benchmark's own harness tells candidates apart."""
-    if not path or form.identity == "text":
+def _candidate_key(data_set: DataSet, text: str, path: str) -> str:
+    """What tells candidates apart, as in the benchmark's own evaluation."""
+    if not path or data_set.candidate_key == "text":
         return text
-    return path if form.identity == "image" else f"{path}:{_unmarked(text)}"
+    return path if data_set.candidate_key == "image" else f"{path}:{_without_marker(text)}"
 
 
-class _Pictures:
-    """Finds pictures under a directory, unpacked or in archives, and collects those that are not
-    there.
+class _PictureFinder:
+    """Finds pictures under a folder, unpacked or in zip archives, and notes missing ones.
+
+    Args:
+        root: The folder.
+        allow_missing: Whether a missing picture is returned as a path instead of noted.
     """
 
     def __init__(self, root: Path, allow_missing: bool = False) -> None:
         self.root, self.archives, self.allow_missing = root, Archives(root), allow_missing
         self.missing: list[str] = []
-        self.known: dict[str, Path | Zipped | None] = {}
+        self.places: dict[str, Path | ZippedPicture | None] = {}
 
-    def find(self, path: str, where: str) -> Path | Zipped | None:
-        if path not in self.known:
-            self.known[path] = self._find(path)
-        if self.known[path] is None:
-            self.missing.append(f"{where} names the picture {path}")
-        return self.known[path]
+    def find(self, path: str, row: str) -> Path | ZippedPicture | None:
+        """Return where a picture is; ``None``, and noted, if it is missing.
 
-    def _find(self, path: str) -> Path | Zipped | None:
+        Args:
+            path: Path of the picture in the data set.
+            row: File and row that name it, for the error.
+        """
+        if path not in self.places:
+            self.places[path] = self._find(path)
+        if self.places[path] is None:
+            self.missing.append(f"{row} names the picture {path}")
+        return self.places[path]
+
+    def _find(self, path: str) -> Path | ZippedPicture | None:
         for folder in _PICTURE_FOLDERS:
             if (self.root / folder / path).is_file():
                 return self.root / folder / path
         return self.archives.find(path) or (self.root / path if self.allow_missing else None)
 
-    def complain(self) -> None:
-        """Raise a DataError if pictures were missing, and forget them."""
+    def raise_if_missing(self) -> None:
+        """Raise a DataError if pictures were missing since the last call."""
         missing, self.missing = self.missing, []
         if missing:
             more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""

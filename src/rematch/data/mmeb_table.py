@@ -1,9 +1,9 @@
-"""MMEB as a table: its 36 data sets, and the words that its targets begin with."""
+"""MMEB's 36 data sets as a table, and the instructions that its targets begin with."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-Identity = Literal["text", "image", "image+text"]
+CandidateKey = Literal["text", "image", "image+text"]
 
 _DEFAULT_KIND = {
     "classification": "label",
@@ -18,20 +18,21 @@ class DataSet:
     """One of MMEB's data sets.
 
     Attributes:
-        name: As in MMEB-eval and in the published tables; in MMEB-train ``-`` may be ``_``.
-        meta_task: Which mean it counts in.
-        identity: What tells its candidates apart: two that agree in it are one document.
-        ood: Out of distribution: it has no training set.
+        name: Name in MMEB-eval and in the published tables; in MMEB-train ``-`` may be ``_``.
+        meta_task: The meta-task whose mean it counts in.
+        candidate_key: What identifies a candidate; candidates that agree in it are the same
+            document.
+        ood: Whether it is out of distribution, that is, has no training set.
     """
 
     name: str
     meta_task: str
-    identity: Identity = "text"
+    candidate_key: CandidateKey = "text"
     ood: bool = False
 
     @property
     def kind(self) -> str:
-        """Kind of its textual targets, a key of :data:`~rematch.prompts.DOCUMENT_INSTRUCTIONS`."""
+        """Kind of its text targets, a key of :data:`~rematch.prompts.DOCUMENT_INSTRUCTIONS`."""
         return _DEFAULT_KIND[self.meta_task]
 
 
@@ -70,13 +71,12 @@ DATA_SETS = (
     DataSet("EDIS", "retrieval", "image", ood=True),
     DataSet("MSCOCO", "grounding", "image+text"),
     DataSet("RefCOCO", "grounding", "image+text", ood=True),
-    DataSet(
-        "RefCOCO-Matching", "grounding", "image+text", ood=True
-    ),  # several objects of one picture are targets
+    # several objects of the same picture are targets
+    DataSet("RefCOCO-Matching", "grounding", "image+text", ood=True),
     DataSet("Visual7W-Pointing", "grounding", "image+text", ood=True),
 )
 
-# What targets with a picture begin with; the rest, if there is any, is the target's own text.
+# What the text of a picture target begins with; the rest, if any, belongs to the target itself.
 TARGET_INSTRUCTIONS = (
     "Represent the given Wikipedia image with related text information: ",
     "Represent the given image with related text information: ",
@@ -89,13 +89,13 @@ TARGET_INSTRUCTIONS = (
     "Represent the given image",
     "Select the portion of the image that follows the language expressions: ",
 )
-LEFT_OUT = frozenset({"CIFAR-100"})  # has a folder in MMEB-eval, but counts in no mean
+EXCLUDED = frozenset({"CIFAR-100"})  # has a folder in MMEB-eval, but counts in no mean
 
 
-def find(name: str) -> DataSet | None:
-    """The data set of that name, written as in MMEB-eval or as in MMEB-train.
+def find_data_set(name: str) -> DataSet | None:
+    """Return the data set of a name as MMEB-eval or MMEB-train writes it, or ``None``.
 
-    >>> find("ImageNet_1K").name
+    >>> find_data_set("ImageNet_1K").name
     'ImageNet-1K'
     """
     by_name = {d.name: d for d in DATA_SETS} | {d.name.replace("-", "_"): d for d in DATA_SETS}

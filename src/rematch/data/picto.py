@@ -1,9 +1,9 @@
-"""Picto scenes: a few emoji on a 2×2 grid over a coloured background, drawn from a seed, described
-in plain English.
+"""Picto scenes: up to four emoji on a 2×2 grid over a coloured background, drawn from a seed and
+described in plain English.
 
-A :class:`Scene` is what there is to see; :func:`caption` says it, :func:`render` draws it,
-:func:`near_miss` changes exactly one thing. Scenes whose *combination* of objects falls into the
-held-out fifth (:func:`is_held_out`) are never shown in training. The art and its licences lie in
+:func:`caption` describes a :class:`Scene`, :func:`render` draws it, and :func:`near_miss` changes
+exactly one property of it. A fifth of the *combinations* of objects is held out
+(:func:`is_held_out`): training never shows them. The artwork and its licences are in
 ``rematch/assets/picto``.
 """
 
@@ -35,7 +35,7 @@ COLOURS = {
     "gray": (150, 150, 154),
     "white": (248, 248, 248),
 }
-HELD_OUT_SHARE = 5  # one combination in five is kept for the tests
+HELD_OUT_SHARE = 5  # one combination in five is held out for the test set
 
 _SPRITE = 64  # pixels of a sprite in the sheets
 _COLUMNS = 16
@@ -43,8 +43,11 @@ _COLUMNS = 16
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: an object or nothing (``""``) in each of the four cells, and a
-    background colour.
+    """What a picture shows.
+
+    Attributes:
+        cells: Name of the object in each cell, in the order of :data:`CELLS`; ``""`` if empty.
+        background: Name of the background colour.
     """
 
     cells: tuple[str, str, str, str]
@@ -52,44 +55,48 @@ class Scene:
 
     @property
     def objects(self) -> list[str]:
-        """Names of the objects in reading order, repeats included."""
+        """Names of the objects in reading order, repeated ones included."""
         return [name for name in self.cells if name]
 
 
 @cache
-def _rows() -> dict[str, dict[str, str]]:
+def _object_rows() -> dict[str, dict[str, str]]:
     rows = json.loads((files("rematch") / "assets/picto/objects.json").read_text())
     return {row["name"]: row for row in rows}
 
 
 @cache
 def objects() -> dict[str, str]:
-    """Every nameable object and its category, in the order of the sprite sheets.
+    """Return all objects with their categories, in the order of the sprite sheets.
 
     >>> objects()["dog"]
     'mammal'
     """
-    return {name: row["category"] for name, row in _rows().items()}
+    return {name: row["category"] for name, row in _object_rows().items()}
 
 
 def categories() -> list[str]:
-    """The twenty categories of objects."""
+    """Return the twenty categories of objects."""
     return list(dict.fromkeys(objects().values()))
 
 
 def with_article(name: str) -> str:
-    """The name of an object as it stands in a sentence.
+    """Return the name of an object or colour with its indefinite article.
 
     >>> with_article("owl"), with_article("dog"), with_article("ufo"), with_article("socks")
     ('an owl', 'a dog', 'a ufo', 'some socks')
     """
-    row = _rows().get(name)
-    return f"{row['article'] if row else 'an' if name[0] in 'aeiou' else 'a'} {name}"
+    row = _object_rows().get(name)
+    if row:
+        return f"{row['article']} {name}"
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def caption(scene: Scene) -> str:
-    """The scene in one English phrase, which determines it up to the free row or column of one or
-    two objects.
+    """Describe a scene in one English phrase.
+
+    The phrase determines the scene, except that it leaves open the row or column of one or two
+    objects.
 
     >>> caption(Scene(("dog", "", "pizza", ""), "blue"))
     'a dog above a pizza, on a blue background'
@@ -106,9 +113,10 @@ def caption(scene: Scene) -> str:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether the scene's combination belongs to the tests: its set of objects, or for one kind of
-    object the object, its count and the background. Decided by a checksum, so that it is the same
-    on every machine.
+    """Return whether a scene's combination is held out for the test set.
+
+    The combination is the set of objects; in scenes with one kind of object it is the object, its
+    count and the background. A checksum decides, so that the result is the same on every machine.
     """
     kinds = sorted(set(scene.objects))
     key = (
@@ -135,27 +143,27 @@ def sample_scene(
     repeats: int = 0,
     distinct: bool = False,
 ) -> Scene:
-    """Draw a scene.
+    """Sample a scene.
 
     Args:
-        rng: Source of randomness; the scene follows from its state alone.
-        held_out: Draw from the combinations kept for the tests instead of the training ones.
-        count: Number of objects (1 to 4); drawn when not given.
-        repeats: One object stands in this many cells (0: a fifth of the scenes repeat one by
-            chance).
-        distinct: All objects differ.
+        rng: Source of randomness; the scene depends on its state alone.
+        held_out: Whether to sample from the held-out combinations instead of the training ones.
+        count: Number of objects, 1 to 4; sampled by default.
+        repeats: Number of cells that one object fills; with 0, a fifth of the scenes repeat an
+            object by chance.
+        distinct: Whether all objects differ.
     """
     names, colours = list(objects()), list(COLOURS)
     for _ in range(10_000):
         n = count or rng.choices((1, 2, 3, 4), (1, 4, 3, 3))[0]
-        chosen = rng.sample(names, n)
+        sample = rng.sample(names, n)
         copies = repeats or (
             rng.randint(2, n) if n > 1 and not distinct and rng.random() < 0.2 else 1
         )
-        chosen = [chosen[0]] * copies + chosen[copies:]
-        rng.shuffle(chosen)
+        sample = [sample[0]] * copies + sample[copies:]
+        rng.shuffle(sample)
         cells = ["", "", "", ""]
-        for cell, name in zip(rng.choice(_SHAPES[n]), chosen, strict=True):
+        for cell, name in zip(rng.choice(_SHAPES[n]), sample, strict=True):
             cells[cell] = name
         scene = Scene((cells[0], cells[1], cells[2], cells[3]), rng.choice(colours))
         if is_held_out(scene) == held_out:
@@ -167,11 +175,11 @@ CHANGES = ("swap", "object", "count", "colour")
 
 
 def near_miss(scene: Scene, rng: random.Random, changes: tuple[str, ...] = CHANGES) -> Scene:
-    """A scene of the same split that differs in exactly one thing, and therefore in its caption.
+    """Return a scene of the same split with exactly one change, and therefore another caption.
 
-    The thing is one of ``changes``: two objects swap places, one object becomes another, one comes
-    or goes, the background gets another colour. One that cannot be had is replaced by another of
-    the four.
+    The change is one of ``changes``: two objects swap places (swap), an object is replaced
+    (object), an object is added or removed (count), the background gets another colour (colour).
+    If none of them is possible, another of the four is made.
     """
     held_out = is_held_out(scene)
     order = rng.sample(changes, len(changes)) + rng.sample(CHANGES, len(CHANGES))
@@ -184,6 +192,7 @@ def near_miss(scene: Scene, rng: random.Random, changes: tuple[str, ...] = CHANG
 
 
 def _change(scene: Scene, change: str, rng: random.Random) -> Scene | None:
+    """Make a change to a scene; ``None`` if it is impossible."""
     cells = list(scene.cells)
     filled = [i for i, name in enumerate(cells) if name]
     empty = [i for i, name in enumerate(cells) if not name]
@@ -219,16 +228,15 @@ def _sprites(style: str) -> dict[str, Image.Image]:
 
 
 def render(scene: Scene, style: str, seed: int, *, augment: bool = False) -> Image.Image:
-    """Draw a scene: RGB, 96×96 px, the same for the same arguments.
+    """Draw a scene as RGB, 96×96 px; equal arguments give equal pictures.
 
     Args:
-        scene: What to draw.
+        scene: The scene.
         style: ``"noto"``, ``"twemoji"`` or ``"fluent"``.
-        seed: Decides the small differences of place, size and shade between two drawings of one
-            scene.
-        augment: Vary the art's colours, shading and tilt strongly, as the training pictures do;
-            without it a model learns the two training styles by heart and knows nothing of a
-            third.
+        seed: Seed of the small variations of place, size and shade between drawings of a scene.
+        augment: Whether to vary the colours, shading and tilt of the artwork strongly, as training
+            pictures do. Without it, a model memorises the two training styles and does not
+            generalise to a third.
     """
     rng = np.random.default_rng(seed)
     shade = rng.normal(0, 8 if augment else 4, 3)
@@ -253,7 +261,7 @@ def render(scene: Scene, style: str, seed: int, *, augment: bool = False) -> Ima
 
 
 def _recolour(sprite: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Mix the colour channels, bend the brightness, shade from top to bottom."""
+    """Mix the colour channels, change the gamma, and shade from top to bottom."""
     pixels = np.asarray(sprite, np.float32) / 255
     rgb = pixels[..., :3]
     mix = np.eye(3) + rng.normal(0, 0.2, (3, 3))
@@ -269,34 +277,37 @@ def _recolour(sprite: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def crop(picture: Image.Image, cell: int) -> Image.Image:
-    """One cell of a drawn scene: RGB, 48×48 px."""
+    """Return a cell of a drawn scene, RGB, 48×48 px."""
     x, y = cell % 2 * CELL, cell // 2 * CELL
     return picture.crop((x, y, x + CELL, y + CELL))
 
 
 def unique_objects(scene: Scene) -> list[str]:
-    """Objects that stand in exactly one cell, so that "the dog" names a place."""
+    """Return the objects that are in exactly one cell, so that "the dog" identifies a cell."""
     return [name for name, n in Counter(scene.objects).items() if n == 1]
 
 
 def neighbours(scene: Scene) -> list[tuple[str, str, int]]:
-    """Every (relation, anchor object, cell) such that "the object <relation> the <anchor>" names
-    that cell.
+    """Return every (relation, anchor, cell) for which "the object <relation> the <anchor>" is the
+    object in that cell.
 
     >>> neighbours(Scene(("dog", "", "pizza", ""), "blue"))
     [('below', 'dog', 2), ('above', 'pizza', 0)]
     """
     unique = unique_objects(scene)
-    steps: tuple[tuple[str, int, int], ...] = (
+    adjacent_cells = (  # relation, cell, anchor's cell
         ("left of", 0, 1),
         ("right of", 1, 0),
         ("left of", 2, 3),
         ("right of", 3, 2),
+        ("above", 0, 2),
+        ("below", 2, 0),
+        ("above", 1, 3),
+        ("below", 3, 1),
     )
-    steps += (("above", 0, 2), ("below", 2, 0), ("above", 1, 3), ("below", 3, 1))
-    found = [
+    relations = [
         (relation, scene.cells[anchor], cell)
-        for relation, cell, anchor in steps
+        for relation, cell, anchor in adjacent_cells
         if scene.cells[cell] and scene.cells[anchor] in unique
     ]
-    return sorted(found, key=lambda item: scene.cells.index(item[1]))
+    return sorted(relations, key=lambda relation: scene.cells.index(relation[1]))

@@ -1,9 +1,9 @@
-"""Picto's twelve tasks in MMEB's four meta-tasks: endless training triplets, and the fixed test
-set.
+"""Picto's twelve tasks in MMEB's four meta-tasks: an endless stream of training triplets, and the
+fixed test set.
 
-A task is a function that turns a random generator into a :class:`Sample`: a query and documents
-that all but the first answer wrongly by **one thing**. Training takes one such near-miss as hard
-negative; the test set puts near-misses into every candidate list.
+A task is a function that makes a :class:`Sample` from a random generator: a query, its positive
+and near-misses, which differ from the positive in **one property**. Training takes a near-miss as
+hard negative; the test set puts near-misses into every candidate list.
 """
 
 import random
@@ -28,18 +28,26 @@ TEST_SEED = 20260101
 
 @dataclass(frozen=True)
 class Draw:
-    """Where a sample's scenes and pictures come from."""
+    """Samples the scenes and pictures of a :class:`Sample`.
+
+    Attributes:
+        rng: Source of randomness.
+        held_out: Whether scenes are of held-out combinations.
+        styles: Styles that pictures are drawn in.
+        augment: Whether pictures vary as in training (:func:`rematch.data.picto.render`).
+        changes: The changes by which near-misses may differ.
+        turn: In the test set the number of the query, which makes the answers take turns.
+    """
 
     rng: random.Random
     held_out: bool
     styles: tuple[str, ...]
     augment: bool
-    changes: tuple[str, ...] = picto.CHANGES  # what near-misses of scenes differ in
-    turn: int | None = (
-        None  # in the test set: number of the query, so that right answers take turns
-    )
+    changes: tuple[str, ...] = picto.CHANGES
+    turn: int | None = None
 
     def pick(self, answers: Sequence[T]) -> T:
+        """Pick an answer: at random, or in the test set by turns."""
         return self.rng.choice(answers) if self.turn is None else answers[self.turn % len(answers)]
 
     def scene(self, count: int | None = None, repeats: int = 0, distinct: bool = False) -> Scene:
@@ -56,15 +64,13 @@ class Draw:
         )
 
     def other_style(self, style: str) -> str:
-        """A training style that differs from ``style``: unseen art is only ever asked about, never
-        the answer.
-        """
+        """Return another training style; the out-of-distribution style is never a document's."""
         return self.rng.choice([s for s in picto.TRAIN_STYLES if s != style])
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A query and its documents: the right one first, then near-misses (at least one)."""
+    """A query and its documents: the positive first, then at least one near-miss."""
 
     query: Item
     documents: list[Item]
@@ -78,60 +84,68 @@ def _picture(kind: str, image: Image.Image, key: str = "") -> Item:
     return Item(image=image, instruction=DOCUMENT_INSTRUCTIONS[kind], key=key)
 
 
-def _wrong(draw: Draw, right: str, among: list[str] | tuple[str, ...]) -> str:
-    return draw.rng.choice([x for x in among if x != right])
+def _other(draw: Draw, label: str, labels: list[str]) -> str:
+    """Sample another label."""
+    return draw.rng.choice([other for other in labels if other != label])
 
 
-def _classify(instruction: str, scene: Scene, draw: Draw, right: str, wrong: str) -> Sample:
+def _scene_with_background(draw: Draw, colour: str) -> Scene:
+    while True:
+        scene = draw.scene()
+        if scene.background == colour:
+            return scene
+
+
+def _classify(instruction: str, scene: Scene, draw: Draw, label: str, wrong: str) -> Sample:
     query = Item(image=draw.picture(scene), instruction=instruction)
-    return Sample(query, [_text("label", right), _text("label", wrong)])
+    return Sample(query, [_text("label", label), _text("label", wrong)])
 
 
 def category(draw: Draw) -> Sample:
-    wanted = draw.pick(picto.categories())
+    label = draw.pick(picto.categories())
     count = draw.rng.randint(1, 3)
-    while picto.objects()[(scene := draw.scene(count, repeats=count)).objects[0]] != wanted:
-        pass
-    wrong = _wrong(draw, wanted, picto.categories())
-    return _classify(
-        "Identify the category of the object shown in the image.", scene, draw, wanted, wrong
-    )
+    while True:
+        scene = draw.scene(count, repeats=count)
+        if picto.objects()[scene.objects[0]] == label:
+            break
+    wrong = _other(draw, label, picto.categories())
+    instruction = "Identify the category of the object shown in the image."
+    return _classify(instruction, scene, draw, label, wrong)
 
 
 def background(draw: Draw) -> Sample:
-    wanted = draw.pick(list(picto.COLOURS))
-    while (scene := draw.scene()).background != wanted:
-        pass
-    wrong = _wrong(draw, wanted, list(picto.COLOURS))
-    return _classify("Identify the background colour of the image.", scene, draw, wanted, wrong)
+    colour = draw.pick(list(picto.COLOURS))
+    scene = _scene_with_background(draw, colour)
+    wrong = _other(draw, colour, list(picto.COLOURS))
+    return _classify("Identify the background colour of the image.", scene, draw, colour, wrong)
 
 
 def count(draw: Draw) -> Sample:
     n = draw.pick((1, 2, 3, 4))
-    near = draw.rng.choice([m for m in (n - 1, n + 1) if 1 <= m <= 4])
+    wrong = draw.rng.choice([m for m in (n - 1, n + 1) if 1 <= m <= 4])
     instruction = "Identify the number of objects in the image."
-    return _classify(instruction, draw.scene(n), draw, NUMBERS[n], NUMBERS[near])
+    return _classify(instruction, draw.scene(n), draw, NUMBERS[n], NUMBERS[wrong])
 
 
-def _ask(draw: Draw, scene: Scene, question: str, right: str, *wrong: str) -> Sample:
+def _answer(draw: Draw, scene: Scene, question: str, answer: str, *wrong: str) -> Sample:
     instruction = "Represent the given image with the following question: "
     query = Item(question, draw.picture(scene), instruction)
-    return Sample(query, [_text("answer", answer) for answer in (right, *wrong)])
+    return Sample(query, [_text("answer", text) for text in (answer, *wrong)])
 
 
 def _relation(draw: Draw, relations: tuple[str, str]) -> Sample:
     while True:
         scene = draw.scene(draw.rng.randint(2, 4), distinct=True)
-        asked = [r for r in picto.neighbours(scene) if r[0] in relations]
-        if asked:
-            relation, anchor, cell = draw.rng.choice(asked)
-            right = scene.cells[cell]
-            others = [n for n in scene.objects if n != right]
+        neighbours = [n for n in picto.neighbours(scene) if n[0] in relations]
+        if neighbours:
+            relation, anchor, cell = draw.rng.choice(neighbours)
+            answer = scene.cells[cell]
+            # every other object of the picture is a near-miss, wrong by its place
+            others = [name for name in scene.objects if name != answer]
             wrong = draw.rng.choice(others)
-            rest = [
-                n for n in others if n != wrong
-            ]  # whatever else the picture shows is wrong by its place
-            return _ask(draw, scene, f"What is {relation} the {anchor}?", right, wrong, *rest)
+            rest = [name for name in others if name != wrong]
+            question = f"What is {relation} the {anchor}?"
+            return _answer(draw, scene, question, answer, wrong, *rest)
 
 
 def beside(draw: Draw) -> Sample:
@@ -148,22 +162,16 @@ def how_many(draw: Draw) -> Sample:
     name = Counter(scene.objects).most_common()[0][0]
     if n == 1:
         name = draw.rng.choice(picto.unique_objects(scene))
-    near = draw.rng.choice([m for m in (n - 1, n + 1) if 1 <= m <= 4])
+    wrong = draw.rng.choice([m for m in (n - 1, n + 1) if 1 <= m <= 4])
     question = f"How many times do you see {picto.with_article(name)}?"
-    return _ask(draw, scene, question, NUMBERS[n], NUMBERS[near])
+    return _answer(draw, scene, question, NUMBERS[n], NUMBERS[wrong])
 
 
 def what_colour(draw: Draw) -> Sample:
-    wanted = draw.pick(list(picto.COLOURS))
-    while (scene := draw.scene()).background != wanted:
-        pass
-    return _ask(
-        draw,
-        scene,
-        "What colour is the background?",
-        wanted,
-        _wrong(draw, wanted, list(picto.COLOURS)),
-    )
+    colour = draw.pick(list(picto.COLOURS))
+    scene = _scene_with_background(draw, colour)
+    wrong = _other(draw, colour, list(picto.COLOURS))
+    return _answer(draw, scene, "What colour is the background?", colour, wrong)
 
 
 def caption_to_scene(draw: Draw) -> Sample:
@@ -207,19 +215,20 @@ def edit(draw: Draw) -> Sample:
         change, draw.picture(before, style), "Find a similar image with the described change: "
     )
     changes = tuple(c for c in ("object", "swap", "colour") if c in draw.changes)
-    near = before if draw.rng.random() < 0.3 else picto.near_miss(after, draw.rng, changes)
+    wrong = before if draw.rng.random() < 0.3 else picto.near_miss(after, draw.rng, changes)
     return Sample(
-        query, [_picture("image", draw.picture(s, style), picto.caption(s)) for s in (after, near)]
+        query,
+        [_picture("image", draw.picture(s, style), picto.caption(s)) for s in (after, wrong)],
     )
 
 
 def grounding(draw: Draw) -> Sample:
     while True:
         scene = draw.scene(draw.rng.randint(2, 4), distinct=True)
-        asked = picto.neighbours(scene)
-        if asked:
+        neighbours = picto.neighbours(scene)
+        if neighbours:
             break
-    relation, anchor, cell = draw.rng.choice(asked)
+    relation, anchor, cell = draw.rng.choice(neighbours)
     picture = draw.picture(scene)
     instruction = "Select the portion of the image that isolates the object labeled as "
     query = Item(f'"the object {relation} the {anchor}"', picture, instruction)
@@ -228,11 +237,12 @@ def grounding(draw: Draw) -> Sample:
 
 
 def _scenes(draw: Draw, scene: Scene, style: str) -> list[Item]:
-    near = picto.near_miss(scene, draw.rng, draw.changes)
-    return [_picture("image", draw.picture(s, style), picto.caption(s)) for s in (scene, near)]
+    """Draw a scene and a near-miss of it in a style."""
+    wrong = picto.near_miss(scene, draw.rng, draw.changes)
+    return [_picture("image", draw.picture(s, style), picto.caption(s)) for s in (scene, wrong)]
 
 
-# name: (meta-task, generator). The names are the benchmark's.
+# for every task its meta-task and the function that makes a sample
 TASKS: dict[str, tuple[str, Callable[[Draw], Sample]]] = {
     "Picto-Category": ("classification", category),
     "Picto-Background": ("classification", background),
@@ -250,8 +260,12 @@ TASKS: dict[str, tuple[str, Callable[[Draw], Sample]]] = {
 
 
 def training_triplet(seed: int, index: int, task: str | None = None) -> Triplet:
-    """The ``index``-th training sample of the endless stream named by ``seed``; any task's, or the
-    given one's.
+    """Make a training sample; equal arguments give equal samples.
+
+    Args:
+        seed: Seed of the stream of samples.
+        index: Number of the sample in the stream.
+        task: Name of a task; by default it is sampled, too.
     """
     rng = random.Random(f"{seed}/{index}")
     _, generate = TASKS[task or rng.choice(list(TASKS))]
@@ -260,21 +274,21 @@ def training_triplet(seed: int, index: int, task: str | None = None) -> Triplet:
 
 
 def evaluation_tasks(*, ood: bool = False, queries: int = QUERIES) -> list[RetrievalTask]:
-    """The fixed test set: twelve tasks of 200 queries with 100 candidates each.
+    """Return the fixed test set: twelve tasks of 200 queries with 100 candidates each.
 
-    Every 50 queries share the 100 documents that answer them or nearly do, so ``queries=50`` is
-    the same test in small.
+    Every 50 queries share 100 documents, their positives and near-misses, so ``queries=50`` is a
+    smaller test of the same difficulty.
 
     Args:
-        ood: Pictures in the style that no training picture has.
-        queries: Queries per task, a multiple of 50, at most 200.
+        ood: Whether queries have pictures in the style that no training picture has.
+        queries: Number of queries per task, a multiple of 50, at most 200.
 
     Raises:
         ValueError: If ``queries`` is not such a multiple.
     """
     if queries % BLOCK or not 0 < queries <= QUERIES:
         raise ValueError(
-            f"queries={queries}: Picto's tests come in blocks of {BLOCK}, up to {QUERIES}"
+            f"queries={queries}: Picto's test set comes in blocks of {BLOCK}, up to {QUERIES}."
         )
     return [_test_task(name, ood, queries) for name in TASKS]
 
@@ -283,7 +297,7 @@ def _test_task(name: str, ood: bool, n_queries: int) -> RetrievalTask:
     meta_task, generate = TASKS[name]
     rng = random.Random(f"{TEST_SEED}/{name}/{ood}")
     styles = (picto.OOD_STYLE,) if ood else picto.TRAIN_STYLES
-    # colour and count are never confused: such near-misses would make the tests easy
+    # near-misses in colour and count would be too easy
     draw = Draw(rng, held_out=True, styles=styles, augment=True, changes=("swap", "object"))
     task = RetrievalTask(name + ("-OOD" if ood else ""), meta_task, [], [], [], ood)
     if meta_task in ("classification", "vqa"):
@@ -296,8 +310,10 @@ def _test_task(name: str, ood: bool, n_queries: int) -> RetrievalTask:
 def _fill_from_labels(
     task: RetrievalTask, draw: Draw, generate: Callable[[Draw], Sample], n_queries: int
 ) -> None:
-    """Labels and answers: candidates are drawn from every label there is, those of the question's
-    own kind always.
+    """Add queries whose candidates are labels of all kinds.
+
+    All labels of the positive's own kind are among the candidates, if there are few of them;
+    otherwise the near-misses are.
     """
     kinds = [
         list(picto.categories()),
@@ -310,35 +326,32 @@ def _fill_from_labels(
     task.documents = [_text(instruction_kind, label) for label in labels]
     for turn in range(n_queries):
         sample = generate(replace(draw, turn=turn))
-        right, *wrong = (d.text for d in sample.documents)
-        own = next(kind for kind in kinds if right in kind)
-        near = own if len(own) < CANDIDATES // 2 else [right, *wrong]
-        rest = [label for label in labels if label not in near]
-        chosen = [label for label in near if label != right] + draw.rng.sample(
-            rest, CANDIDATES - len(near)
-        )
+        positive, *near_misses = (d.text for d in sample.documents)
+        kind = next(kind for kind in kinds if positive in kind)
+        hard = kind if len(kind) < CANDIDATES // 2 else [positive, *near_misses]
+        easy = [label for label in labels if label not in hard]
+        negatives = [label for label in hard if label != positive]
+        negatives += draw.rng.sample(easy, CANDIDATES - len(hard))
         task.queries.append(sample.query)
-        task.candidates.append([labels.index(right)] + [labels.index(label) for label in chosen])
+        task.candidates.append([labels.index(label) for label in (positive, *negatives)])
 
 
 def _fill_in_blocks(
     task: RetrievalTask, draw: Draw, generate: Callable[[Draw], Sample], n_queries: int
 ) -> None:
-    """Scenes, captions and crops: 50 queries, their 50 answers and 50 near-misses are one
-    another's candidates.
-    """
+    """Add queries in blocks of 50 that share their positives and near-misses as candidates."""
     for start in range(0, 2 * n_queries, CANDIDATES):
         block = range(start, start + CANDIDATES)
         while len(task.documents) < start + CANDIDATES:
             sample = generate(draw)
             keys = {d.key for d in sample.documents} - {""}
             if keys & {d.key for d in task.documents[start:]}:
-                # a scene or caption that is in this block already could be a second right answer
+                # a scene or caption that this block already has could be a second positive
                 continue
-            gold = len(task.documents)
+            positive = len(task.documents)
             task.documents += sample.documents[:2]
             task.queries.append(sample.query)
-            task.candidates.append([gold] + [i for i in block if i != gold])
+            task.candidates.append([positive] + [i for i in block if i != positive])
     task.documents = [
         replace(d, key=d.text or f"{task.name}-{i}") for i, d in enumerate(task.documents)
     ]

@@ -1,6 +1,4 @@
-"""The one form in which every reader hands out data: items, triplets for training, tasks for
-evaluation.
-"""
+"""The form in which every data set is loaded: items, training triplets, evaluation tasks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,29 +7,30 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rematch.data.images import Picture
+from rematch.data.images import PictureSource
 
 
 @dataclass(frozen=True)
 class Item:
-    """A query or a document: text, a picture, or both, and the instruction that goes before the
-    text.
+    """A query or a document: text, a picture, or both, and the instruction before the text.
 
     Attributes:
-        text: May be empty if there is a picture.
-        image: A picture (decoded, its path, its place in a zip archive), or several paths.
-        instruction: Kept apart from the text so that it can be left off (target instructions are
-            an ablation).
-        key: Identity of a document within its task; two items with one key are one document.
+        text: The text; may be empty if there is a picture.
+        image: A picture (decoded, or where its file is), or several paths.
+        instruction: Task instruction, kept apart from the text so that it can be left out.
+        key: Key of a document within its task; items with the same key are the same document.
     """
 
     text: str = ""
-    image: Picture | list[Path] | None = None
+    image: PictureSource | list[Path] | None = None
     instruction: str = ""
     key: str = ""
 
     def as_input(self, instruction: bool = True) -> dict[str, object]:
-        """The ``{"text", "image"}`` dictionary that a model encodes.
+        """Return the ``{"text", "image"}`` dictionary that a model encodes.
+
+        Args:
+            instruction: Whether the instruction is put before the text.
 
         >>> Item("a dog", instruction="Represent the image caption: ").as_input()
         {'text': 'Represent the image caption: a dog'}
@@ -45,7 +44,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Triplet:
-    """One training sample: a query, its document, and a hard negative if there is one."""
+    """A training sample: a query, its positive and, optionally, a hard negative."""
 
     query: Item
     positive: Item
@@ -54,18 +53,18 @@ class Triplet:
 
 @dataclass
 class RetrievalTask:
-    """One evaluation task.
+    """An evaluation task.
 
     Attributes:
-        name: As in the benchmark's tables.
-        meta_task: What mean it counts in; for MMEB ``"classification"``, ``"vqa"``,
-            ``"retrieval"`` or ``"grounding"``.
+        name: Name in the benchmark's tables.
+        meta_task: The group whose mean the task counts in; for MMEB ``"classification"``,
+            ``"vqa"``, ``"retrieval"`` or ``"grounding"``.
         queries: The queries.
         documents: Every distinct document of the task.
-        candidates: For each query the indices of its candidate documents; the **first is the
-            answer**. Empty if every document is a candidate of every query.
+        candidates: For each query, the indices of its candidate documents; the **first is the
+            positive**. Empty if every document is a candidate of every query.
         ood: Whether the task is out of distribution.
-        answers: For each query the indices of all its right documents, where there may be several.
+        answers: For each query, the indices of its positives, if there may be several.
     """
 
     name: str
@@ -77,13 +76,19 @@ class RetrievalTask:
     answers: list[Sequence[int]] | None = None
 
     def pool(self, query: int) -> tuple[NDArray[np.int64], int]:
-        """(a query's candidates, the right ones first; how many are right)."""
+        """Return the candidates of a query.
+
+        Args:
+            query: Index of the query.
+
+        Returns:
+            The indices of the candidate documents, positives first; and the number of positives.
+        """
         if self.answers is None:
             return np.asarray(self.candidates[query], np.int64), 1
-        right = np.asarray(self.answers[query], np.int64)
-        every = (
-            np.asarray(self.candidates[query], np.int64)
-            if self.candidates
-            else np.arange(len(self.documents))
-        )
-        return np.concatenate([right, every[~np.isin(every, right)]]), len(right)
+        positives = np.asarray(self.answers[query], np.int64)
+        if self.candidates:
+            pool = np.asarray(self.candidates[query], np.int64)
+        else:
+            pool = np.arange(len(self.documents))
+        return np.concatenate([positives, pool[~np.isin(pool, positives)]]), len(positives)

@@ -1,7 +1,8 @@
-"""Five zero-shot sets from their usual files: Flickr30K, COCO 5k, ShareGPT4V-1k, Urban1K,
-SugarCrepe.
+"""Loading five zero-shot sets from their published files: Flickr30K, COCO 5k, ShareGPT4V-1k,
+Urban1K, SugarCrepe.
 
-Each lies somewhere under one folder; what marks it is a file's or a folder's name (:data:`SETS`).
+All are somewhere under the same folder; each is recognised by the name of a file or folder
+(:data:`SETS`).
 """
 
 import json
@@ -31,59 +32,58 @@ Pairs = list[tuple[Path, list[str]]]  # pictures and their captions
 
 @dataclass(frozen=True)
 class ZeroShotSet:
-    """One set.
+    """A zero-shot set of pictures and captions.
 
     Attributes:
-        name: Of the set; its tasks are called ``NAME i2t`` and ``NAME t2i``.
-        marker: What it is known by, under the folder that holds the sets.
-        folders: Where its pictures may lie, beside the marker or in the folder of all sets.
-        read: From the marker and a finder of pictures to the pictures with their captions.
+        name: Name of the set; its tasks are called ``NAME i2t`` and ``NAME t2i``.
+        marker: Name of the file or folder by which the set is recognised.
+        folders: Folders that may hold its pictures, beside the marker or in the folder of all
+            sets.
+        load: Loads the pictures with their captions, given the path of the marker and a function
+            that finds a picture by its name.
     """
 
     name: str
     marker: str
     folders: tuple[str, ...]
-    read: Callable[[Path, Callable[[str], Path]], Pairs]
+    load: Callable[[Path, Callable[[str], Path]], Pairs]
 
 
 def _karpathy(file: Path, find: Callable[[str], Path]) -> Pairs:
-    """Karpathy's splits: ``{"images": [{"filename", "filepath"?, "split", "sentences":
-    [{"raw"}]}]}``.
+    """Load a test split of Karpathy's: ``{"images": [{"filename", "filepath"?, "split",
+    "sentences": [{"raw"}]}]}``, with five captions per picture.
     """
-    images = [image for image in _json(file, dict)["images"] if image["split"] == "test"]
-    return [
-        (
-            find(f"{i['filepath']}/{i['filename']}" if i.get("filepath") else i["filename"]),
-            [s["raw"] for s in i["sentences"][:5]],
-        )
-        for i in images
-    ]
+    pairs = []
+    for image in _load_json(file, dict)["images"]:
+        if image["split"] == "test":
+            folder = f"{image['filepath']}/" if image.get("filepath") else ""
+            captions = [sentence["raw"] for sentence in image["sentences"][:5]]
+            pairs.append((find(folder + image["filename"]), captions))
+    return pairs
 
 
 def _sharegpt4v(file: Path, find: Callable[[str], Path]) -> Pairs:
-    """The first 1,000 of ``[{"image", "conversations": [{…}, {"value": caption}]}]``."""
+    """Load the first 1,000 of ``[{"image", "conversations": [{…}, {"value": caption}]}]``."""
     return [
         (find(row["image"]), [row["conversations"][1]["value"]])
-        for row in _json(file, list)[:1000]
+        for row in _load_json(file, list)[:1000]
     ]
 
 
 def _urban(folder: Path, find: Callable[[str], Path]) -> Pairs:
-    """``caption/NAME.txt`` and ``image/NAME.jpg``."""
-    texts = sorted(
-        (p for p in (folder / "caption").glob("*.txt") if not p.name.startswith("._")),
-        key=_natural,
-    )
-    found = []
+    """Load ``caption/NAME.txt`` and ``image/NAME.jpg``."""
+    files = [f for f in (folder / "caption").glob("*.txt") if not f.name.startswith("._")]
+    texts = sorted(files, key=_numeric_order)
+    pairs = []
     for text in texts:
         images = [folder / "image" / (text.stem + end) for end in EXTENSIONS]
         image = next((i for i in images if i.is_file()), None)
         if image is None:
             raise DataError(
-                f"{text}: no picture of that name in {folder / 'image'}. Unpack Urban1k whole."
+                f"{text}: no picture of that name in {folder / 'image'}. Unpack all of Urban1k."
             )
-        found.append((image, [text.read_text().strip()]))
-    return found
+        pairs.append((image, [text.read_text().strip()]))
+    return pairs
 
 
 SETS = (
@@ -105,71 +105,68 @@ SETS = (
 _COCO_FOLDERS = ("val2017", "images", "images/val2017")
 
 
-def read_zeroshot(
+def load_zeroshot(
     root: Path, limit: int | None = None
 ) -> tuple[list[RetrievalTask], dict[str, str]]:
-    """All sets that lie under ``root``.
+    """Load all zero-shot sets under a folder.
 
     Args:
-        root: Looked through three folders deep.
-        limit: Only the first so many queries of each task (of the documents, all).
+        root: The folder; it is searched three folders deep.
+        limit: Only load this many queries of each task, but all documents.
 
     Returns:
-        The tasks, two directions a set, SugarCrepe's seven files one each; and why the others are
-        not there.
+        The tasks, one per direction of a set and one per file of SugarCrepe; and for each other
+        set the reason why it is missing.
 
     Raises:
-        DataError: If ``root`` is no folder or holds none of the sets.
+        DataError: If ``root`` is not a folder or holds none of the sets.
     """
     if not root.is_dir():
-        raise DataError(f"{root}: is not a folder. Give the one that holds the zero-shot sets.")
+        raise DataError(f"{root}: is not a folder. Give the folder that holds the zero-shot sets.")
     tasks: list[RetrievalTask] = []
     missing: dict[str, str] = {}
-    for one in SETS:
-        marker = _locate(root, one.marker)
+    for zero_shot_set in SETS:
+        name = zero_shot_set.name
+        marker = _locate(root, zero_shot_set.marker)
         if marker is None:
-            missing[one.name] = f"no {one.marker} under {root}"
+            missing[name] = f"no {zero_shot_set.marker} under {root}"
             continue
+        find = _picture_finder((marker.parent, root), zero_shot_set.folders, marker)
         try:
-            pairs = one.read(marker, _finder((marker.parent, root), one.folders, marker))
-            tasks += _both_directions(one.name, pairs)
-        except (KeyError, IndexError, TypeError) as error:
-            missing[one.name] = (
-                f"{marker}: not in the usual form ({type(error).__name__}: {error})"
-            )
-        except DataError as error:
-            missing[one.name] = str(error)
+            tasks += _both_directions(name, zero_shot_set.load(marker, find))
+        except (KeyError, IndexError, TypeError, DataError) as error:
+            missing[name] = _reason(marker, error)
     for split in SPLITS:
-        file = _locate(root, f"{split}.json")
         name = f"SugarCrepe {split.replace('_', '-')}"
+        file = _locate(root, f"{split}.json")
         if file is None:
             missing[name] = f"no {split}.json under {root}"
             continue
+        roots = (file.parent, file.parent.parent, root)
         try:
-            tasks.append(
-                _sugarcrepe(
-                    name,
-                    file,
-                    _finder((file.parent, file.parent.parent, root), _COCO_FOLDERS, file),
-                )
-            )
-        except (KeyError, TypeError) as error:
-            missing[name] = f"{file}: not in the usual form ({type(error).__name__}: {error})"
-        except DataError as error:
-            missing[name] = str(error)
-    if not tasks and all(why.startswith("no ") for why in missing.values()):
+            tasks.append(_sugarcrepe(name, file, _picture_finder(roots, _COCO_FOLDERS, file)))
+        except (KeyError, TypeError, DataError) as error:
+            missing[name] = _reason(file, error)
+    if not tasks and all(reason.startswith("no ") for reason in missing.values()):
         raise DataError(
-            f"{root}: none of the zero-shot sets is there. docs/evaluation.md says what each "
-            "looks like."
+            f"{root}: holds none of the zero-shot sets. docs/evaluation.md describes their files."
         )
-    for task in tasks if limit else []:
-        task.queries = task.queries[:limit]
-        task.candidates = task.candidates[:limit]
-        task.answers = task.answers[:limit] if task.answers else None
+    if limit:
+        for task in tasks:
+            task.queries = task.queries[:limit]
+            task.candidates = task.candidates[:limit]
+            task.answers = task.answers[:limit] if task.answers else None
     return tasks, missing
 
 
+def _reason(file: Path, error: Exception) -> str:
+    if isinstance(error, DataError):
+        return str(error)
+    return f"{file}: not in the published format ({type(error).__name__}: {error})"
+
+
 def _both_directions(name: str, pairs: Pairs) -> list[RetrievalTask]:
+    """Make the image-to-text and the text-to-image task of a set."""
     if not pairs:
         raise DataError(f"{name}: its files hold no test pictures.")
     captions = [(i, text) for i, (_, texts) in enumerate(pairs) for text in texts]
@@ -200,9 +197,9 @@ def _both_directions(name: str, pairs: Pairs) -> list[RetrievalTask]:
 
 
 def _sugarcrepe(name: str, file: Path, find: Callable[[str], Path]) -> RetrievalTask:
-    """``{number: {"filename", "caption", "negative_caption"}}``; accuracy is Hit@1 of two."""
+    """Load ``{number: {"filename", "caption", "negative_caption"}}``; Hit@1 is the accuracy."""
     task = RetrievalTask(name, "SugarCrepe", [], [], [])
-    for row in _json(file, dict).values():
+    for row in _load_json(file, dict).values():
         task.queries.append(Item("", find(row["filename"]), TO_TEXT))
         first = len(task.documents)
         for text in (row["caption"], row["negative_caption"]):
@@ -211,9 +208,10 @@ def _sugarcrepe(name: str, file: Path, find: Callable[[str], Path]) -> Retrieval
     return task
 
 
-def _finder(
+def _picture_finder(
     roots: tuple[Path, ...], folders: tuple[str, ...], marker: Path
 ) -> Callable[[str], Path]:
+    """Return a function that finds a picture by its name, or raises a DataError."""
     places = [root / folder for root in roots for folder in ("", *folders)]
 
     def find(name: str) -> Path:
@@ -229,24 +227,28 @@ def _finder(
 
 
 def _locate(root: Path, name: str) -> Path | None:
+    """Return the first file or folder of a name, at most three folders deep."""
     for depth in ("", "*/", "*/*/", "*/*/*/"):
-        for found in sorted(root.glob(depth + name)):
-            return found
+        paths = sorted(root.glob(depth + name))
+        if paths:
+            return paths[0]
     return None
 
 
-def _json(file: Path, kind: type) -> Any:
+def _load_json(file: Path, kind: type) -> Any:
+    """Load a JSON file whose content must be of a type."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read as JSON ({error}).") from None
     if not isinstance(content, kind):
         raise DataError(
-            f"{file}: holds a {type(content).__name__}, where the usual file holds a "
+            f"{file}: holds a {type(content).__name__}, but the published file holds a "
             f"{kind.__name__}."
         )
     return content
 
 
-def _natural(path: Path) -> tuple[int, str]:
+def _numeric_order(path: Path) -> tuple[int, str]:
+    """Sort key of files: first numbers in their order, then other names."""
     return (int(path.stem), "") if path.stem.isdigit() else (1 << 60, path.stem)

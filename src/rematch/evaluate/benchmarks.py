@@ -1,4 +1,4 @@
-"""Benchmarks by name: Picto, MMEB, the five zero-shot sets; or a user's own data."""
+"""Benchmarks by name: Picto, MMEB, the five zero-shot sets; or custom data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from rematch.data import picto_tasks
-from rematch.data.mmeb import download, read_eval
+from rematch.data.custom import load_custom
+from rematch.data.mmeb import download, load_mmeb_eval
 from rematch.data.mmeb_table import DATA_SETS
-from rematch.data.own import read_own
 from rematch.data.picto_tasks import BLOCK, QUERIES, evaluation_tasks
 from rematch.data.schema import RetrievalTask
-from rematch.data.zeroshot import read_zeroshot
+from rematch.data.zeroshot import load_zeroshot
 from rematch.errors import DataError
 
 NAMES = ("picto", "mmeb", "zeroshot")
@@ -43,8 +43,8 @@ def load_benchmark(
     """Load the tasks of a benchmark.
 
     Args:
-        name: ``"picto"``, ``"mmeb"``, ``"zeroshot"``, or the path of own data
-            (:mod:`rematch.data.own`).
+        name: ``"picto"``, ``"mmeb"``, ``"zeroshot"``, or the path of custom data
+            (:mod:`rematch.data.custom`).
         data: Folder of the benchmark. Without it, Picto is generated and MMEB is downloaded.
         tasks: Names of the tasks to load; by default all.
         limit: Number of queries to load of each task; by default all.
@@ -57,11 +57,11 @@ def load_benchmark(
         loaded, left_out = _load_picto(data, tasks, limit)
     elif name == "mmeb":
         selected = _select(tasks, _MMEB_TASKS)
-        loaded, left_out = read_eval(data or download(selected), selected, limit)
+        loaded, left_out = load_mmeb_eval(data or download(selected), selected, limit)
     elif name == "zeroshot":
         loaded, left_out = _load_zeroshot(data, tasks, limit)
     else:
-        loaded, left_out = _load_own(name, tasks, limit), {}
+        loaded, left_out = _load_custom_tasks(name, tasks, limit), {}
     # most people have only some of the zero-shot sets, and evaluate those without naming them
     may_miss = skip_missing or (name == "zeroshot" and loaded and not tasks)
     if left_out and not may_miss:
@@ -79,7 +79,7 @@ def _load_picto(
     available = [name + suffix for suffix in ("", "-OOD") for name in picto_tasks.TASKS]
     selected = _select(names, available)
     if data is not None:
-        return read_eval(data, selected, limit)
+        return load_mmeb_eval(data, selected, limit)
     # queries are generated in whole blocks
     queries = min(QUERIES, -(-(limit or QUERIES) // BLOCK) * BLOCK)
     tasks = [*evaluation_tasks(queries=queries), *evaluation_tasks(ood=True, queries=queries)]
@@ -96,7 +96,7 @@ def _load_zeroshot(
             "zeroshot: --data is missing. Give the folder that holds the sets "
             "(docs/evaluation.md)."
         )
-    tasks, left_out = read_zeroshot(data, limit)
+    tasks, left_out = load_zeroshot(data, limit)
     selected = _select(names, [task.name for task in tasks] + list(left_out))
     return (
         [task for task in tasks if task.name in selected],
@@ -104,7 +104,7 @@ def _load_zeroshot(
     )
 
 
-def _load_own(path: str, names: Sequence[str], limit: int | None) -> list[RetrievalTask]:
+def _load_custom_tasks(path: str, names: Sequence[str], limit: int | None) -> list[RetrievalTask]:
     source = Path(path)
     if not source.exists():
         matches = get_close_matches(path, NAMES, 1)
@@ -112,7 +112,7 @@ def _load_own(path: str, names: Sequence[str], limit: int | None) -> list[Retrie
         raise DataError(
             f"--benchmark {path}: neither {', '.join(NAMES)} nor an existing file or folder.{hint}"
         )
-    tasks = read_own(source, limit)
+    tasks = load_custom(source, limit)
     selected = _select(names, [task.name for task in tasks])
     return [task for task in tasks if task.name in selected]
 

@@ -16,7 +16,8 @@ from rich.table import Table
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util.distributed import get_rank, get_world_size
 
-from rematch.backbone.module import limit_pixels, resolve
+from rematch.backbone.loading import resolve
+from rematch.backbone.pixels import limit_pixels
 from rematch.console import say
 from rematch.encoding.encoder import Encoder
 from rematch.encoding.vector_store import VectorStore

@@ -56,7 +56,7 @@ def scores_json(
             "date": date.today().isoformat(),
             "seconds": round(seconds, 1),
             "inputs_encoded": encoder.encoded,
-            "inputs_found_on_disk": encoder.found,
+            "inputs_found_on_disk": encoder.reused,
             "ms_per_query": {
                 name: round(float(np.mean([r.methods[name].ms_per_query for r in results])), 3)
                 for name in methods

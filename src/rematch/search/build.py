@@ -1,15 +1,15 @@
-"""From a corpus to an index, as a stream: read, compare with what is there, encode, write.
+"""From a corpus to an index, as a stream: load, compare with the index, encode, write.
 
-1. Documents are read window by window, no more than :data:`WINDOW_BYTES` of picture files at a
+1. Documents are loaded window by window, with at most :data:`WINDOW_BYTES` of picture files at a
    time.
-2. Those whose stamp is the one in the index are left alone. Of the others the content is hashed;
-   what was encoded before, under whatever name, is not encoded again.
-3. The rest goes to :meth:`rematch.encoding.encoder.Encoder.stream` in batches of like length.
-4. Rows are written every :data:`FLUSH_SECONDS`, in one commit: a run that was killed goes on
-   behind its last one.
-5. What is no longer in the corpus is taken out at the end.
+2. Documents whose stamp is the same as in the index are skipped. The content of the others is
+   hashed, and content that was encoded before, under whatever id, is not encoded again.
+3. The rest goes to :meth:`rematch.encoding.encoder.Encoder.stream` in batches of similar length.
+4. Rows are written every :data:`FLUSH_SECONDS`, in one commit. A run that was killed resumes after
+   its last commit.
+5. Documents that are no longer in the corpus are deleted at the end.
 
-Memory holds a window, the batches ahead of the model, and some 32 bytes for each document of the
+Memory holds a window, the batches ahead of the model, and about 32 bytes for each document of the
 index.
 """
 
@@ -26,343 +26,394 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
-from rematch.data.corpus import Corpus, Document, Found
-from rematch.data.images import Checked, Encoded
-from rematch.encoding.encoder import Encoder, Measured, look_at_picture, plan
+from rematch.data.corpus import Corpus, Document, Unreadable
+from rematch.encoding.encoder import Encoder
 from rematch.errors import DataError, RematchError
 from rematch.files import write_json
-from rematch.scoring import truncate
+from rematch.search.documents import Content, DocumentEncoder, EncodedContent, LoadedDocument
 from rematch.search.index import Index
-from rematch.search.storage import is_local, quoted
+from rematch.search.storage import is_in, is_local, write_lock
 
 WINDOW, WINDOW_BYTES = 1024, 64 << 20
 FLUSH_SECONDS, FLUSH_ROWS = 2.0, 4096
-_ENOUGH_TO_JUDGE = 100  # documents, before a share of failures stops the run
+_CHUNK = 16  # documents that are loaded in parallel
+_MIN_DOCUMENTS = 100  # before a share of failures stops the run
 _COMPACT_AFTER = 64  # commits
-
+_RECENT_HASHES = 65_536
 
 Progress = Callable[[int, int | None], None]
+T = TypeVar("T")
+D = TypeVar("D", Document, LoadedDocument)
 
 
 @dataclass
 class Report:
-    """What a run did: counts of documents, and which ones failed and why."""
+    """Counts of the documents of a run, and why some failed.
 
-    seen: int = 0
+    Attributes:
+        documents: Documents of the corpus.
+        unchanged: Those that the index had already.
+        encoded: Contents that were encoded.
+        reused: Documents whose content was encoded before.
+        deleted: Documents of the index that are no longer in the corpus.
+        failures: Reasons of the failed documents by their ids.
+    """
+
+    documents: int = 0
     unchanged: int = 0
     encoded: int = 0
     reused: int = 0
     deleted: int = 0
     failures: dict[str, str] = field(default_factory=dict)
 
+    def as_json(self) -> dict[str, Any]:
+        """The counts as ``report.json`` has them."""
+        counts = asdict(self)
+        return {"seen": counts.pop("documents")} | counts
+
 
 @dataclass(frozen=True)
-class Read:
-    """A document that was read, and what is to be encoded of it."""
+class Unchanged:
+    """A document that the index has as it is in the corpus.
 
-    document: Document
-    stamp: int
-    given: dict[str, Any]
-    new: bool
+    Attributes:
+        id: The document's id.
+    """
 
-    def row(self, key: bytes, vectors: NDArray[np.float32], dimensions: int) -> dict[str, Any]:
-        """The index's row.
-
-        Args:
-            key: Of the content.
-            vectors: (D,), or (1 + K, D) with the token vectors.
-            dimensions: To be kept of the first.
-        """
-        document = self.document
-        stored = document.image.content if isinstance(document.image, Encoded) else None
-        path = str(document.image.resolve()) if isinstance(document.image, Path) else None
-        vectors = np.atleast_2d(vectors)
-        return document.metadata | {
-            "id": document.id,
-            "vector": truncate(vectors[:1], dimensions)[0],
-            "tokens": vectors[1:],
-            "text": document.text,
-            "path": path,
-            "image": stored,
-            "content_hash": key.hex(),
-            "stamp": self.stamp,
-        }
+    id: str
 
 
-class Numbers:
-    """A growing set of 64-bit numbers, eight bytes each."""
+class HashSet:
+    """A growing set of 64-bit hashes that takes little more than eight bytes for each.
 
-    def __init__(self, numbers: NDArray[np.uint64]) -> None:
-        self.many, self.few = np.sort(numbers), set[int]()
+    Args:
+        hashes: The first elements.
+    """
+
+    def __init__(self, hashes: NDArray[np.uint64]) -> None:
+        self.sorted_hashes, self.recent = np.sort(hashes), set[int]()
 
     def __contains__(self, number: int) -> bool:
-        at = int(np.searchsorted(self.many, np.uint64(number)))
-        return number in self.few or (at < len(self.many) and int(self.many[at]) == number)
+        if number in self.recent:
+            return True
+        place = int(np.searchsorted(self.sorted_hashes, np.uint64(number)))
+        return place < len(self.sorted_hashes) and int(self.sorted_hashes[place]) == number
 
     def add(self, number: int) -> None:
-        self.few.add(number)
-        if len(self.few) > 65_536:
-            self.many = np.sort(np.concatenate([self.many, np.fromiter(self.few, np.uint64)]))
-            self.few.clear()
+        self.recent.add(number)
+        if len(self.recent) > _RECENT_HASHES:
+            recent = np.fromiter(self.recent, np.uint64)
+            self.sorted_hashes = np.sort(np.concatenate([self.sorted_hashes, recent]))
+            self.recent.clear()
 
 
-class Known:
-    """What an index holds, and what this run has met."""
+class IndexedDocuments:
+    """Ids, stamps and contents of the documents of an index, stored compactly.
+
+    Args:
+        index: The index.
+
+    Attributes:
+        contents: Hashes of the contents that the index has vectors of.
+    """
 
     def __init__(self, index: Index) -> None:
-        kind = np.dtype([("id", "u8"), ("stamp", "i8"), ("content", "u8")])
-        parts = [np.zeros(0, kind)]
+        dtype = np.dtype([("id", "u8"), ("stamp", "i8"), ("content", "u8")])
+        parts = [np.zeros(0, dtype)]
         for batch in index.scan(["id", "stamp", "content_hash"]):
-            part = np.zeros(batch.num_rows, kind)
-            part["id"] = [number_of(i) for i in batch["id"].to_pylist()]
+            part = np.zeros(batch.num_rows, dtype)
+            part["id"] = [id_hash(i) for i in batch["id"].to_pylist()]
             part["stamp"] = batch["stamp"].to_numpy()
-            part["content"] = [int(h[:16], 16) for h in batch["content_hash"].to_pylist()]
+            part["content"] = [
+                content_hash(bytes.fromhex(key)) for key in batch["content_hash"].to_pylist()
+            ]
             parts.append(part)
         rows = np.concatenate(parts)
         order = np.argsort(rows["id"])
         self.ids, self.stamps = rows["id"][order], rows["stamp"][order]
-        self.contents = Numbers(rows["content"])
-        self.met = Numbers(np.zeros(0, np.uint64))
+        self.contents = HashSet(rows["content"])
 
-    def stamp(self, name: str) -> int | None:
-        """The stamp of a document in the index."""
-        number = np.uint64(number_of(name))
-        at = int(np.searchsorted(self.ids, number))
-        return int(self.stamps[at]) if at < len(self.ids) and self.ids[at] == number else None
-
-
-def number_of(name: str) -> int:
-    """A document's id as 64 bits."""
-    return xxh3_64_intdigest(name.encode())
+    def stamp(self, document_id: str) -> int | None:
+        """The stamp of a document in the index; ``None`` if the index does not have it."""
+        number = np.uint64(id_hash(document_id))
+        place = int(np.searchsorted(self.ids, number))
+        if place == len(self.ids) or self.ids[place] != number:
+            return None
+        return int(self.stamps[place])
 
 
-R = TypeVar("R", Read, Document)
+def id_hash(document_id: str) -> int:
+    """64-bit hash of a document's id."""
+    return xxh3_64_intdigest(document_id.encode())
+
+
+def content_hash(key: bytes) -> int:
+    """64-bit hash of a content, from its content key."""
+    return int.from_bytes(key[:8], "big")
 
 
 class Builder:
-    """One run over a corpus.
+    """A run that brings an index up to date with a corpus.
 
     Args:
-        index: To be filled; nobody else may write to it (:meth:`Index.alone`).
-        encoder: Of the index's model.
-        most_failures: The share of documents that may fail.
-        progress: Told (documents seen, of how many).
+        index: The index; nobody else may write to it (:func:`~rematch.search.storage.write_lock`).
+        encoder: Encoder of the index's model.
+        max_failures: Share of documents that may fail.
+        progress: Called with the number of documents so far and their total, if it is known.
     """
 
     def __init__(
-        self, index: Index, encoder: Encoder, most_failures: float, progress: Progress
+        self, index: Index, encoder: Encoder, max_failures: float, progress: Progress
     ) -> None:
-        self.index, self.encoder, self.most_failures, self.progress = (
-            index,
-            encoder,
-            most_failures,
-            progress,
-        )
-        self.report, self.known = Report(), Known(index)
-        self.tokens = bool(index.about["tokens"])
-        self.underway: dict[bytes, list[Read]] = {}  # being encoded: which documents wait for it
-        self.ready: dict[bytes, NDArray[np.float32]] = {}  # encoded, not written yet
-        self.rows: dict[bool, list[dict[str, Any]]] = {
-            True: [],
-            False: [],
-        }  # to be written: new ones, others
-        self.bytes, self.commits, self.written = 0, 0, time.monotonic()
+        self.index, self.encoder = index, encoder
+        self.max_failures, self.progress = max_failures, progress
+        self.report = Report()
+        self.document_encoder = DocumentEncoder(encoder, index.settings)
+        self.indexed = IndexedDocuments(index)
+        self.corpus_ids = HashSet(np.zeros(0, np.uint64))
+        self.unwritten: dict[bytes, NDArray[np.float32]] = {}  # vectors of the rows below
+        self.new_rows: list[dict[str, Any]] = []
+        self.changed_rows: list[dict[str, Any]] = []
+        self.unwritten_bytes = self.commits = 0
+        self.last_write = time.monotonic()
 
-    def run(self, corpus: Corpus) -> None:
-        """Write what is new or has changed."""
-        for keys, vectors, errors in self.encoder.stream(
-            self._batches(corpus),
-            "document",
-            multi_vector=self.tokens,
-            workers=self.encoder.workers,
-        ):
-            found = iter(vectors)
-            for place, key in enumerate(keys):
-                waiting = self.underway.pop(key)
-                if place in errors:
-                    for one in waiting:
-                        self.fail(one.document.id, errors[place])
-                    continue
-                self.ready[key] = next(found)
+    def run(self, corpus: Corpus, *, keep: bool, ann: str) -> Report:
+        """Update the index, then its files and its approximate index.
+
+        The report is written even if the run fails. Arguments as for :func:`build`.
+        """
+        index = self.index
+        try:
+            self.encode_corpus(corpus)
+            self.check_failures(is_end=True)
+            if not keep:
+                self._delete_missing()
+        except BaseException:
+            with suppress(DataError):
+                self._write_report(corpus)
+            raise
+        kind = index.ann
+        many_files = self.commits >= _COMPACT_AFTER
+        if self.commits and (many_files or self.report.deleted or kind != "none"):
+            index.compact()
+        if kind == "none" or ann not in ("auto", kind):
+            index.build_ann(ann)
+        self._write_report(corpus)
+        return self.report
+
+    def encode_corpus(self, corpus: Corpus) -> None:
+        """Encode and write the documents that are new or have changed."""
+        batches = self._batches(corpus)
+        for contents, unreadable in self.document_encoder.encode(batches, self.encoder.workers):
+            for document in unreadable:
+                self.fail(document)
+            for content in contents:
                 self.report.encoded += 1
-                self.report.reused += len(waiting) - 1
-                for one in waiting:
-                    self._write(one, key, self.ready[key])
-            self._flush(now=False)
-            self.judge()
+                self.report.reused += len(content.documents) - 1
+                self.unwritten[content.key] = content.vectors
+                self._add_rows(content)
+            self._flush_if_due()
+            self.check_failures()
         self._flush()
 
-    # ---- in -------------------------------------------------------------------------------------
+    # ---- reading --------------------------------------------------------------------------------
 
-    def _batches(self, corpus: Corpus) -> Iterator[tuple[list[bytes], list[Any]]]:
+    def _batches(self, corpus: Corpus) -> Iterator[dict[bytes, Any]]:
         with ThreadPoolExecutor(8) as threads:
             for window in self._windows(corpus, threads):
-                measured = self.encoder.measure(
-                    [r.given for r in window], "document", multi_vector=self.tokens
-                )
-                fresh: dict[bytes, Measured] = {}
-                seen_before: dict[bytes, list[Read]] = {}
-                for one, found in zip(window, measured, strict=True):
-                    if isinstance(found, RematchError):
-                        self.fail(one.document.id, found)
-                    elif found.key in self.ready:
-                        self.report.reused += 1
-                        self._write(one, found.key, self.ready[found.key])
-                    elif found.key in self.underway:
-                        self.underway[found.key].append(one)
-                    elif int.from_bytes(found.key[:8], "big") in self.known.contents:
-                        seen_before.setdefault(found.key, []).append(one)
-                        fresh[found.key] = found
-                    else:
-                        self.underway[found.key] = [one]
-                        fresh[found.key] = found
-                for key, vectors in self._vectors_of(list(seen_before)):
-                    del fresh[key]
-                    for one in seen_before.pop(key):
-                        self.report.reused += 1
-                        self._write(one, key, vectors)
-                self.underway |= seen_before
-                self._flush(now=False)
-                self.judge()
-                self.progress(self.report.seen, corpus.size)
-                given = {key: self.underway[key][0].given for key in fresh}
-                for batch in plan(list(fresh.values()), self.encoder.batch_tokens):
-                    yield [m.key for m in batch], [given[m.key] for m in batch]
+                contents, unreadable = self.document_encoder.group(window)
+                for document in unreadable:
+                    self.fail(document)
+                contents = self._reuse_vectors(contents)
+                self._flush_if_due()
+                self.check_failures()
+                self.progress(self.report.documents, corpus.size)
+                yield from self.document_encoder.batches(contents)
 
     def _windows(
-        self, corpus: Iterable[Found], threads: ThreadPoolExecutor
-    ) -> Iterator[list[Read]]:
-        """Documents that are new or may have changed, read."""
-        window: list[Read] = []
-        size, most = (
-            0,
-            WINDOW // 16,
-        )  # the first ones are small, so that there is soon something to encode
-        for some in _chunks(corpus, 16):
-            for name, found in threads.map(self._read, some):
-                if one := self.admit(name, found):
-                    window.append(one)
-                    picture = one.given.get("image")
-                    size += len(picture.content) if isinstance(picture, Encoded) else 0
-            if len(window) >= most or size >= WINDOW_BYTES:
+        self, corpus: Iterable[Document | Unreadable], threads: ThreadPoolExecutor
+    ) -> Iterator[list[LoadedDocument]]:
+        """Documents that are new or may have changed, loaded.
+
+        The first windows are small, so that there is soon something to encode.
+        """
+        window: list[LoadedDocument] = []
+        size, limit = 0, WINDOW // 16
+        for chunk in _chunks(corpus, _CHUNK):
+            for result in threads.map(self._load, chunk):
+                document = self.register(result)
+                if document:
+                    window.append(document)
+                    size += document.loaded_bytes
+            if len(window) >= limit or size >= WINDOW_BYTES:
                 yield window
-                window, size, most = [], 0, min(2 * most, WINDOW)
+                window, size, limit = [], 0, min(2 * limit, WINDOW)
         yield window
 
-    def _read(self, found: Found) -> tuple[str, Read | RematchError | None]:
-        """(id, what was read, or why it could not be; nothing if the index has it as it is)."""
-        if isinstance(found, tuple):
-            return found
+    def _load(self, document: Document | Unreadable) -> LoadedDocument | Unchanged | Unreadable:
+        result = self.compare(document)
+        if not isinstance(result, Document):
+            return result
+        is_new = self.indexed.stamp(result.id) is None
+        return self.document_encoder.load(result, is_new=is_new)
+
+    def compare(self, document: Document | Unreadable) -> Document | Unchanged | Unreadable:
+        """Compare a document's stamp with the index; the document if it is new or may differ."""
+        if isinstance(document, Unreadable):
+            return document
         try:
-            stamp, before = found.stamp(), self.known.stamp(found.id)
-            if stamp == before:
-                return found.id, None
-            given = found.read(self.index.about["document_instructions"])
-            if isinstance(
-                found.image, Path
-            ):  # what is sent to a worker is where it lies, and what it must be
-                given["image"] = Checked(found.image, *look_at_picture(given["image"]))
-            return found.id, Read(found, stamp, given, before is None)
+            stamp = document.stamp()
         except RematchError as error:
-            return found.id, error
+            return Unreadable(document.id, error)
+        return Unchanged(document.id) if stamp == self.indexed.stamp(document.id) else document
 
-    def admit(self, name: str, found: R | RematchError | None) -> R | None:
-        """Count a document; what is left of it is to be encoded.
+    def register(self, document: D | Unchanged | Unreadable) -> D | None:
+        """Count a document of the corpus.
 
-        Args:
-            name: Its id.
-            found: The document, or why it cannot be used; nothing if the index has it as it is.
+        Returns:
+            The document if it is to be encoded, and the index has columns for its metadata.
         """
-        if number_of(name) in self.known.met:
-            found = DataError(f"{name}: the id stands twice in the corpus; the first one counts.")
-        self.known.met.add(number_of(name))
-        self.report.seen += 1
-        if found is None:
+        self.report.documents += 1
+        number = id_hash(document.id)
+        if number in self.corpus_ids:
+            error = DataError(
+                f"{document.id}: the id occurs twice in the corpus; the first document has it."
+            )
+            self.fail(Unreadable(document.id, error))
+            return None
+        self.corpus_ids.add(number)
+        if isinstance(document, Unreadable):
+            self.fail(document)
+            return None
+        if isinstance(document, Unchanged):
             self.report.unchanged += 1
             return None
-        if not isinstance(found, RematchError):
-            try:
-                self.index.make_room(
-                    (found.document if isinstance(found, Read) else found).metadata
-                )
-                return found
-            except DataError as error:
-                found = error
-        self.fail(name, found)
-        return None
+        try:
+            self.index.add_metadata_columns(document.metadata)
+        except DataError as error:
+            self.fail(Unreadable(document.id, error))
+            return None
+        return document
 
-    def _vectors_of(self, keys: Sequence[bytes]) -> Iterator[tuple[bytes, NDArray[np.float32]]]:
-        """Vectors in the index, by the content that they were made of."""
-        names = ["content_hash", "vector"] + ["tokens"] * self.tokens
-        for some in _chunks(keys, 500):
-            among = ", ".join(quoted(key.hex()) for key in some)
-            rows = (
-                self.index.table.search()
-                .where(f"content_hash IN ({among})")
-                .select(names)
-                .to_list()
-            )
+    def _reuse_vectors(self, contents: Sequence[Content]) -> list[Content]:
+        """Give documents the vectors that their content has already; return the other contents."""
+        others: list[Content] = []
+        in_index: dict[bytes, Content] = {}
+        for content in contents:
+            key = content.measured.key
+            if key in self.unwritten:
+                self._add_reused(content, self.unwritten[key])
+            elif key in self.document_encoder.waiting:
+                self.document_encoder.waiting[key] += content.documents
+            elif content_hash(key) in self.indexed.contents:
+                in_index[key] = content
+            else:
+                others.append(content)
+        for key, vectors in self._indexed_vectors(list(in_index)):
+            self._add_reused(in_index.pop(key), vectors)
+        return others + list(in_index.values())
+
+    def _indexed_vectors(
+        self, keys: Sequence[bytes]
+    ) -> Iterator[tuple[bytes, NDArray[np.float32]]]:
+        """Vectors in the index by content key; keys without a row are left out."""
+        multi_vector = self.document_encoder.multi_vector
+        columns = ["content_hash", "vector", *(["tokens"] if multi_vector else [])]
+        for chunk in _chunks(keys, 500):
+            condition = is_in("content_hash", [key.hex() for key in chunk])
+            rows = self.index.table.search().where(condition).select(columns).to_list()
             for row in {row["content_hash"]: row for row in rows}.values():
-                tokens = np.asarray(row["tokens"] if self.tokens else [], np.float32)
-                vector = np.zeros(
-                    (1, tokens.shape[1] if self.tokens else len(row["vector"])), np.float32
-                )
-                vector[0, : len(row["vector"])] = row["vector"]
-                yield (
-                    bytes.fromhex(row["content_hash"]),
-                    np.concatenate([vector, tokens]) if self.tokens else vector,
-                )
+                vectors = np.asarray([row["vector"]], np.float32)
+                if multi_vector:
+                    tokens = np.asarray(row["tokens"], np.float32)
+                    padding = tokens.shape[1] - vectors.shape[1]
+                    vectors = np.concatenate([np.pad(vectors, ((0, 0), (0, padding))), tokens])
+                yield bytes.fromhex(row["content_hash"]), vectors
 
-    # ---- out ------------------------------------------------------------------------------------
+    # ---- writing --------------------------------------------------------------------------------
 
-    def _write(self, one: Read, key: bytes, vectors: NDArray[np.float32]) -> None:
-        row = one.row(key, vectors, self.index.about["dimensions"])
-        self.rows[one.new].append(row)
-        self.bytes += len(row["image"] or b"")
+    def _add_reused(self, content: Content, vectors: NDArray[np.float32]) -> None:
+        self.report.reused += len(content.documents)
+        self._add_rows(EncodedContent(content.measured.key, vectors, content.documents))
 
-    def _flush(self, *, now: bool = True) -> None:
-        count = len(self.rows[True]) + len(self.rows[False])
-        waited = time.monotonic() - self.written > FLUSH_SECONDS
-        if not count or not (now or waited or count >= FLUSH_ROWS or self.bytes >= WINDOW_BYTES):
-            return
-        for new in (True, False):
-            self.index.add(self.rows[new], new=new)
-            self.commits += bool(self.rows[new])
-        for key in self.ready:
-            self.known.contents.add(int.from_bytes(key[:8], "big"))
-        self.rows, self.bytes = {True: [], False: []}, 0
-        self.ready.clear()
-        self.written = time.monotonic()
+    def _add_rows(self, content: EncodedContent) -> None:
+        records = content.records(self.index.settings.dimensions)
+        for document, record in zip(content.documents, records, strict=True):
+            rows = self.new_rows if document.is_new else self.changed_rows
+            rows.append(record)
+            self.unwritten_bytes += len(record["image"] or b"")
 
-    def fail(self, name: str, error: RematchError) -> None:
-        self.report.failures[name] = str(error).removeprefix("input 0: ")  # of a batch of its own
-
-    def judge(self, *, at_the_end: bool = False) -> None:
-        failed, seen = len(self.report.failures), self.report.seen
-        too_many = seen >= _ENOUGH_TO_JUDGE and failed > self.most_failures * seen
-        if too_many or (at_the_end and 0 < failed == seen):
+    def _flush_if_due(self) -> None:
+        waited = time.monotonic() - self.last_write
+        rows = len(self.new_rows) + len(self.changed_rows)
+        if waited > FLUSH_SECONDS or rows >= FLUSH_ROWS or self.unwritten_bytes >= WINDOW_BYTES:
             self._flush()
-            name, why = next(iter(self.report.failures.items()))
+
+    def _flush(self) -> None:
+        if not self.new_rows and not self.changed_rows:
+            return
+        for rows, new in ((self.new_rows, True), (self.changed_rows, False)):
+            if rows:
+                self.index.add(rows, new=new)
+                self.commits += 1
+        for key in self.unwritten:
+            self.indexed.contents.add(content_hash(key))
+        self.unwritten.clear()
+        self.new_rows, self.changed_rows, self.unwritten_bytes = [], [], 0
+        self.last_write = time.monotonic()
+
+    def fail(self, document: Unreadable) -> None:
+        """Record a failure."""
+        # the error counts inputs in a batch of the document's own
+        self.report.failures[document.id] = str(document.error).removeprefix("input 0: ")
+
+    def check_failures(self, *, is_end: bool = False) -> None:
+        """Stop the run if too many documents fail.
+
+        Args:
+            is_end: Whether there are no more documents; then it also stops if all of them failed.
+
+        Raises:
+            DataError: If too many documents fail.
+        """
+        failed, total = len(self.report.failures), self.report.documents
+        too_many = total >= _MIN_DOCUMENTS and failed > self.max_failures * total
+        if too_many or (is_end and 0 < failed == total):
+            self._flush()
+            document_id, reason = next(iter(self.report.failures.items()))
             raise DataError(
-                f"{failed} of {seen} documents cannot be read, such as {name}: {why} Mend the "
-                "corpus, or allow more with --max-failures."
+                f"{failed} of {total} documents cannot be read, such as {document_id}: {reason} "
+                "Fix the corpus, or allow more failures with --max-failures."
             )
 
-    def delete_the_rest(self) -> None:
-        gone: list[str] = []
-        for batch in self.index.scan(["id"]):
-            gone += [
-                name for name in batch["id"].to_pylist() if number_of(name) not in self.known.met
-            ]
-        if gone:
-            self.index.delete(gone)
-            self.report.deleted, self.commits = len(gone), self.commits + 1
+    def _delete_missing(self) -> None:
+        """Delete the documents that are no longer in the corpus."""
+        missing = [
+            document_id
+            for batch in self.index.scan(["id"])
+            for document_id in batch["id"].to_pylist()
+            if id_hash(document_id) not in self.corpus_ids
+        ]
+        if missing:
+            self.index.delete(missing)
+            self.report.deleted = len(missing)
+            self.commits += 1
 
-
-def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while some := list(islice(iterator, size)):
-        yield some
+    def _write_report(self, corpus: Corpus) -> None:
+        if not is_local(self.index.uri):
+            return
+        content = {
+            "corpus": corpus.name,
+            "documents": len(self.index),
+            "about": asdict(self.index.settings),
+            "last_run": self.report.as_json(),
+        }
+        try:
+            write_json(Path(self.index.uri) / "report.json", content)
+        except OSError as error:
+            raise DataError(
+                f"{self.index.uri}: report.json cannot be written ({error.strerror})."
+            ) from None
 
 
 def build(
@@ -371,70 +422,33 @@ def build(
     encoder: Encoder,
     *,
     keep: bool = False,
-    most_failures: float = 0.2,
+    max_failures: float = 0.2,
     ann: str = "auto",
     progress: Progress = lambda *_: None,
 ) -> Report:
     """Bring an index up to date with a corpus.
 
     Args:
-        index: New, or from an earlier run, also one that was killed.
+        index: A new index, or one from an earlier run, even if that was killed.
         corpus: The documents.
-        encoder: Of the index's model.
-        keep: Leave documents in the index that are not in the corpus.
-        most_failures: The share of documents that may fail, judged from the hundredth on.
-        ann: As for :meth:`~rematch.search.index.Index.build_ann`.
-        progress: Told (documents seen, of how many).
+        encoder: Encoder of the index's model.
+        keep: Whether documents that are not in the corpus stay in the index.
+        max_failures: Share of documents that may fail, checked from the hundredth document on.
+        ann: Approximate index, as for :meth:`~rematch.search.index.Index.build_ann`.
+        progress: Called with the number of documents so far and their total, if it is known.
 
     Returns:
-        What was done; ``report.json`` in the index's directory holds it, too.
+        Counts and failures; ``report.json`` in the index's directory has them too.
 
     Raises:
-        DataError: If too many documents fail, another process writes, or the index cannot be
-            written. What was written by then stays, and the same call goes on from there.
+        DataError: If too many documents fail, another process is writing, or the index cannot be
+            written. What was written before stays, and the same call resumes from there.
     """
-    with index.alone():
-        builder = Builder(index, encoder, most_failures, progress)
-        return settle(builder, corpus, lambda: builder.run(corpus), keep, ann)
+    with write_lock(index.uri):
+        return Builder(index, encoder, max_failures, progress).run(corpus, keep=keep, ann=ann)
 
 
-def settle(
-    builder: Builder, corpus: Corpus, run: Callable[[], None], keep: bool, ann: str
-) -> Report:
-    """Run, judge, take out what is gone, write the report whatever happens, and see to the files
-    and the ANN index.
-    """
-    index, report = builder.index, builder.report
-    try:
-        run()
-        builder.judge(at_the_end=True)
-        if not keep:
-            builder.delete_the_rest()
-    except BaseException:
-        with suppress(DataError):
-            _write_report(index, corpus, report)
-        raise
-    kind = index.ann
-    if builder.commits and (builder.commits >= _COMPACT_AFTER or report.deleted or kind != "none"):
-        index.compact()
-    if kind == "none" or ann not in ("auto", kind):
-        index.build_ann(ann)
-    _write_report(index, corpus, report)
-    return report
-
-
-def _write_report(index: Index, corpus: Corpus, report: Report) -> None:
-    if not is_local(index.uri):
-        return
-    content = {
-        "corpus": corpus.name,
-        "documents": len(index),
-        "about": index.about,
-        "last_run": asdict(report),
-    }
-    try:
-        write_json(Path(index.uri) / "report.json", content)
-    except OSError as error:
-        raise DataError(
-            f"{index.uri}: report.json cannot be written ({error.strerror})."
-        ) from None
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

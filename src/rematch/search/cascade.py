@@ -1,188 +1,177 @@
-"""Reordering the nearest documents, stage after stage, by what costs more and sees more.
+"""Rerank the nearest documents, stage after stage, by scores that cost more and see more.
 
-``"maxsim:200,feat:100,raw:10"``: the first 200 by MaxSim over the token vectors, then the first
-100 of these by the matching head from stored vectors alone (a few tokens a pair, no picture is
-read), then the first 10 by the matching head that reads query and document again. Behind a stage's
-number the order stays. A number alone is ``raw``.
+In ``"maxsim:200,feat:100,raw:10"`` the first 200 documents are ordered by MaxSim over the token
+vectors. The first 100 of these are then ordered by the matching head from stored vectors alone, a
+few tokens per pair and no pictures. The first 10 of these are ordered by the matching head that
+reads query and document again. The documents behind a stage's number keep their order. A number
+alone is a ``raw`` stage.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rematch.data.corpus import Document, Metadata
-from rematch.data.images import Encoded
 from rematch.errors import RematchError
 from rematch.matching import View
+from rematch.model import ReMatch
 from rematch.scoring import maxsim, probability
+from rematch.search.schema import IndexSettings
 
-if TYPE_CHECKING:
-    from rematch.search.index import Index
-
-_SHORT = {"raw": "raw-raw", "feat": "feat-feat"}
+_STAGES: dict[str, View | Literal["maxsim"]] = {
+    "": View.RAW_RAW,
+    "maxsim": "maxsim",
+    "raw": View.RAW_RAW,
+    "feat": View.FEAT_FEAT,
+    **{view.value: view for view in View},
+}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The first ``count`` documents are put in the order of ``views``: a view pair of the matching
-    head, or maxsim.
-    """
-
-    views: str
-    count: int
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One result.
+    """A step of the cascade.
 
     Attributes:
-        id: Of the document.
-        score: In what ``by`` says.
-        by: ``"cosine"``, ``"maxsim"``, or the view pair whose P(yes) it is.
-        nearest: Its place by cosine, from 1, before anything reordered.
-        text: The document's text.
-        path: Its picture, if that is a file.
-        metadata: Whatever else the corpus said of it.
+        by: What orders the documents: MaxSim, or the matching head with this view.
+        count: How many of the first documents are reranked; the others keep their places.
     """
 
-    id: str
+    by: View | Literal["maxsim"]
+    count: int
+
+    def reads(self, column: Literal["vector", "tokens"]) -> bool:
+        """Whether the stage reads this column of the documents."""
+        if isinstance(self.by, View):
+            return column == "vector" and self.by.document == "feat"
+        return column == "tokens"
+
+
+class Ranked(NamedTuple):
+    """A document after all stages.
+
+    Attributes:
+        row: Its row among the nearest documents, from 0.
+        score: The score of the last stage that it went through.
+        by: ``"cosine"``, ``"maxsim"``, or the view whose P(yes) the score is.
+    """
+
+    row: int
     score: float
-    by: str = "cosine"
-    nearest: int = 0
-    text: str = ""
-    path: str = ""
-    metadata: Metadata = field(default_factory=dict)
+    by: str
 
 
-def parse(spec: str, about: dict[str, Any], width: int) -> list[Stage]:
-    """Stages from ``"feat:100,raw:10"``.
+def parse_stages(spec: str, settings: IndexSettings, width: int) -> list[Stage]:
+    """Stages from text such as ``"feat:100,raw:10"``.
 
     Args:
-        spec: Stages with commas between; may be empty.
-        about: Of the index (:attr:`~rematch.search.index.Index.about`).
-        width: D of the model.
+        spec: Stages separated by commas; may be empty.
+        settings: Settings of the index.
+        width: D, the width of the model.
 
     Raises:
-        RematchError: If it cannot be read, or the index does not hold what a stage needs.
+        RematchError: If the text cannot be parsed, or the index lacks what a stage needs.
     """
     stages: list[Stage] = []
-    for part in filter(None, (part.strip() for part in spec.split(","))):
-        name, _, count = part.rpartition(":")
-        views = _SHORT.get(name or "raw", name)
-        if not count.isdigit() or (views != "maxsim" and views not in list(View)):
+    for part in spec.split(","):
+        if not part.strip():
+            continue
+        stage = _parse_stage(part.strip(), settings, width)
+        if stages and stage.count > stages[-1].count:
             raise RematchError(
-                f"--rerank {part}: write STAGE:COUNT, where STAGE is maxsim, "
-                f"{', '.join([*_SHORT, *View])}; for example feat:100,raw:10."
+                f"--rerank {spec}: {part.strip()} covers more documents than the stage before it. "
+                "Stage counts must decrease, e.g. maxsim:200,feat:100,raw:10."
             )
-        if stages and int(count) > stages[-1].count:
-            raise RematchError(
-                f"--rerank {spec}: {part} looks further than the stage before it. Let counts fall."
-            )
-        if views == "maxsim" and not about["tokens"]:
-            raise RematchError(
-                f"--rerank {part}: the index holds no token vectors. Make it with --tokens."
-            )
-        if "feat" in views and about["dimensions"] < width:
-            raise RematchError(
-                f"--rerank {part}: the index keeps {about['dimensions']} of {width} dimensions, "
-                "and the matching head reads whole vectors only. Use raw, or index without "
-                "--dimensions."
-            )
-        if int(count):
-            stages.append(Stage(views, int(count)))
+        if stage.count:
+            stages.append(stage)
     return stages
 
 
-def reorder(
-    index: "Index",
+def _parse_stage(text: str, settings: IndexSettings, width: int) -> Stage:
+    name, _, count = text.rpartition(":")
+    if not count.isdigit() or name not in _STAGES:
+        names = ", ".join(name for name in _STAGES if name)
+        raise RematchError(
+            f"--rerank {text}: is not a stage. Write STAGE:COUNT, where STAGE is one of {names}; "
+            "for example feat:100,raw:10."
+        )
+    by = _STAGES[name]
+    if by == "maxsim" and not settings.tokens:
+        raise RematchError(
+            f"--rerank {text}: the index has no token vectors. Build it with --tokens."
+        )
+    if isinstance(by, View) and "feat" in (by.query, by.document) and settings.dimensions < width:
+        raise RematchError(
+            f"--rerank {text}: the index has {settings.dimensions} of {width} dimensions, and the "
+            "matching head reads whole vectors only. Use raw, or index without --dimensions."
+        )
+    return Stage(by, int(count))
+
+
+def rerank(
+    model: ReMatch,
     query: Any,
     vector: NDArray[np.float32],
     rows: pa.Table,
     stages: Sequence[Stage],
-) -> list[Hit]:
-    """The rows as hits, after all stages.
+    load_inputs: Callable[[pa.Table], list[Any]],
+) -> list[Ranked]:
+    """Order the nearest documents of a query by the stages.
 
     Args:
-        index: Where they come from.
+        model: The model of the index.
         query: The query.
-        vector: Its whole vector, (D,).
-        rows: The nearest documents, nearest first.
-        stages: In their order.
+        vector: The query's whole vector, (D,).
+        rows: The nearest documents, nearest first, with the columns that the stages read.
+        stages: The stages, in order.
+        load_inputs: Returns the documents of some of the rows as a model's inputs.
+
+    Returns:
+        All documents, best first.
     """
     scores = 1 - np.asarray(rows["_distance"], np.float64)
-    by = ["cosine"] * len(rows)
+    score_names = ["cosine"] * len(rows)
     order = np.arange(len(rows))
     for stage in stages:
         first = order[: stage.count]
         if not len(first):
             break
-        if stage.views == "maxsim":
-            judged = _maxsim(index, query, rows.take(pa.array(first)))
+        documents = rows.take(pa.array(first))
+        if isinstance(stage.by, View):
+            margins = _margins(model, query, vector, documents, stage.by, load_inputs)
+            ranking = np.argsort(-margins, kind="stable")
+            scores[first] = probability(margins)
         else:
-            judged = _match(index, query, vector, rows.take(pa.array(first)), stage.views)
-        ranking = np.argsort(-judged, kind="stable")
+            similarities = _maxsim(model, query, documents)
+            ranking = np.argsort(-similarities, kind="stable")
+            scores[first] = similarities
+        for row in first:
+            score_names[row] = str(stage.by)
         order = np.concatenate([first[ranking], order[stage.count :]])
-        scores[first] = judged if stage.views == "maxsim" else probability(judged)
-        for i in first:
-            by[i] = stage.views
-    metadata = (
-        rows.select(index.metadata_columns).to_pylist()
-        if index.metadata_columns
-        else [{}] * len(rows)
-    )
-    plain = rows.select(["id", "text", "path"]).to_pylist()
-    return [
-        Hit(
-            plain[i]["id"],
-            float(scores[i]),
-            by[i],
-            int(i) + 1,
-            plain[i]["text"] or "",
-            plain[i]["path"] or "",
-            {k: v for k, v in metadata[i].items() if v is not None},
-        )
-        for i in order
-    ]
+    return [Ranked(int(row), float(scores[row]), score_names[row]) for row in order]
 
 
-def _maxsim(index: "Index", query: Any, rows: pa.Table) -> NDArray[np.float32]:
-    own = index.model.encode_query([query], multi_vector=True, show_progress_bar=False)[0]
-    flat = rows["tokens"].combine_chunks().flatten().flatten().to_numpy(zero_copy_only=False)
-    return maxsim(own, flat.astype(np.float32).reshape(len(rows), -1, own.shape[-1]))
+def _maxsim(model: ReMatch, query: Any, documents: pa.Table) -> NDArray[np.float32]:
+    query_tokens = model.encode_query([query], multi_vector=True, show_progress_bar=False)[0]
+    flat = documents["tokens"].combine_chunks().flatten().flatten()
+    values = flat.to_numpy(zero_copy_only=False).astype(np.float32)
+    return maxsim(query_tokens, values.reshape(len(documents), -1, query_tokens.shape[-1]))
 
 
-def _match(
-    index: "Index", query: Any, vector: NDArray[np.float32], rows: pa.Table, views: str
+def _margins(
+    model: ReMatch,
+    query: Any,
+    vector: NDArray[np.float32],
+    documents: pa.Table,
+    view: View,
+    load_inputs: Callable[[pa.Table], list[Any]],
 ) -> NDArray[np.float32]:
-    view = View(views)
-    asked = vector if view.query == "feat" else query
-    given: list[Any]
+    inputs: list[Any]
     if view.document == "feat":
-        flat = rows["vector"].combine_chunks().flatten().to_numpy().copy()
-        given = list(flat.reshape(len(rows), -1))
+        flat = documents["vector"].combine_chunks().flatten().to_numpy().copy()
+        inputs = list(flat.reshape(len(documents), -1))
     else:
-        given = _inputs(index, rows)
-    return index.model.score(asked, given, view)
-
-
-def _inputs(index: "Index", rows: pa.Table) -> list[Any]:
-    """What the documents were when they were indexed."""
-    plain = rows.select(["id", "text", "path"]).to_pylist()
-    stored = [row["path"] is None for row in plain]
-    numbers = [n for n, inside in zip(rows["_rowid"].to_pylist(), stored, strict=True) if inside]
-    files = iter(index.pictures(numbers) if numbers else [])
-    inputs = []
-    for row, inside in zip(plain, stored, strict=True):
-        content = next(files) if inside else None
-        image = (
-            Encoded(row["id"], content) if content else Path(row["path"]) if row["path"] else None
-        )
-        document = Document(row["id"], row["text"] or "", image)
-        inputs.append(document.item().as_input(index.about["document_instructions"]))
-    return inputs
+        inputs = load_inputs(documents)
+    return model.score(vector if view.query == "feat" else query, inputs, view)

@@ -1,62 +1,62 @@
-"""Metadata as columns of LanceDB: which names it can keep and search, and how a condition in SQL
-writes them.
-"""
+"""Metadata as columns of a LanceDB table: names that can be columns, and names in a condition."""
 
 from unicodedata import category
 
 import pyarrow as pa
 
-from rematch.data.corpus import Metadata
+from rematch.data.corpus import Metadata, Value
 from rematch.errors import DataError
 
-OWN = ("id", "vector", "tokens", "text", "path", "image", "content_hash", "stamp")
+RESERVED = ("id", "vector", "tokens", "text", "path", "image", "content_hash", "stamp")
+_VALUE_NAMES = {"bool": "a boolean", "double": "a number", "string": "text"}
 
 
 def new_columns(schema: pa.Schema, metadata: Metadata) -> list[pa.Field]:
-    """The columns that a document's metadata needs besides those of the schema.
+    """The columns that a document's metadata needs and the schema lacks.
 
     Raises:
-        DataError: If a name cannot be a column's, or a value is of another kind than its column's.
+        DataError: If a name cannot be a column, or a value has another type than its column.
     """
-    new = []
-    spelt = {name.casefold(): name for name in schema.names}
+    columns = []
+    spellings = {name.casefold(): name for name in schema.names}
     for name, value in metadata.items():
         _check_name(name)
-        if spelt.setdefault(name.casefold(), name) != name:
+        spelling = spellings.setdefault(name.casefold(), name)
+        if spelling != name:
             raise DataError(
-                f"metadata {name!r} differs from {spelt[name.casefold()]!r} only in case. Spell "
-                "them alike."
+                f"metadata {name!r} differs from {spelling!r} only in case. Use one spelling."
             )
         if value is None:
             continue
-        kind = (
-            pa.bool_()
-            if isinstance(value, bool)
-            else pa.float64()
-            if isinstance(value, float)
-            else pa.string()
-        )
+        value_type = _arrow_type(value)
         if name not in schema.names:
-            new.append(pa.field(name, kind))
-        elif schema.field(name).type != kind:
+            columns.append(pa.field(name, value_type))
+        elif schema.field(name).type != value_type:
+            expected = _type_name(schema.field(name).type)
             raise DataError(
-                f"metadata {name} = {value!r} is no {schema.field(name).type}, as with other "
-                "documents."
+                f"metadata {name} = {value!r} is {_type_name(value_type)}, but other documents "
+                f"have {expected}. Use one type."
             )
-    return new
+    return columns
+
+
+def _arrow_type(value: Value) -> pa.DataType:
+    if isinstance(value, bool):
+        return pa.bool_()
+    return pa.float64() if isinstance(value, float) else pa.string()
+
+
+def _type_name(arrow_type: pa.DataType) -> str:
+    return _VALUE_NAMES.get(str(arrow_type), str(arrow_type))
 
 
 def _check_name(name: str) -> None:
-    if name.casefold() in OWN or name.startswith("_"):
-        raise DataError(f"metadata {name!r} is a name of the index's own. Rename it.")
+    if name.casefold() in RESERVED or name.startswith("_"):
+        raise DataError(f"metadata {name!r} has a name that the index reserves. Rename it.")
     if not name.strip():
         raise DataError(f"metadata {name!r} has an empty name. Give it one.")
-    if (
-        name == "*"
-        or "." in name
-        or "`" in name
-        or any(category(character) in ("Cc", "Cs") for character in name)
-    ):
+    has_control_characters = any(category(character) in ("Cc", "Cs") for character in name)
+    if name == "*" or "." in name or "`" in name or has_control_characters:
         raise DataError(
             f"metadata {name!r} cannot be a column: '*' is not a name, and dots, backticks, "
             "control characters and lone surrogates are not allowed in one. Rename it."
@@ -64,7 +64,7 @@ def _check_name(name: str) -> None:
 
 
 def in_condition(name: str) -> str:
-    """A metadata's name as a condition in SQL has it.
+    """A column's name as it is written in a condition in SQL.
 
     >>> in_condition("year"), in_condition("year of birth")
     ('year', '`year of birth`')

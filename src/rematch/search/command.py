@@ -1,4 +1,4 @@
-"""``rematch index`` and ``rematch search``."""
+"""``rematch index`` and ``rematch search``: run, and print what came of it."""
 
 import json
 import sys
@@ -23,12 +23,13 @@ from rematch.data.corpus import Corpus, open_corpus
 from rematch.encoding.encoder import Encoder
 from rematch.errors import DataError, RematchError
 from rematch.model import ReMatch
+from rematch.search.approximate import check_kind
 from rematch.search.build import Report, build
-from rematch.search.index import ANN, Index
+from rematch.search.index import Hit, Index
 from rematch.search.storage import exists
 
-_FAILURES_SHOWN = 5
-_BY = {"cosine": "cosine", "maxsim": "MaxSim"}
+_FAILURES_PRINTED = 5
+_SCORE_NAMES = {"cosine": "cosine", "maxsim": "MaxSim"}
 _TINY = (
     "rematch-tiny knows Picto's emoji scenes and little else; train a model for your own pictures."
 )
@@ -36,7 +37,7 @@ _TINY = (
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """The command's options; see ``rematch index --help``."""
+    """Options of ``rematch index``; see its ``--help``."""
 
     model: str
     corpus: str
@@ -52,19 +53,33 @@ class IndexOptions:
     workers: int | None = None
 
 
+@dataclass(frozen=True)
+class SearchOptions:
+    """Options of ``rematch search``; see its ``--help``."""
+
+    index: str
+    text: str | None = None
+    image: Path | None = None
+    top: int = 10
+    filter: str = ""
+    rerank: str = ""
+    exact: bool = False
+    model: str | None = None
+    as_json: bool = False
+
+
 def run_index(options: IndexOptions) -> Report:
-    """Make an index or bring it up to date, and say what was done.
+    """Create an index or bring it up to date, and print a summary.
 
     Raises:
-        RematchError: If an option does not fit, or as for building.
+        RematchError: If an option does not fit, or the index cannot be built.
     """
-    if options.ann not in ("auto", "none", *ANN):
-        raise DataError(f"--ann {options.ann} is unknown; choose auto, none, {', '.join(ANN)}.")
+    check_kind(options.ann)
     if options.engine not in ("local", "ray"):
         raise RematchError(f"--engine {options.engine} is unknown; choose local or ray.")
     corpus = open_corpus(options.corpus)
     model = ReMatch(options.model)
-    index = _index(options, corpus, model)
+    index = _open_or_create(options, corpus, model)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -72,13 +87,13 @@ def run_index(options: IndexOptions) -> Report:
         TaskProgressColumn(show_speed=True),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        bar = shown.add_task("documents", total=corpus.size)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("documents", total=corpus.size)
         settings: dict[str, Any] = {
             "keep": options.add,
-            "most_failures": options.max_failures,
+            "max_failures": options.max_failures,
             "ann": options.ann,
-            "progress": lambda done, total: shown.update(bar, completed=done, total=total),
+            "progress": lambda count, total: progress.update(bar, completed=count, total=total),
         }
         if options.engine == "ray":
             from rematch.search.ray import build as build_with_ray
@@ -89,108 +104,115 @@ def run_index(options: IndexOptions) -> Report:
                 model, batch_tokens=options.batch_tokens, workers=options.workers, warn=say
             )
             report = build(index, corpus, encoder, **settings)
-    _tell(index, report, options)
+    _print_summary(index, report, options)
     return report
 
 
-def _index(options: IndexOptions, corpus: Corpus, model: ReMatch) -> Index:
+def _open_or_create(options: IndexOptions, corpus: Corpus, model: ReMatch) -> Index:
     if not exists(options.output):
+        is_directory = Path(options.model).is_dir()
         return Index.create(
             options.output,
             model,
-            name=str(Path(options.model).resolve())
-            if Path(options.model).is_dir()
-            else options.model,
+            name=str(Path(options.model).resolve()) if is_directory else options.model,
             corpus=corpus.name,
             dimensions=options.dimensions,
             tokens=options.tokens,
         )
     index = Index.open(options.output, model)
-    kept = index.about
-    if options.tokens and not kept["tokens"]:
-        raise DataError(f"{options.output}: was made without --tokens. Make another index.")
-    if options.dimensions and options.dimensions != kept["dimensions"]:
+    settings = index.settings
+    if options.tokens and not settings.tokens:
         raise DataError(
-            f"{options.output}: keeps {kept['dimensions']} dimensions. Make another index."
+            f"{options.output}: was made without --tokens. Make another index, with another "
+            "--output."
         )
-    if corpus.name != kept["corpus"] and not options.add:
+    if options.dimensions and options.dimensions != settings.dimensions:
         raise DataError(
-            f"{options.output}: is an index of {kept['corpus']}. To add {corpus.name} to it, say "
+            f"{options.output}: has vectors of {settings.dimensions} dimensions. Make another "
+            "index, with another --output."
+        )
+    if corpus.name != settings.corpus and not options.add:
+        raise DataError(
+            f"{options.output}: is an index of {settings.corpus}. To add {corpus.name} to it, use "
             "--add; otherwise choose another --output."
         )
     return index
 
 
-def _tell(index: Index, report: Report, options: IndexOptions) -> None:
-    done = [f"{report.encoded:,} encoded"]
-    for count, what in (
-        (report.unchanged, "unchanged"),
-        (report.reused, "with a content that was encoded before"),
-        (report.deleted, "no longer there and taken out"),
-    ):
-        done += [f"{count:,} {what}"] if count else []
+def _print_summary(index: Index, report: Report, options: IndexOptions) -> None:
+    counts = [f"{report.encoded:,} encoded"]
+    if report.unchanged:
+        counts.append(f"{report.unchanged:,} unchanged")
+    if report.reused:
+        counts.append(f"{report.reused:,} with content that was encoded before")
+    if report.deleted:
+        counts.append(f"{report.deleted:,} deleted because the corpus no longer has them")
     console = Console(soft_wrap=True, highlight=False)
-    console.print(escape(f"{len(index):,} documents in {options.output}: {', '.join(done)}."))
+    console.print(escape(f"{len(index):,} documents in {options.output}: {', '.join(counts)}."))
     if report.failures:
         say(
-            f"{len(report.failures):,} of {report.seen:,} documents cannot be read and are not in "
-            "the index:"
+            f"{len(report.failures):,} of {report.documents:,} documents cannot be read and are "
+            "not in the index:"
         )
-        for name, why in list(report.failures.items())[:_FAILURES_SHOWN]:
-            say(f"  {name!r}: {why}")
-        if len(report.failures) > _FAILURES_SHOWN:
+        for document_id, reason in list(report.failures.items())[:_FAILURES_PRINTED]:
+            say(f"  {document_id!r}: {reason}")
+        if len(report.failures) > _FAILURES_PRINTED:
             say(f"  … all of them are in {options.output}/report.json")
     if options.model == "rematch-tiny":
         say(_TINY)
 
 
-def run_search(
-    uri: str,
-    query: dict[str, Any],
-    *,
-    top: int = 10,
-    where: str = "",
-    rerank: str = "",
-    exact: bool = False,
-    model: str | None = None,
-    as_json: bool = False,
-) -> None:
-    """Search and print; options as for :meth:`~rematch.search.index.Index.search`."""
-    index = Index.open(uri, model)
+def run_search(options: SearchOptions) -> None:
+    """Search an index and print the hits.
+
+    Raises:
+        RematchError: If there is no query or no index, or an option does not fit.
+    """
+    query: dict[str, Any] = {}
+    if options.text:
+        query["text"] = options.text
+    if options.image:
+        query["image"] = options.image
+    if not query:
+        raise RematchError("no query. Give --text, --image, or both.")
+    index = Index.open(options.index, options.model)
     if not len(index):
-        raise DataError(f"{uri}: the index is empty.")
-    hits = index.search(query, top, where=where, rerank=rerank, exact=exact)
-    if as_json:
+        raise DataError(f"{options.index}: the index is empty. Run `rematch index` first.")
+    hits = index.search(
+        query, options.top, filter=options.filter, rerank=options.rerank, exact=options.exact
+    )
+    if options.as_json:
         for hit in hits:
             sys.stdout.write(json.dumps(asdict(hit), ensure_ascii=False) + "\n")
         return
-    names = [name for name in index.metadata_columns if any(name in hit.metadata for hit in hits)]
+    Console().print(_table(hits, index.metadata_columns))
+    if not hits:
+        Console().print("No document meets the condition." if options.filter else "No documents.")
+    if index.settings.model == "rematch-tiny":
+        say(_TINY)
+
+
+def _table(hits: list[Hit], metadata_columns: list[str]) -> Table:
+    names = [name for name in metadata_columns if any(name in hit.metadata for hit in hits)]
     with_text = any(hit.text for hit in hits)
     table = Table("")
     table.add_column("document", overflow="fold")
-    for name in [*(["text"] if with_text else []), *names]:
+    if with_text:
+        table.add_column("text")
+    for name in names:
         table.add_column(escape(name))
     table.add_column("score", justify="right")
     table.add_column("by")
     for rank, hit in enumerate(hits, 1):
-        cells = [
-            hit.id,
-            *([_short(hit.text)] if with_text else []),
-            *(str(hit.metadata.get(n, "")) for n in names),
-        ]
-        table.add_row(
-            str(rank),
-            *map(escape, cells),
-            f"{hit.score:.3f}",
-            _BY.get(hit.by, f"P(yes), {hit.by}"),
-        )
-    Console().print(table)
-    if not hits:
-        Console().print("Nothing meets the condition." if where else "Nothing was found.")
-    if index.about["model"] == "rematch-tiny":
-        say(_TINY)
+        cells = [hit.id]
+        if with_text:
+            cells.append(_shortened(hit.text))
+        cells += [str(hit.metadata.get(name, "")) for name in names]
+        score_name = _SCORE_NAMES.get(hit.by, f"P(yes), {hit.by}")
+        table.add_row(str(rank), *map(escape, cells), f"{hit.score:.3f}", score_name)
+    return table
 
 
-def _short(text: str, most: int = 60) -> str:
+def _shortened(text: str, limit: int = 60) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return text if len(text) <= limit else text[: limit - 1] + "…"

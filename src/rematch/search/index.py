@@ -1,59 +1,72 @@
-"""The index: one LanceDB table with a row per document, in a directory or on an object store.
+"""The index: a LanceDB table with one row per document, in a directory or on an object store.
 
-A row holds ``id``, the unit-length ``vector`` (D), if wanted the K ``tokens`` (K, D), ``text``,
-``path`` or the picture's file (``image``), ``content_hash``, ``stamp``
-(:meth:`~rematch.data.corpus.Document.stamp`), and whatever metadata the corpus brings, a column
-each. Which model made it stands in the table; a search with another is refused.
+A row has ``id``, the unit-length ``vector`` (D), optionally the K token vectors ``tokens`` (K, D),
+``text``, ``path`` or the picture's file ``image``, ``content_hash`` (the content key), ``stamp``
+(:meth:`~rematch.data.corpus.Document.stamp`), and a column for each name in the corpus' metadata.
+The fingerprint of the model is stored with the table; searching with another model is refused.
 """
 
-import fcntl
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import lancedb
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from PIL import Image
 
 from rematch.data.corpus import Document, Metadata
-from rematch.data.images import Encoded
-from rematch.encoding.vector_store import FINGERPRINT, fingerprint
+from rematch.data.images import EncodedPicture, PictureFile
+from rematch.encoding.fingerprint import FINGERPRINT_FORMAT, model_fingerprint
 from rematch.errors import DataError, ModelError
 from rematch.model import ReMatch
 from rematch.scoring import truncate
-from rematch.search.cascade import Stage, parse, reorder
-from rematch.search.columns import OWN, in_condition, new_columns
-from rematch.search.storage import TABLE, exists, is_local, quoted, writing
+from rematch.search import approximate
+from rematch.search.cascade import Ranked, Stage, parse_stages, rerank
+from rematch.search.columns import RESERVED, in_condition, new_columns
+from rematch.search.schema import IndexSettings, as_table, settings_of, table_schema
+from rematch.search.storage import TABLE, exists, is_in, is_local, writing
 
-ANN = {
-    "float": "IVF_FLAT",
-    "int8": "IVF_SQ",
-    "binary": "IVF_RQ",
-    "pq": "IVF_PQ",
-    "hnsw": "IVF_HNSW_SQ",
-}
-EXACT_UP_TO = 100_000  # rows: below it a scan is as fast as a person notices
+Query = str | Path | Image.Image | PictureFile | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A document that a search returns.
+
+    Attributes:
+        id: The document's id.
+        score: Its score; ``by`` says which one.
+        by: ``"cosine"``, ``"maxsim"``, or the view whose P(yes) the score is.
+        nearest: Its rank by cosine, from 1, before it was reranked.
+        text: Its text.
+        path: Path of its picture, if that is a file.
+        metadata: Its other values in the corpus.
+    """
+
+    id: str
+    score: float
+    by: str = "cosine"
+    nearest: int = 0
+    text: str = ""
+    path: str = ""
+    metadata: Metadata = field(default_factory=dict)
 
 
 class Index:
     """An index on disk. Use :meth:`create` or :meth:`open`.
 
     Attributes:
-        uri: Where it lies.
-        about: ``model``, ``fingerprint``, ``dimensions``, ``tokens``, ``document_instructions``,
-            ``corpus``.
+        uri: Its directory or URI.
+        settings: What is stored with it: model, dimensions, corpus and so on.
     """
 
     def __init__(self, uri: str, table: Any, model: ReMatch | None = None) -> None:
         self.uri, self.table = uri, table
-        content = (table.schema.metadata or {}).get(b"rematch")
-        if content is None:
-            raise DataError(f"{uri}: its table was not made by `rematch index`.")
-        self.about: dict[str, Any] = json.loads(content)
+        self.settings = settings_of(table.schema, uri)
         self._model = model
         if model is not None:
             self._check(model)
@@ -69,71 +82,56 @@ class Index:
         dimensions: int = 0,
         tokens: bool = False,
     ) -> "Index":
-        """An empty index.
+        """Create an empty index.
 
         Args:
-            uri: A directory that does not hold an index yet, or an object store's URI.
-            model: Whose vectors it will hold.
-            name: What to load the model by, when it is searched.
-            corpus: What it will be an index of.
-            dimensions: Keep only so many of the vectors' first dimensions (Matryoshka).
-            tokens: Keep the K token vectors besides, for MaxSim.
+            uri: A directory without an index, or an object store's URI.
+            model: The model that will encode documents and queries.
+            name: Name or directory to load the model by when the index is searched.
+            corpus: Name of the corpus that will be indexed.
+            dimensions: How many of the vectors' first dimensions to keep (Matryoshka); 0 for all.
+            tokens: Whether to store the K token vectors too, for MaxSim.
 
         Raises:
-            DataError: If it cannot be written there, or ``dimensions`` are more than the model
+            DataError: If the place cannot be written, or ``dimensions`` is more than the model
                 has.
         """
         width = model.get_embedding_dimension()
         if dimensions > width:
             raise DataError(
-                f"--dimensions {dimensions}: the model's vectors have {width}. Give at most that."
+                f"--dimensions {dimensions}: the model's vectors have only {width}. Give at most "
+                f"{width}."
             )
-        about = {
-            "model": name,
-            "fingerprint": fingerprint(model),
-            "dimensions": dimensions or width,
-            "tokens": max(1, model.fusion.num_tokens) if tokens else 0,
-            "document_instructions": model.backbone.document_instructions,
-            "corpus": corpus,
-        }
-        fields = [
-            pa.field("id", pa.string(), nullable=False),
-            pa.field("vector", pa.list_(pa.float32(), dimensions or width)),
-        ]
-        if tokens:
-            fields.append(
-                pa.field("tokens", pa.list_(pa.list_(pa.float16(), model.backbone.width)))
-            )
-        fields += [
-            pa.field("text", pa.string()),
-            pa.field("path", pa.string()),
-            pa.field("image", pa.large_binary()),
-            pa.field("content_hash", pa.string()),
-            pa.field("stamp", pa.int64()),
-        ]
+        settings = IndexSettings(
+            model=name,
+            fingerprint=model_fingerprint(model),
+            dimensions=dimensions or width,
+            tokens=max(1, model.fusion.num_tokens) if tokens else 0,
+            document_instructions=model.backbone.document_instructions,
+            corpus=corpus,
+        )
+        schema = table_schema(settings, model.backbone.width)
         with writing(str(uri)):
-            table = lancedb.connect(str(uri)).create_table(
-                TABLE, schema=pa.schema(fields, metadata={"rematch": json.dumps(about)})
-            )
+            table = lancedb.connect(str(uri)).create_table(TABLE, schema=schema)
         index = cls(str(uri), table)
-        index._model = model  # whose fingerprint that is
+        index._model = model  # its fingerprint need not be checked
         return index
 
     @classmethod
     def open(
         cls, uri: str | Path, model: ReMatch | str | None = None, version: int | None = None
     ) -> "Index":
-        """An index that is there.
+        """Open an existing index.
 
         Args:
             uri: Its directory or URI.
-            model: The model, or where it lies now; by default it is loaded by the name it had,
-                when it is needed.
-            version: An earlier state, to read.
+            model: The model, or its present name or directory; by default the model is loaded by
+                its stored name when it is first needed.
+            version: An earlier version of the index, to read from.
 
         Raises:
-            DataError: If there is no index.
-            ModelError: If it was made by another model.
+            DataError: If there is no index, or no such version.
+            ModelError: If the index was made by another model.
         """
         if not exists(uri):
             raise DataError(
@@ -142,46 +140,48 @@ class Index:
             )
         table = lancedb.connect(str(uri)).open_table(TABLE)
         if version is not None:
-            known = [v["version"] for v in table.list_versions()]
-            if version not in known:
+            versions = [v["version"] for v in table.list_versions()]
+            if version not in versions:
                 raise DataError(
-                    f"{uri}: has no version {version}; it has {known[0]} to {known[-1]}."
+                    f"{uri}: has no version {version}; it has {versions[0]} to {versions[-1]}."
                 )
             table.checkout(version)
         return cls(str(uri), table, ReMatch(model) if isinstance(model, str) else model)
 
     @property
     def model(self) -> ReMatch:
-        """The model that made it, loaded when first asked for."""
+        """The model that made the index, loaded when it is first needed."""
         if self._model is None:
             try:
-                model = ReMatch(self.about["model"])
+                model = ReMatch(self.settings.model)
             except ModelError as error:
                 raise ModelError(
-                    f"{self.uri}: its model is not where it was. Say where with --model. ({error})"
+                    f"{self.uri}: its model is no longer at {self.settings.model}. Give its new "
+                    f"place with --model. ({error})"
                 ) from error
             self._check(model)
             self._model = model
         return self._model
 
     def _check(self, model: ReMatch) -> None:
-        made_by = self.about["fingerprint"]
-        if not made_by.startswith(FINGERPRINT):
+        """Raise an error unless the model's vectors can be compared with the index's."""
+        fingerprint = self.settings.fingerprint
+        if not fingerprint.startswith(FINGERPRINT_FORMAT):
             raise ModelError(
                 f"{self.uri}: was made by an earlier version of rematch, which did not record the "
-                "model's configuration, so it is unknown whether its vectors can be compared with "
-                "this model's. Index the corpus again, with another --output or after removing "
-                "this index."
+                "model's configuration, so its vectors may not be comparable with this model's. "
+                "Index the corpus again, with another --output or after removing this index."
             )
-        if fingerprint(model) != made_by:
+        if model_fingerprint(model) != fingerprint:
             raise ModelError(
-                f"{self.uri}: was made by another model ({self.about['model']}), whose vectors "
+                f"{self.uri}: was made by another model ({self.settings.model}), whose vectors "
                 "cannot be compared with this one's. Search it with that model, or index the "
-                "corpus anew."
+                "corpus again."
             )
-        if (width := model.get_embedding_dimension()) < self.about["dimensions"]:
+        width = model.get_embedding_dimension()
+        if width < self.settings.dimensions:
             raise ModelError(
-                f"{self.uri}: keeps {self.about['dimensions']} dimensions, but the model has "
+                f"{self.uri}: has {self.settings.dimensions} dimensions, but the model has "
                 f"truncate_dim={width}. Load the model without it, or with a larger one."
             )
 
@@ -190,206 +190,256 @@ class Index:
 
     @property
     def metadata_columns(self) -> list[str]:
-        """What can be filtered by, besides ``id``, ``text`` and ``path``."""
-        return [name for name in self.table.schema.names if name not in OWN]
+        """Columns to filter by, besides ``id``, ``text`` and ``path``."""
+        return [name for name in self.table.schema.names if name not in RESERVED]
 
     # ---- search ---------------------------------------------------------------------------------
 
+    @overload
     def search(
         self,
-        query: Any,
+        query: list[Any],
         top: int = 10,
         *,
-        where: str = "",
+        filter: str = "",
         rerank: str | Sequence[Stage] = (),
         exact: bool = False,
         probes: int = 40,
-    ) -> Any:
-        """The best documents for a query, or for each of several.
+    ) -> list[list[Hit]]: ...
+
+    @overload
+    def search(
+        self,
+        query: Query,
+        top: int = 10,
+        *,
+        filter: str = "",
+        rerank: str | Sequence[Stage] = (),
+        exact: bool = False,
+        probes: int = 40,
+    ) -> list[Hit]: ...
+
+    def search(
+        self,
+        query: Query | list[Any],
+        top: int = 10,
+        *,
+        filter: str = "",
+        rerank: str | Sequence[Stage] = (),
+        exact: bool = False,
+        probes: int = 40,
+    ) -> list[Hit] | list[list[Hit]]:
+        """The best documents for a query, or for each query of a list.
 
         Args:
-            query: Text; a picture; a path of one; ``{"text": …, "image": …}``; or a list of
+            query: Text; a picture; the path of one; ``{"text": …, "image": …}``; or a list of
                 queries.
-            top: How many.
-            where: A condition in SQL on the metadata, such as ``"year > 2000 AND place =
-                'Rome'"``.
-            rerank: What reorders the best, such as ``"feat:100,raw:10"``
+            top: Number of hits per query.
+            filter: Condition in SQL on the metadata, such as ``"year > 2000 AND place = 'Rome'"``.
+            rerank: Stages that rerank the nearest documents, such as ``"feat:100,raw:10"``
                 (:mod:`rematch.search.cascade`).
-            exact: Scan every vector even if there is an approximate index.
-            probes: Of an approximate index, how many of its cells are looked into.
+            exact: Whether to scan all vectors even if there is an approximate index.
+            probes: Number of cells of an approximate index to search.
 
         Returns:
-            Hits, best first; a list of such lists for a list of queries.
+            Hits, best first; for a list of queries, one such list per query.
 
         Raises:
-            RematchError: If a query, the condition or ``rerank`` cannot be used.
+            RematchError: If a query, the condition or ``rerank`` is invalid.
         """
         queries = query if isinstance(query, list) else [query]
         if not queries:
             return []
         stages = (
-            parse(rerank, self.about, self.model.backbone.width)
+            parse_stages(rerank, self.settings, self.model.backbone.width)
             if isinstance(rerank, str)
             else list(rerank)
         )
-        wide: NDArray[np.float32] = self.model.encode_query(queries, show_progress_bar=False)
-        vectors = truncate(wide, self.about["dimensions"])
-        found = []
-        for one, vector, whole in zip(queries, vectors, wide, strict=True):
-            rows = self._nearest(
-                vector, max([top, *(s.count for s in stages)]), where, stages, exact, probes
-            )
-            found.append(reorder(self, one, whole, rows, stages)[:top])
-        return found if isinstance(query, list) else found[0]
+        vectors: NDArray[np.float32] = self.model.encode_query(queries, show_progress_bar=False)
+        hits = [
+            self._search(value, vector, top, filter, stages, exact, probes)
+            for value, vector in zip(queries, vectors, strict=True)
+        ]
+        return hits if isinstance(query, list) else hits[0]
 
-    def _nearest(
+    def _search(
         self,
+        query: Query,
         vector: NDArray[np.float32],
-        count: int,
-        where: str,
+        top: int,
+        condition: str,
         stages: Sequence[Stage],
         exact: bool,
         probes: int,
+    ) -> list[Hit]:
+        count = max([top, *(stage.count for stage in stages)])
+        truncated = truncate(vector[None], self.settings.dimensions)[0]
+        rows = self.nearest(truncated, count, condition, stages, exact=exact, probes=probes)
+        ranked = rerank(self.model, query, vector, rows, stages, self._load_inputs)
+        return self._hits(rows, ranked[:top])
+
+    def nearest(
+        self,
+        vector: NDArray[np.float32],
+        count: int,
+        condition: str = "",
+        stages: Sequence[Stage] = (),
+        *,
+        exact: bool = False,
+        probes: int = 40,
     ) -> pa.Table:
+        """The documents nearest to a vector.
+
+        Args:
+            vector: A query's vector, with the index's dimensions.
+            count: Number of documents.
+            condition: As ``filter`` for :meth:`search`.
+            stages: The stages that will rerank the documents and need columns for it.
+            exact: As for :meth:`search`.
+            probes: As for :meth:`search`.
+
+        Returns:
+            The documents' rows, nearest first, with ``_distance`` and ``_rowid``.
+        """
         columns = ["id", "text", "path", *self.metadata_columns, "_distance"]
-        columns += ["vector"] * any("feat" in s.views for s in stages)
-        columns += ["tokens"] * any(s.views == "maxsim" for s in stages)
-        asked = (
-            self.table.search(vector, vector_column_name="vector")
-            .distance_type("cosine")
-            .limit(count)
-        )
-        asked = asked.select(columns).with_row_id(True)
-        if where:
-            asked = asked.where(where, prefilter=True)
-        asked = asked.bypass_vector_index() if exact else asked.nprobes(probes).refine_factor(10)
+        if any(stage.reads("vector") for stage in stages):
+            columns.append("vector")
+        if any(stage.reads("tokens") for stage in stages):
+            columns.append("tokens")
+        request = self.table.search(vector, vector_column_name="vector").distance_type("cosine")
+        request = request.limit(count).select(columns).with_row_id(True)
+        if condition:
+            request = request.where(condition, prefilter=True)
+        if exact:
+            request = request.bypass_vector_index()
+        else:
+            request = request.nprobes(probes).refine_factor(10)
         try:
-            return asked.to_arrow()
-        except (
-            Exception
-        ) as error:  # a condition can make LanceDB's parser panic, which is an Exception alone
-            if not where:
+            return request.to_arrow()
+        except Exception as error:  # LanceDB's parser panics on some conditions
+            if not condition:
                 raise
             names = ", ".join(["id", "text", "path", *map(in_condition, self.metadata_columns)])
             raise DataError(
-                f"--filter {where}: {str(error).splitlines()[0][:200]}. Write a condition in SQL "
-                f"on {names}."
+                f"--filter {condition}: {str(error).splitlines()[0][:200]}. Write a condition in "
+                f"SQL on {names}."
             ) from None
 
-    def pictures(self, row_ids: Sequence[int]) -> list[bytes | None]:
-        """The stored files of pictures that came out of a data set."""
-        found = self.table.take_row_ids(list(row_ids)).select(["image"]).with_row_id().to_arrow()
-        by_row = dict(zip(found["_rowid"].to_pylist(), found["image"].to_pylist(), strict=True))
-        return [by_row[i] for i in row_ids]
+    def _hits(self, rows: pa.Table, ranked: Sequence[Ranked]) -> list[Hit]:
+        records = rows.select(["id", "text", "path", *self.metadata_columns]).to_pylist()
+        hits = []
+        for row, score, by in ranked:
+            record = records[row]
+            hits.append(
+                Hit(
+                    id=record["id"],
+                    score=score,
+                    by=by,
+                    nearest=row + 1,
+                    text=record["text"] or "",
+                    path=record["path"] or "",
+                    metadata=self._metadata(record),
+                )
+            )
+        return hits
+
+    def _load_inputs(self, rows: pa.Table) -> list[Any]:
+        """The inputs that the documents of rows with ``_rowid`` were encoded from."""
+        records = rows.select(["id", "text", "path", "_rowid"]).to_pylist()
+        pictures = self._stored_pictures([r["_rowid"] for r in records if r["path"] is None])
+        instruction = self.settings.document_instructions
+        return [
+            _document(record, pictures.get(record["_rowid"])).item().as_input(instruction)
+            for record in records
+        ]
+
+    def _stored_pictures(self, row_ids: list[int]) -> dict[int, bytes | None]:
+        """By row id the files of pictures that are stored in the index."""
+        if not row_ids:
+            return {}
+        rows = self.table.take_row_ids(row_ids).select(["image"]).with_row_id().to_arrow()
+        return dict(zip(rows["_rowid"].to_pylist(), rows["image"].to_pylist(), strict=True))
+
+    def _metadata(self, record: dict[str, Any]) -> Metadata:
+        return {n: record[n] for n in self.metadata_columns if record[n] is not None}
+
+    # ---- documents ------------------------------------------------------------------------------
 
     def with_stored_picture(self, ids: Sequence[str]) -> set[str]:
-        """Those of the documents whose picture lies in the index."""
-        among = ", ".join(map(quoted, ids))
-        found = (
-            self.table.search().where(f"id IN ({among}) AND image IS NOT NULL").select(["id"])
-            if ids
-            else None
-        )
-        return set(found.to_arrow()["id"].to_pylist()) if found is not None else set()
+        """Those of the ids whose document has a picture that is stored in the index."""
+        if not ids:
+            return set()
+        condition = f"{is_in('id', ids)} AND image IS NOT NULL"
+        rows = self.table.search().where(condition).select(["id"]).to_arrow()
+        return set(rows["id"].to_pylist())
 
     def documents(self, ids: Sequence[str]) -> list[Document]:
-        """Documents as they were indexed, those of the ids that are there."""
-        names = ["id", "text", "path", "image", *self.metadata_columns]
-        among = ", ".join(map(quoted, ids))
-        rows = self.table.search().where(f"id IN ({among})").select(names).to_list() if ids else []
-        return [
-            Document(
-                row["id"],
-                row["text"] or "",
-                Encoded(row["id"], row["image"])
-                if row["image"]
-                else Path(row["path"])
-                if row["path"]
-                else None,
-                {name: row[name] for name in self.metadata_columns if row[name] is not None},
-            )
-            for row in rows
-        ]
+        """Documents as they were indexed; ids that the index lacks are left out."""
+        if not ids:
+            return []
+        columns = ["id", "text", "path", "image", *self.metadata_columns]
+        records = self.table.search().where(is_in("id", ids)).select(columns).to_list()
+        return [_document(r, r["image"], self._metadata(r)) for r in records]
 
     # ---- rows -----------------------------------------------------------------------------------
 
-    def rows(self, records: Sequence[dict[str, Any]]) -> pa.Table:
-        """Records as a table in the index's schema."""
-        schema = self.table.schema
-        columns: list[Any] = []
-        for field in schema:
-            values: list[Any] = [record.get(field.name) for record in records]
-            if field.name == "vector":
-                flat = np.concatenate(values).astype(np.float32)
-                columns.append(
-                    pa.FixedSizeListArray.from_arrays(pa.array(flat), field.type.list_size)
-                )
-            elif field.name == "tokens":
-                stacked = np.stack(values).astype(np.float16)  # (N, K, D)
-                inner = pa.FixedSizeListArray.from_arrays(
-                    pa.array(stacked.ravel()), stacked.shape[2]
-                )
-                places = pa.array(np.arange(len(stacked) + 1, dtype=np.int32) * stacked.shape[1])
-                columns.append(pa.ListArray.from_arrays(places, inner))
-            else:
-                columns.append(pa.array(values, field.type))
-        return pa.table(columns, schema=schema)
-
     def scan(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
-        """All rows' columns, a part at a time."""
+        """These columns of all rows, in batches."""
         yield from self.table.search().select(columns).to_batches(65_536)
 
-    def make_room(self, metadata: Metadata) -> None:
-        """A column for each new name in a document's metadata.
+    def add_metadata_columns(self, metadata: Metadata) -> None:
+        """Add a column for each name in a document's metadata that the table lacks.
 
         Raises:
-            DataError: As :func:`~rematch.search.columns.new_columns`; nothing has been written
-                then.
+            DataError: If a name cannot be a column, or a value has another type than its column.
+                No column is added then.
         """
-        if new := new_columns(self.table.schema, metadata):
+        columns = new_columns(self.table.schema, metadata)
+        if columns:
             with writing(self.uri):
-                self.table.add_columns(pa.schema(new))
+                self.table.add_columns(pa.schema(columns))
 
     def add(self, records: Sequence[dict[str, Any]], *, new: bool) -> None:
-        """Add documents, replacing those of the same id; all of them or none.
+        """Add documents, or replace those with the same ids, in one commit.
 
         Args:
-            records: One dictionary per row.
-            new: They are known not to be there, so that none is looked for.
+            records: The rows, one dictionary each.
+            new: Whether the index has none of their ids, so that it need not look for them.
         """
         if not records:
             return
+        rows = as_table(records, self.table.schema)
         with writing(self.uri):
             if new and is_local(self.uri):
-                self.table.add(self.rows(records))
+                self.table.add(rows)
             else:
                 merge = (
                     self.table.merge_insert("id")
                     .when_matched_update_all()
                     .when_not_matched_insert_all()
                 )
-                merge.execute(self.rows(records))
+                merge.execute(rows)
 
     def delete(self, ids: Sequence[str]) -> None:
-        """Take documents out."""
+        """Delete documents."""
         with writing(self.uri):
             for start in range(0, len(ids), 500):
-                self.table.delete(f"id IN ({', '.join(map(quoted, ids[start : start + 500]))})")
+                self.table.delete(is_in("id", ids[start : start + 500]))
 
     def compact(self, keep: timedelta = timedelta(days=7)) -> None:
-        """Merge small files, bring the approximate index up to date, and forget versions older
-        than ``keep``.
+        """Merge small files and update the approximate index.
+
+        Args:
+            keep: Versions of the index that are older than this are removed.
         """
         with writing(self.uri):
             self.table.optimize(cleanup_older_than=keep)
 
     def build_ann(self, kind: str = "auto") -> str:
-        """An approximate index over the vectors, built by LanceDB.
+        """Build an approximate index over the vectors, replacing one of another kind.
 
         Args:
-            kind: ``float`` (cells of whole vectors), ``int8``, ``binary``, ``pq`` (compressed, the
-                best rescored with whole vectors), ``hnsw`` (graphs over int8), which replace one
-                of another kind; ``none`` drops it; ``auto``: ``int8`` above 100,000 documents.
+            kind: A kind as for :func:`rematch.search.approximate.build`.
 
         Returns:
             The kind that was built, or ``none``.
@@ -397,44 +447,16 @@ class Index:
         Raises:
             DataError: If the kind is unknown, or there are too few documents for it.
         """
-        if kind not in ("auto", "none", *ANN):
-            raise DataError(f"--ann {kind} is unknown; choose auto, none, {', '.join(ANN)}.")
-        rows = len(self)
-        if kind == "none":
-            with writing(self.uri):
-                for name in self._ann_indices():
-                    self.table.drop_index(name)
-        if kind == "none" or (kind == "auto" and rows <= EXACT_UP_TO):
-            return "none"
-        kind = "int8" if kind == "auto" else kind
-        if rows < 256:
-            raise DataError(
-                f"--ann {kind}: {rows} documents are too few to divide; a scan is exact and quick."
-            )
         with writing(self.uri):
-            self.table.create_index(
-                metric="cosine", vector_column_name="vector", index_type=ANN[kind], replace=True
-            )
-        return kind
+            return approximate.build(self.table, kind)
 
     @property
     def ann(self) -> str:
-        """Kind of the approximate index, or ``none``."""
-        kinds = {value.replace("_", "").lower(): name for name, value in ANN.items()}
-        for index_type in self._ann_indices().values():
-            return kinds.get(index_type.replace("_", "").lower(), index_type)
-        return "none"
-
-    def _ann_indices(self) -> dict[str, str]:
-        """Name and LanceDB's type of each index on the vectors."""
-        return {
-            index.name: str(index.index_type)
-            for index in self.table.list_indices()
-            if "vector" in index.columns
-        }
+        """The kind of the approximate index, or ``none``."""
+        return approximate.kind_of(self.table)
 
     def versions(self) -> list[dict[str, Any]]:
-        """Its states that can still be opened: ``version`` and ``timestamp``."""
+        """The versions that can be opened, each with ``version`` and ``timestamp``."""
         return [{k: v[k] for k in ("version", "timestamp")} for v in self.table.list_versions()]
 
     def restore(self, version: int) -> None:
@@ -442,27 +464,14 @@ class Index:
         with writing(self.uri):
             self.table.restore(version)
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """While it is written. On an object store nothing is locked, and rows are merged by id
-        instead.
 
-        Raises:
-            DataError: If another process writes, or the directory cannot be written.
-        """
-        if not is_local(self.uri):
-            yield
-            return
-        path = Path(self.uri) / ".lock"
-        try:
-            file = path.open("a")
-        except OSError as error:
-            raise DataError(f"{self.uri}: cannot be written ({error.strerror}).") from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(
-                    f"{self.uri}: another process is writing to it. Wait until it is done."
-                ) from None
-            yield
+def _document(
+    record: dict[str, Any], picture: bytes | None, metadata: Metadata | None = None
+) -> Document:
+    """A document from a row with ``id``, ``text`` and ``path``, and its stored picture."""
+    image: Path | EncodedPicture | None = None
+    if picture:
+        image = EncodedPicture(record["id"], picture)
+    elif record["path"]:
+        image = Path(record["path"])
+    return Document(record["id"], record["text"] or "", image, metadata or {})

@@ -16,29 +16,29 @@ except ImportError as error:
 
 
 class ReMatchRetriever(BaseRetriever):
-    """Finds the documents of an index.
+    """Retrieves documents from an index.
 
     Attributes:
         index: An opened :class:`~rematch.search.index.Index`.
-        top: How many documents.
-        where: A condition in SQL on metadata.
-        rerank: Stages such as ``"feat:100,raw:10"``.
+        top: Number of documents to return.
+        filter: Condition in SQL on the metadata.
+        rerank: Stages that rerank the nearest documents, such as ``"feat:100,raw:10"``.
     """
 
-    index: Any
+    index: Any  # pydantic cannot validate an Index
     top: int = 10
-    where: str = ""
+    filter: str = ""
     rerank: str = ""
 
     @classmethod
     def open(cls, uri: str, **settings: Any) -> "ReMatchRetriever":
-        """A retriever on the index at ``uri``."""
+        """A retriever on the index at ``uri``, with these attributes."""
         return cls(index=Index.open(uri), **settings)
 
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun
     ) -> list[Document]:
-        hits = self.index.search(query, self.top, where=self.where, rerank=self.rerank)
+        hits = self.index.search(query, self.top, filter=self.filter, rerank=self.rerank)
         return [
             Document(
                 id=hit.id,

@@ -1,9 +1,9 @@
-"""The same building, spread by Ray Data over encoders on one machine or many.
+"""Build an index with encoders on one machine or many, by Ray Data.
 
-The driver goes through the corpus and finds what is new; Ray's actors read and encode it and write
-Lance fragments where the index lies; the driver commits these every few seconds. An actor that
-dies is replaced, and its documents are encoded again. Equal contents are encoded once per block of
-documents, not once per corpus.
+The driver compares the corpus with the index. Ray's actors load and encode what is new, and write
+it as Lance fragments beside the index's. The driver commits the fragments every few seconds. An
+actor that dies is replaced, and its documents are encoded again. Equal contents are encoded once
+per block of documents, not once per corpus.
 """
 
 import json
@@ -12,13 +12,17 @@ import pickle
 import time
 from typing import Any
 
-from rematch.data.corpus import Corpus, Document, Found
-from rematch.encoding.encoder import Encoder, plan
+import torch
+
+from rematch.data.corpus import Corpus, Unreadable
+from rematch.encoding.encoder import Encoder
 from rematch.errors import DataError, RematchError
 from rematch.model import ReMatch
-from rematch.search.build import FLUSH_SECONDS, Builder, Progress, Read, Report, settle
+from rematch.search.build import FLUSH_SECONDS, Builder, Progress, Report
+from rematch.search.documents import DocumentEncoder, LoadedDocument
 from rematch.search.index import Index
-from rematch.search.storage import TABLE, writing
+from rematch.search.schema import as_table
+from rematch.search.storage import TABLE, write_lock, writing
 
 try:
     import lance
@@ -32,65 +36,149 @@ BLOCK = 512  # documents that an actor takes at once
 
 
 class Worker:
-    """An encoder in a process of its own."""
+    """An encoder in a process of its own.
+
+    Args:
+        uri: Directory or URI of the index.
+        model: Name or directory of the model.
+    """
 
     def __init__(self, uri: str, model: str) -> None:
         self.index = Index.open(uri, ReMatch(model))
-        self.encoder = Encoder(self.index.model, workers=0)
+        encoder = Encoder(self.index.model, workers=0)
+        self.document_encoder = DocumentEncoder(encoder, self.index.settings)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """Encode documents and write them as fragments that nobody sees before they are committed."""
-        about, failures, reads = self.index.about, {}, list[Read]()
-        for pickled, new in zip(batch["document"], batch["new"], strict=True):
-            document = pickle.loads(pickled)
-            try:
-                given = document.read(about["document_instructions"])
-                reads.append(Read(document, document.stamp(), given, bool(new)))
-            except RematchError as error:
-                failures[document.id] = str(error)
-        tokens = bool(about["tokens"])
-        waiting: dict[bytes, list[Read]] = {}
-        fresh = {}
-        for one, found in zip(
-            reads,
-            self.encoder.measure([r.given for r in reads], "document", multi_vector=tokens),
-            strict=True,
-        ):
-            if isinstance(found, RematchError):
-                failures[one.document.id] = str(found)
+    def __call__(self, block: dict[str, Any]) -> dict[str, list[str]]:
+        """Encode a block of documents and write them as fragments, which are not committed yet.
+
+        Args:
+            block: Columns ``document`` (pickled) and ``is_new``.
+
+        Returns:
+            A column ``result`` with one value: counts, fragments and failures as JSON.
+        """
+        loaded: list[LoadedDocument] = []
+        unreadable: list[Unreadable] = []
+        for pickled, is_new in zip(block["document"], block["is_new"], strict=True):
+            document = self.document_encoder.load(pickle.loads(pickled), is_new=bool(is_new))
+            if isinstance(document, Unreadable):
+                unreadable.append(document)
             else:
-                waiting.setdefault(found.key, []).append(one)
-                fresh[found.key] = found
-        batches = plan(list(fresh.values()), self.encoder.batch_tokens)
-        given_batches = (
-            ([m.key for m in b], [waiting[m.key][0].given for m in b]) for b in batches
-        )
-        rows = []
-        for keys, vectors, errors in self.encoder.stream(
-            given_batches, "document", multi_vector=tokens, workers=0
-        ):
-            left = iter(vectors)
-            for place, key in enumerate(keys):
-                if place in errors:
-                    failures |= {one.document.id: str(errors[place]) for one in waiting[key]}
-                    continue
-                vector = next(left)
-                rows += [one.row(key, vector, about["dimensions"]) for one in waiting[key]]
-        written = []
-        if rows:
-            table = self.index.rows(rows)
-            written = lance.fragment.write_fragments(
-                table, f"{self.index.uri}/{TABLE}.lance", schema=table.schema
-            )
-        changed = {r.document.id for r in reads if not r.new}
-        done = {
-            "fragments": [fragment.to_json() for fragment in written],
+                loaded.append(document)
+        contents, broken = self.document_encoder.group(loaded)
+        unreadable += broken
+        batches = self.document_encoder.batches(contents)
+        rows: list[dict[str, Any]] = []
+        encoded_count = 0
+        for encoded, broken in self.document_encoder.encode(batches, workers=0):
+            unreadable += broken
+            encoded_count += len(encoded)
+            for content in encoded:
+                rows += content.records(self.index.settings.dimensions)
+        changed = {document.id for document in loaded if not document.is_new}
+        result = {
+            "fragments": self._write_fragments(rows),
             "changed": [row["id"] for row in rows if row["id"] in changed],
-            "encoded": len({row["content_hash"] for row in rows}),
+            "encoded": encoded_count,
             "rows": len(rows),
-            "failures": failures,
+            "failures": {document.id: str(document.error) for document in unreadable},
         }
-        return {"done": [json.dumps(done)]}
+        return {"result": [json.dumps(result)]}
+
+    def _write_fragments(self, rows: list[dict[str, Any]]) -> list[Any]:
+        if not rows:
+            return []
+        table = as_table(rows, self.index.table.schema)
+        uri = f"{self.index.uri}/{TABLE}.lance"
+        fragments = lance.fragment.write_fragments(table, uri, schema=table.schema)
+        return [fragment.to_json() for fragment in fragments]
+
+
+class RayBuilder(Builder):
+    """A run whose encoders are actors of Ray.
+
+    Further arguments as for :class:`~rematch.search.build.Builder`.
+
+    Args:
+        model: Name or directory of the model.
+        actors: Number of actors.
+    """
+
+    def __init__(
+        self, index: Index, model: str, actors: int, max_failures: float, progress: Progress
+    ) -> None:
+        super().__init__(index, Encoder(index.model, workers=0), max_failures, progress)
+        self.model, self.actors = model, actors
+
+    def encode_corpus(self, corpus: Corpus) -> None:
+        """Encode and write the documents that are new or have changed."""
+        documents = self._changed_documents(corpus)
+        if not documents:
+            return
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        started_here = not ray.is_initialized()
+        if started_here:
+            ray.init(log_to_driver=False, include_dashboard=False)
+        try:
+            self._encode(documents)
+        finally:
+            if started_here:
+                ray.shutdown()
+
+    def _changed_documents(self, corpus: Corpus) -> list[dict[str, Any]]:
+        """Rows of ``document`` (pickled) and ``is_new``, for documents that are to be encoded."""
+        rows = []
+        for document in corpus:
+            changed = self.register(self.compare(document))
+            if changed:
+                is_new = self.indexed.stamp(changed.id) is None
+                rows.append({"document": pickle.dumps(changed), "is_new": is_new})
+            self.progress(self.report.documents, corpus.size)
+        return rows
+
+    def _encode(self, documents: list[dict[str, Any]]) -> None:
+        blocks = max(self.actors, -(-len(documents) // BLOCK))
+        blocks = min(len(documents), blocks)
+        rows = ray.data.from_items(documents, override_num_blocks=blocks).map_batches(
+            Worker,
+            fn_constructor_args=[self.index.uri, self.model],
+            batch_size=None,
+            compute=ray.data.ActorPoolStrategy(size=min(self.actors, blocks)),
+            num_gpus=1 if torch.cuda.is_available() else 0,
+        )
+        results: list[dict[str, Any]] = []
+        last_commit = time.monotonic()
+        for row in rows.iter_rows():
+            results.append(json.loads(row["result"]))
+            if time.monotonic() - last_commit > FLUSH_SECONDS:
+                self._commit(results)
+                results, last_commit = [], time.monotonic()
+        self._commit(results)
+
+    def _commit(self, results: list[dict[str, Any]]) -> None:
+        """Commit the fragments of blocks, in the place of the rows that have changed."""
+        uri = f"{self.index.uri}/{TABLE}.lance"
+        fragments = [
+            lance.FragmentMetadata.from_json(json.dumps(fragment))
+            for result in results
+            for fragment in result["fragments"]
+        ]
+        changed = [document_id for result in results for document_id in result["changed"]]
+        with writing(self.index.uri):
+            if changed:
+                self.index.delete(changed)
+            if fragments:
+                append = lance.LanceOperation.Append(fragments)
+                version = lance.dataset(uri).version
+                lance.LanceDataset.commit(uri, append, read_version=version)
+                self.index.table.checkout_latest()
+                self.commits += 1
+        for result in results:
+            self.report.encoded += result["encoded"]
+            self.report.reused += result["rows"] - result["encoded"]
+            for document_id, reason in result["failures"].items():
+                self.fail(Unreadable(document_id, DataError(reason)))
 
 
 def build(
@@ -100,91 +188,22 @@ def build(
     actors: int,
     *,
     keep: bool = False,
-    most_failures: float = 0.2,
+    max_failures: float = 0.2,
     ann: str = "auto",
     progress: Progress = lambda *_: None,
 ) -> Report:
-    """As :func:`rematch.search.build.build`, with encoders in so many processes of Ray.
+    """Bring an index up to date with a corpus, with encoders in processes of Ray.
+
+    Further arguments and the result as for :func:`rematch.search.build.build`.
 
     Args:
-        model: The model's name or directory, where every machine finds it.
-        actors: How many encoders; each takes a GPU if there is one, else a CPU.
+        model: Name or directory of the model, valid on every machine.
+        actors: Number of encoders. Each takes a GPU if there is one, otherwise a CPU core.
 
     Raises:
-        DataError: As there.
+        DataError: If too many documents fail, another process is writing, or the index cannot be
+            written.
     """
-    with index.alone():
-        builder = Builder(index, Encoder(index.model, workers=0), most_failures, progress)
-        return settle(builder, corpus, lambda: _run(builder, corpus, model, actors), keep, ann)
-
-
-def _run(builder: Builder, corpus: Corpus, model: str, actors: int) -> None:
-    import torch
-
-    index, report = builder.index, builder.report
-    todo: list[dict[str, Any]] = []
-    for found in corpus:
-        if document := builder.admit(*_look(builder, found)):
-            new = builder.known.stamp(document.id) is None
-            todo.append({"document": pickle.dumps(document), "new": new})
-        builder.progress(report.seen, corpus.size)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    started = not ray.is_initialized()
-    if started:
-        ray.init(log_to_driver=False, include_dashboard=False)
-    try:
-        if todo:
-            gpus = 1 if torch.cuda.is_available() else 0
-            blocks = max(1, min(len(todo), max(actors, -(-len(todo) // BLOCK))))
-            results = ray.data.from_items(todo, override_num_blocks=blocks).map_batches(
-                Worker,
-                fn_constructor_args=[index.uri, model],
-                batch_size=None,
-                compute=ray.data.ActorPoolStrategy(size=min(actors, blocks)),
-                num_gpus=gpus,
-            )
-            waiting: list[dict[str, Any]] = []
-            since = time.monotonic()
-            for row in results.iter_rows():
-                waiting.append(json.loads(row["done"]))
-                if time.monotonic() - since > FLUSH_SECONDS:
-                    _commit(builder, waiting)
-                    waiting, since = [], time.monotonic()
-            _commit(builder, waiting)
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def _look(builder: Builder, found: Found) -> tuple[str, Document | RematchError | None]:
-    if isinstance(found, tuple):
-        return found
-    try:
-        return found.id, None if found.stamp() == builder.known.stamp(found.id) else found
-    except RematchError as error:
-        return found.id, error
-
-
-def _commit(builder: Builder, done: list[dict[str, Any]]) -> None:
-    index, report = builder.index, builder.report
-    uri = f"{index.uri}/{TABLE}.lance"
-    fragments = [
-        lance.FragmentMetadata.from_json(json.dumps(f)) for one in done for f in one["fragments"]
-    ]
-    changed = [name for one in done for name in one["changed"]]
-    with writing(index.uri):
-        if changed:
-            index.delete(changed)
-        if fragments:
-            version = lance.dataset(uri).version
-            lance.LanceDataset.commit(
-                uri, lance.LanceOperation.Append(fragments), read_version=version
-            )
-            index.table.checkout_latest()
-            builder.commits += 1
-    for one in done:
-        report.encoded += one["encoded"]
-        report.reused += one["rows"] - one["encoded"]
-        for name, why in one["failures"].items():
-            builder.fail(name, DataError(why))
+    with write_lock(index.uri):
+        builder = RayBuilder(index, model, actors, max_failures, progress)
+        return builder.run(corpus, keep=keep, ann=ann)

@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rematch.data.images import data_url, load_image
-from rematch.encoding.encoder import Encoder, whole
+from rematch.encoding.encoder import Encoder
 from rematch.errors import ImageError, RematchError
 from rematch.interpretability import attention_maps, overlay
 from rematch.model import ReMatch
 from rematch.scoring import probability
-from rematch.search.cascade import Hit
-from rematch.search.index import Index
+from rematch.search.index import Hit, Index
 from rematch.search.storage import exists
 from rematch.serve.inputs import Input
 from rematch.serve.limits import ClientError
@@ -49,7 +48,7 @@ class Engine:
         if "://" in target or (Path(target).is_dir() and exists(target)):
             self.index = Index.open(target, model)
             self.model = self.index.model
-            self.name = self.index.about["model"]
+            self.name = self.index.settings.model
         else:
             self.model, self.name = ReMatch(model or target), model or target
         self.name = Path(self.name).name or self.name
@@ -64,7 +63,7 @@ class Engine:
         """
         with self._measuring:
             measured = self._measuring_encoder.measure(inputs, "document")
-        lengths = [whole(result).tokens for result in measured]
+        lengths = [measured_input.tokens for measured_input in measured]
         limit = self.model.max_seq_length
         for length in lengths:
             if limit and length > limit:
@@ -103,8 +102,7 @@ class Engine:
         :meth:`~rematch.search.index.Index.search`.
         """
         assert self.index is not None
-        hits: list[list[Hit]] = self.index.search(list(queries), top, where=filter, rerank=rerank)
-        return hits
+        return self.index.search(list(queries), top, filter=filter, rerank=rerank)
 
     def attention_maps(
         self, inputs: Sequence[Input], *, task: Literal["query", "document"]
@@ -125,7 +123,7 @@ class Engine:
         documents = self.index.documents([document_id])
         if not documents:
             raise ClientError("the index has no document with this id.", 404)
-        parts: Any = documents[0].item().as_input(self.index.about["document_instructions"])
+        parts: Any = documents[0].item().as_input(self.index.settings.document_instructions)
         if "image" in parts:
             parts["image"] = load_image(parts["image"])
         document: Input = parts

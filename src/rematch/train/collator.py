@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from rematch.backbone.pictures import Pictures
-from rematch.backbone.reading import Reading, too_long
+from rematch.backbone.reading import Reading, too_long_error
 from rematch.errors import DataError, RematchError
 from rematch.matching import Packed, Question, View, token_numbers
 from rematch.model import ReMatch
@@ -207,7 +207,7 @@ class Collator:
             if content not in readings:
                 reading = self.reader.read(row[column], number)
                 if len(reading.ids) + self.model.fusion.num_tokens > limit:
-                    raise too_long(number, limit)
+                    raise too_long_error(number, limit)
                 readings[content] = reading
             inputs.append((_hash(content, task), Input(readings[content], task)))
         return inputs
@@ -321,7 +321,8 @@ class Collator:
             *computed, query_prompt, document_prompt = token_numbers([*masks, prompts])
             embedded = {
                 key: replace(
-                    self.reader.embedded(inputs[key].reading, inputs[key].task), computed=c
+                    self.reader.with_learnable_tokens(inputs[key].reading, inputs[key].task),
+                    computed=c,
                 )
                 for key, c in zip(member_keys, computed, strict=True)
             }

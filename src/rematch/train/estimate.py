@@ -1,36 +1,34 @@
-"""``rematch train --estimate``: memory and time of a training step, without weights.
+"""Memory and arithmetic of a training step, from a backbone's shape alone.
 
-What one GPU holds at the peak of a step: weights and what training them takes, features of the
-frozen tower, vectors, and the largest of the passes that run one at a time. 1 GB is 2³⁰ bytes.
+The peak on one GPU is the weights and what training them takes, the features of the frozen tower,
+the token vectors, and the largest of the passes, which run one at a time. 1 GB is 2³⁰ bytes.
 """
 
 from dataclasses import dataclass
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from functools import partial
 
 from rematch.errors import RecipeError
 from rematch.matching import Matching
 from rematch.train.recipe import Recipe
-from rematch.train.shape import Shape, head_bytes, load_shape, pass_bytes
+from rematch.train.shape import Shape, head_bytes, pass_bytes
 
 GB = 2**30
-# Tokens that are assumed, not read from data; the table says so.
+# Lengths in tokens that are assumed, not read from the data: the text of an input, the chat
+# template around it, the prompt of a question, "Query:" or "Document:", and an answer slot.
 TEXT, TEMPLATE, PROMPT, HEAD, SLOT = 64, 30, 45, 4, 12
 RESERVED = 1.0  # GB: CUDA context, libraries, workspaces
-LARGEST_SCORES = 1 << 24  # as in rematch.train.loss.info_nce
+LARGEST_SCORES = 1 << 24  # as max_scores of rematch.train.loss.ReMatchLoss
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens that a step is assumed to hold.
+    """The numbers of tokens that a sample is assumed to have.
 
     Attributes:
-        inputs: Of each distinct input of a sample as it is embedded.
-        matching: Of a sample's matching sequence; 0 without matching.
-        slots: Answer slots of it.
-        context: In ``reuse`` mode, tokens whose keys and values it reads.
+        inputs: Length of each distinct input as it is embedded.
+        matching: Length of the matching sequence; 0 without matching.
+        slots: Number of its answer slots.
+        context: In ``reuse`` mode, number of tokens whose keys and values it reads.
     """
 
     inputs: tuple[int, ...]
@@ -40,8 +38,12 @@ class Lengths:
 
     @classmethod
     def of(cls, recipe: Recipe, picture_tokens: int, pictures: int) -> "Lengths":
-        """Lengths of a sample whose first ``pictures`` of query, positive and negative have a
-        picture at the cap.
+        """Lengths for a recipe.
+
+        Args:
+            recipe: The settings of the run.
+            picture_tokens: Length of a picture.
+            pictures: How many of query, positive and negative have a picture, in this order.
         """
         contents = [TEXT + picture_tokens * (i < pictures) for i in range(3)]
         inputs = tuple(content + TEMPLATE + recipe.model.num_tokens for content in contents)
@@ -61,20 +63,20 @@ class Estimate:
     """One GPU's share of a step.
 
     Attributes:
-        memory: GB by what they hold, all there at once but for the passes.
-        passes: GB of each kind of pass; one of them runs at a time.
-        host: GB of pixel values in the memory of a process and its data workers, each with a
-            batch.
+        memory: GB of everything that is in memory at the same time, by name, without passes.
+        passes: GB of each kind of pass, by name; one runs at a time.
+        host: GB of pixel values in host memory: of a process and of its data workers, a batch
+            each.
         step_flop: Floating-point operations of a step.
-        assumed: What was assumed.
-        arithmetic: How operations were counted.
+        assumptions: What the estimate assumes of the data, for users.
+        arithmetic: How it counts operations, for users.
     """
 
     memory: dict[str, float]
     passes: dict[str, float]
     host: float
     step_flop: float
-    assumed: str
+    assumptions: str
     arithmetic: str
 
     @property
@@ -83,69 +85,8 @@ class Estimate:
         return sum(self.memory.values()) + max(self.passes.values())
 
     def seconds(self, tflops: float) -> float:
-        """Of a step, at so many TFLOP/s."""
+        """Duration of a step at a rate in TFLOP/s."""
         return self.step_flop / (tflops * 1e12)
-
-    def table(self, tflops: float | None = None) -> Table:
-        """Everything, for a terminal."""
-        notes = f"1 GB is 2³⁰ bytes. Assumed: {self.assumed}. Arithmetic: {self.arithmetic}."
-        table = Table("on each GPU", "GB", caption=notes, caption_justify="left")
-        table.columns[1].justify = "right"
-        for name, size in self.memory.items():
-            table.add_row(name, f"{size:.2f}")
-        largest = max(self.passes, key=self.passes.__getitem__)
-        for name, size in self.passes.items():
-            table.add_row(
-                f"{name}: activations",
-                f"{size:.2f}" if name == largest else f"[dim]({size:.2f})[/dim]",
-            )
-        table.add_section()
-        table.add_row(
-            "[bold]peak[/bold] (one kind of pass at a time)", f"[bold]{self.total:.2f}[/bold]"
-        )
-        table.add_section()
-        table.add_row(
-            "pixel values in host memory, one batch ahead per worker", f"{self.host:.2f}"
-        )
-        table.add_row("arithmetic of a step", f"{self.step_flop / 1e15:.2f} PFLOP")
-        if tflops:
-            table.add_row(f"a step at {tflops:g} TFLOP/s", f"{self.seconds(tflops):.1f} s")
-        return table
-
-
-def report(
-    recipe: Recipe,
-    gpus: int,
-    fsdp: bool,
-    gpu_memory: float | None,
-    tflops: float | None,
-    pictures: int,
-) -> None:
-    """Print the estimate.
-
-    Raises:
-        RecipeError: If the peak is above ``gpu_memory`` GB.
-    """
-    result = estimate(recipe, load_shape(recipe), gpus, fsdp, pictures)
-    console = Console()
-    console.print(result.table(tflops))
-    if tflops:
-        hours = recipe.train.steps * result.seconds(tflops) / 3600
-        console.print(
-            f"{recipe.train.steps:,} steps: {hours:.1f} h at {tflops:g} TFLOP/s on each of {gpus} "
-            "GPUs"
-        )
-    if gpu_memory is None:
-        return
-    if result.total > gpu_memory:
-        raise RecipeError(
-            f"the peak of {result.total:.1f} GB does not fit into {gpu_memory:g} GB. Lower "
-            "train.mini_batch_tokens or model.max_pixels, or set train.gradient_checkpointing, "
-            "loss.gradient_cache or model.four_bit."
-        )
-    console.print(
-        f"fits into {gpu_memory:g} GB; {100 * (1 - result.total / gpu_memory):.0f} % are left"
-    )
 
 
 def estimate(
@@ -154,50 +95,53 @@ def estimate(
     """Memory and arithmetic of one step on each GPU.
 
     Args:
-        recipe: What would be trained.
-        shape: Of its backbone, by :func:`~rematch.train.shape.load_shape`.
-        gpus: Processes that share the batch.
-        fsdp: They share weights, gradients and optimizer states, too.
-        pictures: How many of query, positive and negative have a picture, each at the cap.
+        recipe: The settings of the run.
+        shape: Shape of its backbone (:func:`~rematch.train.shape.load_shape`).
+        gpus: Number of GPUs that share the batch.
+        fsdp: Whether they also share weights, gradients and optimizer states.
+        pictures: How many of query, positive and negative have a picture, each of the largest
+            size.
 
     Raises:
-        RecipeError: If the batch cannot be shared evenly.
+        RecipeError: If the batch cannot be divided evenly among the GPUs.
     """
     settings, loss = recipe.train, recipe.loss
     if settings.batch_size % gpus:
         raise RecipeError(
-            f"train.batch_size={settings.batch_size} cannot be shared evenly by {gpus} processes."
+            f"train.batch_size={settings.batch_size} cannot be divided evenly among {gpus} GPUs. "
+            "Choose a multiple of their number."
         )
     batch = settings.batch_size // gpus
     lengths = Lengths.of(recipe, shape.picture_tokens, pictures)
-    shown = batch * min(pictures, len(lengths.inputs))
+    picture_count = batch * min(pictures, len(lengths.inputs))
     memory = _weights(recipe, shape, gpus if fsdp else 1, gpus > 1)
-    features = shown * shape.picture_tokens * shape.width * shape.dtype / GB
-    kept = 0.0 if _trains_vision(recipe) or features > recipe.train.features_gb else features
-    memory["features of the frozen tower"] = kept
+    features = picture_count * shape.picture_tokens * shape.width * shape.dtype / GB
+    keeps_features = not _trains_vision(recipe) and features <= settings.features_gb
+    memory["features of the frozen tower"] = features if keeps_features else 0.0
     vectors = batch * len(lengths.inputs) * max(1, recipe.model.num_tokens) * shape.width * 4 / GB
     memory["token vectors and their gradients"] = 3 * vectors
-    passes = _passes(recipe, shape, lengths, batch, shown)
+    passes = _passes(recipe, shape, lengths, batch, picture_count)
     documents = settings.batch_size * (len(lengths.inputs) - 1)
     scores = 4 * min(batch * documents, LARGEST_SCORES) * 4 / GB
     gathered = 2 * documents * shape.width * 4 / GB
     passes["InfoNCE and orthogonality"] = scores + gathered + 3 * vectors
     memory["CUDA context and libraries"] = RESERVED
-    pixels = shown * shape.picture_tokens * shape.patches * shape.patch_values / GB
-    assumed = (
-        f"{pictures} of query, positive and negative with a picture of {shape.picture_tokens:,} "
-        f"tokens (the cap); {TEXT} tokens of text each; inputs of {max(lengths.inputs):,} tokens, "
-        f"matching sequences of {lengths.matching:,} with {lengths.slots} answers; "
-        f"{loss.matching} matching"
+    pixels = picture_count * shape.picture_tokens * shape.patches * shape.patch_values / GB
+    assumptions = (
+        f"{pictures} of query, positive and negative have a picture, of {shape.picture_tokens:,} "
+        f"tokens (the largest size); each has {TEXT} tokens of text; inputs have up to "
+        f"{max(lengths.inputs):,} tokens, matching sequences {lengths.matching:,} with "
+        f"{lengths.slots} answers; {loss.matching} matching"
     )
-    flop = _flop(recipe, shape, lengths, batch, shown, kept > 0)
+    flop = _flop(recipe, shape, lengths, batch, picture_count, keeps_features)
     backward = "2 (4 for the adapter)" if recipe.model.lora else "4"
     arithmetic = (
-        f"2 FLOP a weight and token in each of {_forwards(recipe)} forward passes (gradient cache "
-        f"and checkpointing add one each) and {backward} in the backward pass; 4 FLOP a head's "
-        "width and pair of tokens for attention"
+        f"2 FLOP per weight and token in each of {_forwards(recipe)} forward passes (gradient "
+        f"cache and checkpointing add one each) and {backward} in the backward pass; for "
+        "attention, 4 FLOP per dimension of a head and pair of tokens"
     )
-    return Estimate(memory, passes, (1 + recipe.train.workers) * pixels, flop, assumed, arithmetic)
+    host = (1 + settings.workers) * pixels
+    return Estimate(memory, passes, host, flop, assumptions, arithmetic)
 
 
 def _trains_vision(recipe: Recipe) -> bool:
@@ -205,12 +149,19 @@ def _trains_vision(recipe: Recipe) -> bool:
 
 
 def _forwards(recipe: Recipe) -> int:
-    """How often the language model runs forward in a step."""
+    """Number of forward passes of the language model per token in a step."""
     return 1 + recipe.loss.gradient_cache + recipe.train.gradient_checkpointing
 
 
 def _weights(recipe: Recipe, shape: Shape, shards: int, reduced: bool) -> dict[str, float]:
-    """Weights, and what training them takes, in GB."""
+    """GB of the weights and of what training them takes.
+
+    Args:
+        recipe: The settings of the run.
+        shape: Shape of its backbone.
+        shards: Number of GPUs that share the weights.
+        reduced: Whether gradients are reduced over several GPUs.
+    """
     linear = shape.layer_weights + shape.vision_linear
     everything = shape.layer_weights + shape.embedding_weights + shape.vision_weights
     weights: float = everything * shape.dtype
@@ -231,73 +182,72 @@ def _weights(recipe: Recipe, shape: Shape, shards: int, reduced: bool) -> dict[s
 
 
 def _passes(
-    recipe: Recipe, shape: Shape, lengths: Lengths, batch: int, shown: int
+    recipe: Recipe, shape: Shape, lengths: Lengths, batch: int, picture_count: int
 ) -> dict[str, float]:
-    """GB of activations and of what is computed on the way, for each kind of pass."""
+    """GB of activations and temporary tensors, for each kind of pass.
+
+    Args:
+        recipe: The settings of the run.
+        shape: Shape of its backbone.
+        lengths: Lengths of a sample.
+        batch: Number of samples on this GPU.
+        picture_count: Number of pictures on this GPU.
+    """
     settings, cached = recipe.train, recipe.loss.gradient_cache
-    options: dict[str, Any] = {
-        "bf16": settings.bf16 is not False,
-        "checkpointing": settings.gradient_checkpointing,
-        "eager": recipe.model.attention == "eager",
-    }
-    bf16 = options["bf16"]
+    bf16 = settings.bf16 is not False
+    activations = partial(
+        pass_bytes,
+        shape,
+        bf16=bf16,
+        checkpointing=settings.gradient_checkpointing,
+        eager=recipe.model.attention == "eager",
+    )
 
-    def saved(length: int, tokens_of_batch: int) -> tuple[float, float]:
-        """Bytes that are saved, and those of the MLP's temporary vectors in the largest pass."""
+    def saved_and_temporary(length: int, batch_tokens: int) -> tuple[float, float]:
+        """Bytes of saved activations, and of the MLP's temporary tensors in the largest pass."""
         rows = max(1, settings.mini_batch_tokens // length)
-        tokens = max(min(settings.mini_batch_tokens, tokens_of_batch), length)
-        whole = tokens if cached else max(tokens_of_batch, tokens)
-        kept = pass_bytes(shape, rows, length, **options) * whole / (rows * length)
-        return kept, 8 * shape.inner * tokens
+        tokens = max(min(settings.mini_batch_tokens, batch_tokens), length)
+        tokens_saved = tokens if cached else max(batch_tokens, tokens)
+        saved = activations(rows, length) * tokens_saved / (rows * length)
+        return saved, 8 * shape.inner * tokens
 
-    length = max(lengths.inputs)
-    kept, working = saved(length, batch * sum(lengths.inputs))
-    passes = {"embedding pass": kept + working}
+    input_tokens = sum(lengths.inputs)
+    saved, temporary = saved_and_temporary(max(lengths.inputs), batch * input_tokens)
+    passes = {"embedding pass": saved + temporary}
     tower = 0.0
     if _trains_vision(recipe):
-        patches = (
-            settings.mini_batch_tokens * shape.patches
-            if cached
-            else batch * sum(lengths.inputs) * shape.patches
-        )
-        block = 30 * shape.vision_width + 8 * shape.vision_inner
-        layers = 2 * shape.vision_width * shape.vision_layers + block
-        tower = patches * (
-            layers if settings.gradient_checkpointing else block * shape.vision_layers
-        )
+        tokens = settings.mini_batch_tokens if cached else batch * input_tokens
+        tower = tokens * shape.patches * _tower_bytes(recipe, shape)
         passes["embedding pass"] += tower
     else:
-        tokens = min(
-            max(settings.mini_batch_tokens, shape.picture_tokens), shown * shape.picture_tokens
-        )
-        patches = tokens * shape.patches
+        tokens = max(settings.mini_batch_tokens, shape.picture_tokens)
+        patches = min(tokens, picture_count * shape.picture_tokens) * shape.patches
         widths = max(17 * shape.vision_width, 3 * shape.vision_width + 2 * shape.vision_inner)
         passes["vision tower"] = patches * shape.dtype * (widths + shape.patch_values)
     if lengths.matching:
-        text_only = Lengths.of(recipe, shape.picture_tokens, 0)
+        text_only = Lengths.of(recipe, shape.picture_tokens, pictures=0)
         rows = max(1, settings.mini_batch_tokens // text_only.matching) if cached else batch
         head = head_bytes(shape, min(rows, batch) * lengths.slots, bf16=bf16)
         if lengths.context:  # the questions are part of the embedding pass
-            samples = (
-                max(1, settings.mini_batch_tokens // sum(lengths.inputs)) if cached else batch
-            )
-            questions = pass_bytes(shape, samples, lengths.matching, **options)
-            read = (
-                4
-                * samples
-                * lengths.context
-                * shape.heads
-                * shape.head_width
-                * shape.layers
-                * (2 if bf16 else 4)
-            )
-            passes["embedding pass"] += questions + read + head
+            samples = max(1, settings.mini_batch_tokens // input_tokens) if cached else batch
+            key_values = 2 * shape.heads * shape.head_width * shape.layers  # numbers per token
+            copies = 2 * (2 if bf16 else 4)  # bytes: two copies
+            context = samples * lengths.context * key_values * copies
+            passes["embedding pass"] += activations(samples, lengths.matching) + context + head
         else:
-            kept, working = saved(lengths.matching, batch * lengths.matching)
-            passes["matching pass"] = kept + working + head + tower
-            if not cached:  # both are kept until the backward pass
-                passes["matching pass"] += passes["embedding pass"] - working
+            saved, temporary = saved_and_temporary(lengths.matching, batch * lengths.matching)
+            passes["matching pass"] = saved + temporary + head + tower
+            if not cached:  # activations of both passes are in memory until the backward pass
+                passes["matching pass"] += passes["embedding pass"] - temporary
     return {name: size / GB for name, size in passes.items()}
+
+
+def _tower_bytes(recipe: Recipe, shape: Shape) -> int:
+    """Bytes of activations of a vision tower that trains, per patch."""
+    layer = 30 * shape.vision_width + 8 * shape.vision_inner
+    if recipe.train.gradient_checkpointing:
+        return 2 * shape.vision_width * shape.vision_layers + layer
+    return layer * shape.vision_layers
 
 
 def _flop(
@@ -305,19 +255,31 @@ def _flop(
     shape: Shape,
     lengths: Lengths,
     batch: int,
-    shown: int,
-    kept: bool,
+    picture_count: int,
+    keeps_features: bool,
 ) -> float:
-    """Operations of a step: 2 per weight and token in a forward pass, 2 more in the backward pass
-    for the gradient of what the weight reads, and 2 more where the weight trains; one forward more
-    under a gradient cache, another one with gradient checkpointing; attention over whole rows, 4
-    per head width and pair of tokens.
+    """Floating-point operations of a step on one GPU.
+
+    - Weights: 2 per weight and token in a forward pass; in the backward pass 2 for the gradient of
+      the layer's input, and 2 more if the weight trains.
+    - Attention, over whole rows: 4 per dimension of a head and pair of tokens in a forward pass.
+    - The gradient cache adds a forward pass, and so does gradient checkpointing.
+
+    Args:
+        recipe: The settings of the run.
+        shape: Shape of its backbone.
+        lengths: Lengths of a sample.
+        batch: Number of samples on this GPU.
+        picture_count: Number of pictures on this GPU.
+        keeps_features: Whether the vision tower runs once per picture.
     """
     forwards = _forwards(recipe)
-    lora = recipe.model.lora is not None
-    rows = [*lengths.inputs, *([lengths.matching] if lengths.matching else [])]
-    language = 2 * shape.layer_weights * (forwards + 1 if lora else forwards + 2)
-    adapter = 2 * shape.adapter * (forwards + 2) if lora else 0
+    has_lora = recipe.model.lora is not None
+    rows = list(lengths.inputs)
+    if lengths.matching:
+        rows.append(lengths.matching)
+    weights = 2 * shape.layer_weights * (forwards + 1 if has_lora else forwards + 2)
+    adapter = 2 * shape.adapter * (forwards + 2) if has_lora else 0
     queries = shape.heads * shape.head_width * shape.layers
     attention = sum(
         4 * queries * length * (length + lengths.context * (length == lengths.matching))
@@ -326,16 +288,16 @@ def _flop(
     head = (
         2 * shape.vocabulary * shape.width * lengths.slots * (1 + recipe.loss.gradient_cache + 2)
     )
-    sample = sum(rows) * (language + adapter) + attention * (forwards + 2) + head
-    picture = shape.picture_tokens * shape.patches
-    seen = (
-        4
-        * shape.vision_width
-        * picture
-        * (shape.vision_full * picture + (shape.vision_layers - shape.vision_full) * shape.window)
-    )
-    passes = 2 if lengths.matching and not lengths.context else 1  # that show a picture
-    looks = 1 if kept else passes * (1 + recipe.loss.gradient_cache)
+    sample = sum(rows) * (weights + adapter) + attention * (forwards + 2) + head
+    patches = shape.picture_tokens * shape.patches
+    windowed_layers = shape.vision_layers - shape.vision_full
+    attended = shape.vision_full * patches + windowed_layers * shape.window
+    picture = patches * (2 * shape.vision_weights + 4 * shape.vision_width * attended)
+    stages = 2 if lengths.matching and not lengths.context else 1  # that read pictures
     if _trains_vision(recipe):
-        looks = passes * (forwards + (1 if lora else 2))
-    return batch * sample + shown * looks * (2 * shape.vision_weights * picture + seen)
+        tower_passes = stages * (forwards + (1 if has_lora else 2))
+    elif keeps_features:
+        tower_passes = 1
+    else:
+        tower_passes = stages * (1 + recipe.loss.gradient_cache)
+    return batch * sample + picture_count * tower_passes * picture

@@ -1,5 +1,6 @@
-"""Which sample stands where in a training run: fixed by the seed, so that a run that was cut off
-goes on exactly.
+"""The order of the samples in a training run.
+
+The seed fixes it before the first step, so an interrupted run resumes with the same batches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -8,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def plan(
+def plan_samples(
     sizes: Sequence[int],
     weights: Sequence[float],
     batches: int,
@@ -16,30 +17,31 @@ def plan(
     seed: int,
     homogeneous: bool = False,
 ) -> NDArray[np.int64]:
-    """Draw samples from several sources, each source shuffled anew whenever it is used up.
+    """Draw samples from several sources, each in random order, which is new in each epoch.
 
     Args:
-        sizes: Samples in each source.
-        weights: How often each source is drawn, relative to the others.
+        sizes: Number of samples in each source.
+        weights: Relative frequency of each source.
         batches: Number of batches.
-        batch_size: Samples in each, over all processes.
-        seed: Of the draws.
-        homogeneous: Draw a source per batch instead of per sample.
+        batch_size: Samples per batch, over all processes.
+        seed: Seed of the random order.
+        homogeneous: Draw a source for each batch instead of for each sample.
 
     Returns:
-        (batches · batch_size, 2): source and index in it.
+        Source and index in the source of each sample, (batches · batch_size, 2).
 
-    >>> plan([2], [1.0], 2, 2, seed=0)[:, 1].reshape(2, 2).sum(1)
+    >>> plan_samples([2], [1.0], 2, 2, seed=0)[:, 1].reshape(2, 2).sum(1)
     array([1, 1])
     """
     rng = np.random.default_rng(seed)
     draws = batches if homogeneous else batches * batch_size
-    chosen = rng.choice(len(sizes), draws, p=np.asarray(weights) / np.sum(weights))
-    chosen = np.repeat(chosen, batch_size) if homogeneous else chosen
+    sources = rng.choice(len(sizes), draws, p=np.asarray(weights) / np.sum(weights))
+    if homogeneous:
+        sources = np.repeat(sources, batch_size)
     streams = [
         _shuffled(size, np.random.default_rng([seed, source])) for source, size in enumerate(sizes)
     ]
-    return np.array([(source, next(streams[source])) for source in chosen], dtype=np.int64)
+    return np.array([(source, next(streams[source])) for source in sources], dtype=np.int64)
 
 
 def _shuffled(size: int, rng: np.random.Generator) -> Iterator[int]:

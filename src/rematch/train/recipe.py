@@ -1,13 +1,16 @@
-"""Recipes: validated YAML with ``key=value`` overrides; an unknown key is an error that names the
-nearest.
+"""Training recipes: validated YAML with ``key=value`` overrides.
+
+An unknown key is an error that suggests the most similar key.
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from rematch.errors import RecipeError
 from rematch.matching import Matching, View
@@ -18,157 +21,176 @@ class _Section(BaseModel):
 
 
 class Lora(_Section):
-    """LoRA adapter; leave ``model.lora`` out (null) for full fine-tuning."""
+    """A LoRA adapter. Leave ``model.lora`` out (null) for full fine-tuning."""
 
-    r: int = Field(32, gt=0, description="rank")
-    alpha: int = Field(64, gt=0, description="scale")
-    dropout: float = Field(0.0, ge=0, lt=1)
-    vision: bool = Field(False, description="let the adapter reach the vision tower")
+    r: int = Field(32, gt=0, description="rank of the adapter")
+    alpha: int = Field(64, gt=0, description="scale of the adapter; its output is times alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter")
+    vision: bool = Field(False, description="adapt the vision tower too")
 
 
 class Model(_Section):
-    """What is trained."""
+    """The model to train."""
 
-    backbone: str = Field("rematch-base", description="hub name, directory, or a packaged model")
+    backbone: str = Field("rematch-base", description="hub name, directory, or packaged model")
     num_tokens: int = Field(16, ge=0, description="K learnable tokens; 0 pools the last token")
-    lora: Lora | None = None
+    lora: Lora | None = Field(None, description="LoRA adapter; null: full fine-tuning")
     dtype: Literal["auto", "float32", "bfloat16"] | None = Field(
         None,
-        description="of the weights: by default the checkpoint's under an adapter, float32 without",
+        description="dtype of the weights; null: as in the checkpoint with LoRA, else float32",
     )
     attention: str | None = Field(
         "auto",
-        description="sdpa, eager, flex_attention; null: the backbone's choice; auto: that too, but eager where a CPU "
-        "trains in bfloat16",
+        description="sdpa, eager or flex_attention; null: the backbone's default; auto: the "
+        "default too, but eager for bfloat16 on a CPU",
     )
     four_bit: bool = Field(
-        False, description="QLoRA: the frozen weights in 4 bits (needs bitsandbytes)"
+        False, description="QLoRA: load the frozen weights in 4 bits (needs bitsandbytes)"
     )
-    compile: bool = Field(False, description="torch.compile for the language model's layers")
-    liger: bool = Field(False, description="Liger's fused kernels (needs liger-kernel and a GPU)")
+    compile: bool = Field(False, description="torch.compile the language model's layers")
+    liger: bool = Field(
+        False, description="use Liger's fused kernels (needs liger-kernel and a GPU)"
+    )
     min_pixels: int | None = Field(
-        None, gt=0, description="smaller pictures are enlarged; null: the backbone's limit"
+        None, gt=0, description="enlarge smaller pictures to this; null: the backbone's limit"
     )
     max_pixels: int | None = Field(
-        None, gt=0, description="larger ones are scaled down; null: the backbone's limit"
+        None, gt=0, description="scale larger pictures down to this; null: the backbone's limit"
     )
-    train_vision: bool = Field(False, description="full fine-tuning: train the vision tower too")
+    train_vision: bool = Field(
+        False, description="train the vision tower too (full fine-tuning only)"
+    )
 
 
 class Source(_Section):
-    """One of several data sets."""
+    """One of several training sets."""
 
     path: str = Field(
-        description="picto, a .jsonl/.parquet file, a directory in MMEB-train form, or one config in it"
+        description="picto, a .jsonl or .parquet file, a directory in MMEB-train form, or one "
+        "config in it"
     )
     weight: float | None = Field(
-        None, gt=0, description="how often it is drawn; by default its number of samples"
+        None, gt=0, description="relative frequency of its samples; null: their number"
     )
     samples: int | None = Field(
-        None, gt=0, description="use only so many samples, drawn by train.seed"
+        None, gt=0, description="size of the random subset to use; null: all samples"
     )
     split: str = Field(
         "original",
-        description="of a directory in MMEB-train form: original or diverse_instruction",
+        description="split of a directory in MMEB-train form: original or diverse_instruction",
     )
     temperature: float | None = Field(
-        None, gt=0, description="τ for its queries instead of loss.temperature"
+        None, gt=0, description="temperature of its queries; null: loss.temperature"
     )
 
 
 class Data(_Section):
-    """What it is trained on."""
+    """The training data."""
 
     source: str | list[Source] = Field(
-        "picto", description="one data set, as in Source.path, or a list of sources"
+        "picto", description="one training set, as in Source.path, or a list of sources"
     )
     samples: int | None = Field(
-        None, gt=0, description="use only so many samples (of each source)"
+        None, gt=0, description="size of the random subset of each source; null: all samples"
     )
     homogeneous: bool = Field(
-        False, description="every batch from one source (each config of a directory is one)"
+        False,
+        description="fill each batch from one source (each config of a directory is one)",
     )
-    hard_negatives: bool = Field(True, description="use the explicit hard negatives")
+    hard_negatives: bool = Field(True, description="use the hard negatives of the data")
     validation: int = Field(
-        0, ge=0, description="samples of each source kept out and scored at every checkpoint"
+        0,
+        ge=0,
+        description="samples of each source held out for validation, scored at every checkpoint",
     )
     unreadable: Literal["error", "skip"] = Field(
         "error",
-        description="a picture that cannot be read stops the run, or another sample takes the sample's place",
+        description="error: a picture that cannot be read stops the run; skip: another sample "
+        "replaces its sample",
     )
     too_long: Literal["error", "skip"] = Field(
-        "error", description="likewise an input longer than the model takes"
+        "error",
+        description="error: an input longer than the model takes stops the run; skip: another "
+        "sample replaces its sample",
     )
-    document_instructions: bool = Field(
-        True, description="put the target-side instruction before documents"
-    )
+    document_instructions: bool = Field(True, description="put instructions before documents")
 
 
 class Loss(_Section):
-    """The weights of the three losses (the paper's values)."""
+    """The loss; the defaults are the paper's."""
 
-    temperature: float = Field(0.02, gt=0)
-    w_orth: float = Field(0.5, ge=0, description="0 switches orthogonality off")
-    w_qdm: float = Field(0.1, ge=0, description="0 switches matching off")
+    temperature: float = Field(0.02, gt=0, description="τ of InfoNCE")
+    w_orth: float = Field(0.5, ge=0, description="weight of the orthogonality loss; 0: off")
+    w_qdm: float = Field(0.1, ge=0, description="weight of the matching loss; 0: off")
     matching: Matching = Field(
         Matching.UNIFIED,
-        description="read raw inputs anew; ask about vectors only; read what embedding computed",
+        description="unified: read raw inputs again; feat: show embeddings only; reuse: keys and "
+        "values of the embedding pass",
     )
     gradient_cache: bool = Field(
-        False, description="memory of one mini-batch, whatever the batch; one more forward"
+        False,
+        description="bound activation memory by a mini-batch, for one more forward pass",
     )
-    learn_temperature: bool = Field(False, description="train the temperature, from its value on")
+    learn_temperature: bool = Field(
+        False, description="train the temperature, starting from loss.temperature"
+    )
     mask_duplicates: bool = Field(
-        False, description="a document identical to the positive is no negative"
+        False, description="do not count a document identical to the positive as a negative"
     )
-    symmetric: bool = Field(False, description="contrast positives with queries too")
+    symmetric: bool = Field(False, description="also contrast positives with queries")
     hardness: float = Field(
-        0.0, ge=0, description="a negative counts exp(hardness x cosine) times"
+        0.0, ge=0, description="β: weight negatives by exp(β · cosine); 0: all equal"
     )
-    matryoshka: list[int] = Field([], description="further widths at which vectors shall work")
-    views: list[View] = Field(list(View), min_length=1)
+    matryoshka: list[int] = Field(
+        [], description="further widths to train, for truncated embeddings"
+    )
+    views: list[View] = Field(list(View), min_length=1, description="views to ask about")
 
 
 class Train(_Section):
-    """How long and how fast."""
+    """The run: its length, speed, memory and output."""
 
     output: str = Field("rematch-model", description="directory of the trained model and its log")
-    steps: int = Field(1600, gt=0)
+    steps: int = Field(1600, gt=0, description="number of steps")
     batch_size: int = Field(
-        32, gt=1, description="samples per step; the others' documents are negatives"
+        32,
+        gt=1,
+        description="samples per step, over all processes; a query's negatives are the documents "
+        "of all the other samples",
     )
     mini_batch_tokens: int = Field(
         16_384, gt=0, description="tokens per forward pass, pictures and padding included"
     )
-    learning_rate: float = Field(1e-4, gt=0)
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
-    weight_decay: float = Field(0.0, ge=0)
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate (cosine schedule)")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps that warm up")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     bf16: bool | Literal["auto"] = Field(
-        "auto", description="bfloat16 autocast; auto: where the CPU or GPU computes it natively"
+        "auto", description="bfloat16 autocast; auto: where the CPU or GPU supports it natively"
     )
-    seed: int = 0
-    log_every: int = Field(20, gt=0)
+    seed: int = Field(0, description="seed of weights, sample order and dropout")
+    log_every: int = Field(20, gt=0, description="steps between log entries")
     gradient_checkpointing: bool = Field(
-        False, description="keep no activations inside layers, compute them again"
+        False, description="recompute the activations inside layers in the backward pass"
     )
     save_every: int = Field(
         0,
         ge=0,
-        description="steps between checkpoints; a run that was cut off goes on from the last",
+        description="steps between checkpoints, from which an interrupted run resumes; 0: none",
     )
     features_gb: float = Field(
         4.0,
         ge=0,
-        description="memory for a frozen tower's features; beyond it they are computed in every pass",
+        description="GiB for features of a frozen vision tower; if they take more, every pass "
+        "runs the tower",
     )
     report_to: list[str] = Field(
-        [], description="trackers; by default TensorBoard if it is installed"
+        [], description="experiment trackers; empty: TensorBoard if it is installed"
     )
-    workers: int = Field(1, ge=0, description="processes that read and tokenize ahead")
+    workers: int = Field(1, ge=0, description="processes that read and tokenize batches ahead")
 
 
 class Recipe(_Section):
-    """One training run."""
+    """The settings of one training run."""
 
     model: Model = Model()
     data: Data = Data()
@@ -176,9 +198,12 @@ class Recipe(_Section):
     train: Train = Train()
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "Recipe":
+    def _check_combinations(self) -> "Recipe":
         if self.data.validation and not self.train.save_every:
-            raise ValueError("data.validation is scored at checkpoints; set train.save_every too")
+            raise ValueError(
+                "data.validation is scored at checkpoints, but train.save_every=0 writes none; "
+                "set train.save_every too"
+            )
         if self.loss.w_qdm and "flash" in (self.model.attention or ""):
             raise ValueError(
                 f"model.attention={self.model.attention} takes no 4-D masks, which matching "
@@ -187,85 +212,98 @@ class Recipe(_Section):
         if self.loss.matching == Matching.REUSE and self.train.gradient_checkpointing:
             raise ValueError(
                 "loss.matching=reuse reads keys and values that train.gradient_checkpointing "
-                "throws away; switch one of them off (loss.gradient_cache with fewer "
+                "discards; switch one of them off (loss.gradient_cache with a smaller "
                 "train.mini_batch_tokens saves memory too)"
             )
-        own = isinstance(self.data.source, list) and any(
-            source.temperature for source in self.data.source
-        )
-        if own and self.loss.learn_temperature:
-            raise ValueError(
-                "a source has a temperature of its own; with loss.learn_temperature there is only "
-                "one"
-            )
+        if self.loss.learn_temperature and isinstance(self.data.source, list):
+            for source in self.data.source:
+                if source.temperature:
+                    raise ValueError(
+                        f"the source {source.path} has its own temperature, but "
+                        "loss.learn_temperature trains a single one for all; leave one of them "
+                        "out"
+                    )
         if (self.model.min_pixels or 0) > (self.model.max_pixels or float("inf")):
             raise ValueError(
-                f"model.min_pixels={self.model.min_pixels} is more than model.max_pixels"
+                f"model.min_pixels={self.model.min_pixels} is more than "
+                f"model.max_pixels={self.model.max_pixels}; lower it"
             )
         if self.model.four_bit and self.model.lora is None:
-            raise ValueError("model.four_bit leaves nothing to train without model.lora")
+            raise ValueError(
+                "model.four_bit freezes the weights, so nothing is left to train; set model.lora"
+            )
         return self
 
 
-def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe.
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe.
 
     Args:
         path: A YAML file.
-        overrides: ``section.key=value``, the value in YAML.
+        overrides: Settings that replace those of the file, as ``section.key=value`` with the
+            value in YAML.
 
     Raises:
-        RecipeError: If the file is missing or no YAML, a key is unknown (the message names the
-            nearest), or a value has the wrong type.
+        RecipeError: If the file is missing or not valid YAML, a key is unknown, or a value has
+            the wrong type.
     """
     path = Path(path)
+    content = _read_yaml(path)
+    for override in overrides:
+        _apply_override(content, override)
     try:
-        raw = yaml.safe_load(path.read_text()) or {}
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        problems = "; ".join(_explain(details) for details in error.errors())
+        raise RecipeError(f"{path}: {problems}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
     except (FileNotFoundError, IsADirectoryError):
         raise RecipeError(
-            f"{path}: no such recipe. Those that ship with the project lie in recipes/."
+            f"{path}: no such recipe. The recipes of this project are in recipes/."
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None
-    if not isinstance(raw, dict):
+    if not isinstance(content, dict):
         raise RecipeError(
-            f"{path}: a recipe is a mapping of sections, this is a {type(raw).__name__}."
+            f"{path}: a recipe is a mapping of sections, but this is a {type(content).__name__}."
         )
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator:
-            raise RecipeError(
-                f"override {override!r}: write it as section.key=value, such as train.steps=200."
-            )
-        *parents, leaf = key.split(".")
-        place: Any = raw
-        for parent in parents:
-            if place.get(parent) is None:
-                place[parent] = {}
-            place = place[parent]
-            if not isinstance(place, dict):
-                raise RecipeError(f"override {override!r}: {parent} is a value, not a section.")
-        try:
-            place[leaf] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise RecipeError(f"override {override!r}: its value is not valid YAML.") from None
+    return content
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    """Set the value that ``section.key=value`` names."""
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise RecipeError(
+            f"override {override!r}: write it as section.key=value, such as train.steps=200."
+        )
+    *parents, name = key.split(".")
+    section = content
+    for parent in parents:
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
+        if not isinstance(section, dict):
+            raise RecipeError(f"override {override!r}: {parent} is a value, not a section.")
     try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise RecipeError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from None
+        section[name] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML.") from None
 
 
-def _explain(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+def _explain(error: ErrorDetails) -> str:
+    """What is wrong with a recipe, in terms of its keys."""
+    key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     if error["type"] != "extra_forbidden":
-        return f"{where} = {error['input']!r}: {error['msg'].lower()}"
-    known = [
-        f"{name}.{key}"
-        for name, f in Recipe.model_fields.items()
-        for key in f.annotation.model_fields
-    ]  # type: ignore[union-attr]
-    known += list(Recipe.model_fields) + [f"model.lora.{key}" for key in Lora.model_fields]
-    nearest = difflib.get_close_matches(where, known, n=1, cutoff=0) or ["?"]
-    return f"unknown key {where}; did you mean {nearest[0]}?"
+        return f"{key} = {error['input']!r}: {error['msg'].lower()}"
+    keys = [*Recipe.model_fields, *(f"model.lora.{name}" for name in Lora.model_fields)]
+    for section, settings in (("model", Model), ("data", Data), ("loss", Loss), ("train", Train)):
+        keys += [f"{section}.{name}" for name in settings.model_fields]
+    nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0)
+    return f"unknown key {key}; did you mean {nearest[0]}?"

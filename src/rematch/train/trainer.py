@@ -1,12 +1,10 @@
-"""The trainer: sentence-transformers' own, in the plan's order, with checkpoints to trust and more
-in the log.
+"""The trainer: sentence-transformers' own, with a fixed order of samples, checkpoints that are
+marked when complete, and more metrics in the log.
 """
 
-import json
 import signal
 import threading
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,14 +21,13 @@ from transformers.utils import logging
 
 from rematch.backbone.lora import restore
 from rematch.errors import TrainingError
-from rematch.files import write_json
 from rematch.train.batch import Batch
+from rematch.train.checkpoints import check_checkpoint, mark_complete
 
 logger = logging.get_logger("rematch")
-COMPLETE = "complete.json"
-SKIPPED_SHOWN = 20
-STUCK_AFTER = 400  # steps
-PEAK_TFLOPS = {  # dense bfloat16, from the makers' data sheets
+SAMPLES_NAMED = 20  # samples that a message names at most
+GUESSING_AFTER = 400  # steps after which Yes/No answers should be better than guesses
+PEAK_TFLOPS = {  # dense bfloat16, from the vendors' data sheets
     "H200": 989,
     "H100": 989,
     "A100": 312,
@@ -41,21 +38,22 @@ PEAK_TFLOPS = {  # dense bfloat16, from the makers' data sheets
 }
 
 
-class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-transformers ships no types
-    """Feeds :class:`~rematch.train.batch.Batch` to the loss.
+class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # untyped library
+    """Passes :class:`~rematch.train.batch.Batch` to the loss.
 
-    Logged besides each loss and the gradient's norm: Yes/No accuracy per view pair with d+ and d-,
-    the mean |cosine| between the token vectors of an input, samples and tokens a second, samples
-    skipped so far, peak memory, and on known GPUs the share of their peak arithmetic (MFU). A loss
-    that is not a number stops the run with the step and the samples.
+    Besides each loss and the gradient norm, it logs the accuracy of Yes and No for each view with
+    d+ and with d-, the mean |cosine| between the token vectors of an input, samples and tokens per
+    second, the number of samples skipped so far, peak memory, and on GPUs in ``PEAK_TFLOPS`` the
+    share of peak arithmetic (MFU). A loss that is not finite stops the run; the error names the
+    step and the samples.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._tokens = self._samples = 0
+        self._tokens = self._samples = 0  # since the last log entry
+        self._last_log = time.monotonic()
         self._skipped: set[str] = set()
-        self._since = time.monotonic()
-        self._warned = False
+        self._warned_of_guessing = False
 
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[Any], None]:
         return [inputs["batch"]], None
@@ -63,17 +61,18 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         batch: Batch = inputs["batch"]
         self._report_skipped(batch.skipped)
-        with (
-            self.accelerator.autocast()
-        ):  # around all forward passes of the step: weights are converted once
+        # around all forward passes of the step, so that weights are converted once
+        with self.accelerator.autocast():
             result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss):
-            shown = ", ".join(batch.ids[:20]) + (" …" if len(batch.ids) > 20 else "")
+            names = ", ".join(batch.ids[:SAMPLES_NAMED])
+            if len(batch.ids) > SAMPLES_NAMED:
+                names += ", …"
             raise TrainingError(
                 f"step {self.state.global_step + 1}: the loss is {loss.item()}. The samples of "
-                f"this step: {shown}. Look at them, lower train.learning_rate, or train without "
-                "half precision."
+                f"this step are {names}. Check them, lower train.learning_rate, or set "
+                "train.bf16=false."
             )
         if torch.is_grad_enabled():
             self._samples += len(batch.inputs)
@@ -81,18 +80,16 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
         return result
 
     def _report_skipped(self, skipped: list[str]) -> None:
-        """Name samples that were left out: each once in ``skipped.txt``, the first on the terminal
-        too.
-        """
+        """Write each skipped sample once to ``skipped.txt``, and warn of the first ones."""
         if not skipped:
             return
         file = Path(self.args.output_dir) / "skipped.txt"
-        if file.exists() and not self._skipped:
-            self._skipped.update(file.read_text().splitlines())  # of a run that was cut off
+        if file.exists() and not self._skipped:  # of the run that this one resumes
+            self._skipped.update(file.read_text().splitlines())
         new = [line for line in dict.fromkeys(skipped) if line not in self._skipped]
         with file.open("a") as stream:
             stream.writelines(line + "\n" for line in new)
-        for line in new[: max(0, SKIPPED_SHOWN - len(self._skipped))]:
+        for line in new[: max(0, SAMPLES_NAMED - len(self._skipped))]:
             logger.warning(f"skipped, another sample takes its place: {line}")
         self._skipped.update(new)
 
@@ -104,46 +101,51 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs = logs | self._measured()
+            metrics = self._metrics()
+            self._warn_of_guessing(metrics)
+            logs = logs | metrics
         super().log(logs, start_time)
 
-    def _measured(self) -> dict[str, float]:
-        seconds = time.monotonic() - self._since
-        world = self.args.world_size
-        found: dict[str, float] = self.loss.pop_metrics()
+    def _metrics(self) -> dict[str, float]:
+        """The metrics since the last log entry, of which the counts start again."""
+        seconds = time.monotonic() - self._last_log
+        metrics: dict[str, float] = self.loss.pop_metrics()
         if self._skipped:
-            found["skipped"] = len(self._skipped)
-        found["samples_per_second"] = round(self._samples * world / seconds, 2)
-        found["tokens_per_second"] = round(self._tokens * world / seconds, 1)
+            metrics["skipped"] = len(self._skipped)
+        processes = self.args.world_size
+        metrics["samples_per_second"] = round(self._samples * processes / seconds, 2)
+        metrics["tokens_per_second"] = round(self._tokens * processes / seconds, 1)
         if torch.cuda.is_available():
-            found["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            name = torch.cuda.get_device_name()
-            peak = next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
+            metrics["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            gpu = torch.cuda.get_device_name()
+            peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in gpu), None)
             if peak:
                 weights = sum(p.numel() for p in self.model.parameters())
-                passes = (
-                    8 if self.loss.gradient_cache else 6
-                )  # multiplications and additions per weight and token
-                found["mfu"] = round(passes * weights * self._tokens / seconds / (peak * 1e12), 4)
+                flop = 8 if self.loss.gradient_cache else 6  # per weight and token
+                rate = flop * weights * self._tokens / seconds
+                metrics["mfu"] = round(rate / (peak * 1e12), 4)
         self._tokens = self._samples = 0
-        self._since = time.monotonic()
-        answers = [value for key, value in found.items() if key.startswith("match_accuracy")]
-        if answers and self.state.global_step >= STUCK_AFTER and not self._warned:
-            mean = sum(answers) / len(answers)
-            if 46 < mean < 54:
-                self._warned = True
-                logger.warning(
-                    f"step {self.state.global_step}: Yes/No answers are {mean:.0f} % right, no "
-                    "better than guessing. The matching stage helps only if the backbone can "
-                    "answer such questions: look at the data's negatives, or use a stronger "
-                    "backbone."
-                )
-        return found
+        self._last_log = time.monotonic()
+        return metrics
+
+    def _warn_of_guessing(self, metrics: dict[str, float]) -> None:
+        """Warn once if Yes/No answers are still no better than guesses."""
+        accuracies = [metrics[name] for name in metrics if name.startswith("match_accuracy")]
+        if self._warned_of_guessing or not accuracies or self.state.global_step < GUESSING_AFTER:
+            return
+        mean = sum(accuracies) / len(accuracies)
+        if 46 < mean < 54:
+            self._warned_of_guessing = True
+            logger.warning(
+                f"step {self.state.global_step}: {mean:.0f} % of the Yes/No answers are correct, "
+                "no better than guessing. Matching helps only if the backbone can answer such "
+                "questions. Check the hard negatives of the data, or use a stronger backbone."
+            )
 
     def _build_dataloader(
         self, dataset: Any, batch_size: int, dataset_kind: str
     ) -> DataLoader[Any]:
-        """In the order of the plan."""
+        """Loads rows in the order of the dataset."""
         return DataLoader(
             dataset,
             batch_size,
@@ -155,7 +157,7 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
         )
 
     def validate_column_names(self, dataset: Any, dataset_name: str | None = None) -> None:
-        """Rows are made by a transform, so that the stored columns are not those the model sees."""
+        """Accepts every dataset: a transform makes the rows, so its stored columns differ."""
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
@@ -163,95 +165,59 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # sentence-tra
         super()._save_checkpoint(model, trial)
         directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            own = {n: p for n, p in self.loss.state_dict().items() if not n.startswith("model.")}
-            torch.save(own, directory / "loss.pt")
-        self.accelerator.wait_for_everyone()  # for the others' shards, if there are any
-        if self.args.should_save:  # written last, in one go: a checkpoint without it was cut off
-            sizes = {
-                str(f.relative_to(directory)): f.stat().st_size
-                for f in directory.rglob("*")
-                if f.is_file()
-            }
-            write_json(directory / COMPLETE, {"step": self.state.global_step, "files": sizes})
+            state = self.loss.state_dict()
+            weights_of_loss = {n: state[n] for n in state if not n.startswith("model.")}
+            torch.save(weights_of_loss, directory / "loss.pt")
+        self.accelerator.wait_for_everyone()  # other processes may still write their shards
+        if self.args.should_save:
+            mark_complete(directory, self.state.global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """In the first process; the library's own lets all processes write the same files at once."""
+        """Saves in the first process; the library's own lets all write the same files at once."""
         if self.args.should_save:
             super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
+        checkpoint = Path(checkpoint_path)
         if self.is_fsdp_enabled:
             transformers.Trainer._load_from_checkpoint(self, checkpoint_path, model)
-        elif (
-            self.model.backbone.has_adapter
-        ):  # only what was trained: the base is there, perhaps in 4 bits
-            restore(self.model.backbone.model, Path(checkpoint_path))
-            fusion = Path(checkpoint_path) / "1_MultiTokenFusion" / "model.safetensors"
-            self.model.fusion.load_state_dict(load_file(fusion))
+        elif self.model.backbone.has_adapter:
+            # only what trains: the base is loaded already, perhaps in 4 bits
+            restore(self.model.backbone.model, checkpoint)
+            fusion = load_file(checkpoint / "1_MultiTokenFusion" / "model.safetensors")
+            self.model.fusion.load_state_dict(fusion)
         else:
             super()._load_from_checkpoint(checkpoint_path)
-        self.loss.load_state_dict(
-            torch.load(Path(checkpoint_path) / "loss.pt", map_location="cpu"), strict=False
-        )
+        weights_of_loss = torch.load(checkpoint / "loss.pt", map_location="cpu")
+        self.loss.load_state_dict(weights_of_loss, strict=False)
 
     def _load_best_model(self) -> None:
-        """The library's own logs an error and goes on with the last weights."""
+        """Loads the best checkpoint or fails; the library's own would keep the last weights."""
         check_checkpoint(Path(self.state.best_model_checkpoint))
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def newest_checkpoint(directory: Path) -> Path | None:
-    """The last whole checkpoint in a directory; ones that were cut off do not count."""
-    whole: Iterable[Path] = (mark.parent for mark in directory.glob(f"checkpoint-*/{COMPLETE}"))
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # untyped library
+    """On SIGTERM, finishes the step, writes a checkpoint and ends the run.
 
+    All processes stop after the same step, even if the signal reaches only one of them, or each at
+    another step. Python handles signals in the main thread only: a run in another thread ignores
+    SIGTERM.
 
-def check_checkpoint(checkpoint: Path) -> None:
-    """Check that a checkpoint still has every file that it was written with, at its full size.
-
-    Raises:
-        TrainingError: If it has not; the message names the file.
-    """
-    remedy = "Restore it, or remove the checkpoint: the run then continues from the one before it, or starts again."
-    try:
-        sizes = json.loads((checkpoint / COMPLETE).read_text())["files"]
-    except (ValueError, TypeError, KeyError):
-        raise TrainingError(
-            f"{checkpoint / COMPLETE}: does not list the files of its checkpoint, so they cannot "
-            f"be checked. {remedy}"
-        ) from None
-    for name, size in sizes.items():
-        file = checkpoint / name
-        if not file.is_file():
-            raise TrainingError(
-                f"{file}: is missing, so the run cannot be resumed from this checkpoint. {remedy}"
-            )
-        if (now := file.stat().st_size) != size:
-            raise TrainingError(
-                f"{file}: has {now:,} bytes, but was written with {size:,}, so the run cannot be "
-                f"resumed from this checkpoint. {remedy}"
-            )
-
-
-class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers ships no types for it
-    """On SIGTERM, finish the step, write a checkpoint, and leave; ``stopped`` tells that it
-    happened.
-
-    Several processes stop after the same step, even if the signal reaches only one of them or each
-    at another step. Python hands signals to the main thread only: a run in another thread does not
-    listen.
+    Attributes:
+        stopped: Whether SIGTERM has arrived.
     """
 
     def __init__(self) -> None:
         self.stopped = False
-        self._before: Any = None
+        self._previous_handler: Any = None
         self._listening = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._stop)
+            self._previous_handler = signal.signal(signal.SIGTERM, self._stop)
             self._listening = True
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -268,7 +234,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers ships
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
-        """Give SIGTERM back to whoever listened before."""
+        """Reinstall the previous handler of SIGTERM."""
         if self._listening:
-            signal.signal(signal.SIGTERM, self._before)
+            signal.signal(signal.SIGTERM, self._previous_handler)
             self._listening = False

@@ -1,0 +1,186 @@
+"""From documents to rows of an index: load them, group them by content, encode each content once.
+
+Both the local build and the workers of Ray consist of these steps.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rematch.data.corpus import Document, Metadata, Unreadable
+from rematch.data.images import CheckedPicture, EncodedPicture
+from rematch.encoding.encoder import Encoder
+from rematch.encoding.inputs import MeasuredInput, batches_by_length, inspect_picture
+from rematch.errors import RematchError
+from rematch.scoring import truncate
+from rematch.search.schema import IndexSettings
+
+
+@dataclass(frozen=True)
+class LoadedDocument:
+    """A document and the input to encode for it.
+
+    Attributes:
+        document: The document.
+        stamp: Its stamp, from before it was loaded.
+        value: The input.
+        is_new: Whether the index has no document of this id.
+    """
+
+    document: Document
+    stamp: int
+    value: dict[str, Any]
+    is_new: bool
+
+    @property
+    def id(self) -> str:
+        """The document's id."""
+        return self.document.id
+
+    @property
+    def metadata(self) -> Metadata:
+        """The document's metadata."""
+        return self.document.metadata
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Size of the picture's file, if that is in memory."""
+        picture = self.value.get("image")
+        return len(picture.content) if isinstance(picture, EncodedPicture) else 0
+
+
+@dataclass(frozen=True)
+class Content:
+    """Documents with the same text and picture, which are encoded as one.
+
+    Attributes:
+        measured: Their content key and length.
+        documents: The documents; there is at least one.
+    """
+
+    measured: MeasuredInput
+    documents: list[LoadedDocument]
+
+
+@dataclass(frozen=True)
+class EncodedContent:
+    """Documents with the same text and picture, and its vectors.
+
+    Attributes:
+        key: The content key.
+        vectors: The embedding (D,), or with the token vectors (1 + K, D).
+        documents: The documents.
+    """
+
+    key: bytes
+    vectors: NDArray[np.float32]
+    documents: list[LoadedDocument]
+
+    def records(self, dimensions: int) -> list[dict[str, Any]]:
+        """The documents' rows in the index.
+
+        Args:
+            dimensions: Number of the embedding's first dimensions to store.
+        """
+        vectors = np.atleast_2d(self.vectors)
+        shared = {
+            "vector": truncate(vectors[:1], dimensions)[0],
+            "tokens": vectors[1:],
+            "content_hash": self.key.hex(),
+        }
+        return [shared | _columns(loaded) for loaded in self.documents]
+
+
+def _columns(loaded: LoadedDocument) -> dict[str, Any]:
+    document = loaded.document
+    image = document.image
+    return document.metadata | {
+        "id": document.id,
+        "text": document.text,
+        "path": str(image.resolve()) if isinstance(image, Path) else None,
+        "image": image.content if isinstance(image, EncodedPicture) else None,
+        "stamp": loaded.stamp,
+    }
+
+
+class DocumentEncoder:
+    """Encodes documents for an index.
+
+    Args:
+        encoder: Encoder of the index's model.
+        settings: Settings of the index.
+
+    Attributes:
+        waiting: By content key, the documents whose content is being encoded. A document that is
+            added here gets the same vectors.
+    """
+
+    def __init__(self, encoder: Encoder, settings: IndexSettings) -> None:
+        self.encoder = encoder
+        self.document_instructions = settings.document_instructions
+        self.multi_vector = settings.tokens > 0
+        self.waiting: dict[bytes, list[LoadedDocument]] = {}
+
+    def load(self, document: Document, *, is_new: bool) -> LoadedDocument | Unreadable:
+        """Load a document's picture and check that it can be read.
+
+        A picture on disk is replaced by its path and digest, so that it takes no memory until it
+        is encoded.
+        """
+        try:
+            stamp = document.stamp()
+            value = document.load_input(self.document_instructions)
+            if isinstance(document.image, Path):
+                value["image"] = CheckedPicture(document.image, *inspect_picture(value["image"]))
+        except RematchError as error:
+            return Unreadable(document.id, error)
+        return LoadedDocument(document, stamp, value, is_new)
+
+    def group(self, documents: Sequence[LoadedDocument]) -> tuple[list[Content], list[Unreadable]]:
+        """Group documents by content; those that cannot be read are returned apart."""
+        measured, errors = self.encoder.measure_readable(
+            [document.value for document in documents], "document", multi_vector=self.multi_vector
+        )
+        contents: dict[bytes, Content] = {}
+        for i, m in measured.items():
+            contents.setdefault(m.key, Content(m, [])).documents.append(documents[i])
+        unreadable = [Unreadable(documents[i].id, error) for i, error in errors.items()]
+        return list(contents.values()), unreadable
+
+    def batches(self, contents: Sequence[Content]) -> Iterator[dict[bytes, Any]]:
+        """Batches of inputs by content key; their documents wait for the vectors."""
+        for content in contents:
+            self.waiting[content.measured.key] = content.documents
+        measured = [content.measured for content in contents]
+        for keys in batches_by_length(measured, self.encoder.batch_tokens):
+            yield {key: self.waiting[key][0].value for key in keys}
+
+    def encode(
+        self, batches: Iterable[dict[bytes, Any]], workers: int
+    ) -> Iterator[tuple[list[EncodedContent], list[Unreadable]]]:
+        """Encode batches as they come.
+
+        Args:
+            batches: Inputs by content key, from :meth:`batches`.
+            workers: Number of processes that prepare batches.
+
+        Returns:
+            For each batch its encoded contents, and the documents that cannot be read.
+        """
+        for batch in self.encoder.stream(
+            batches, "document", multi_vector=self.multi_vector, workers=workers
+        ):
+            unreadable = [
+                Unreadable(document.id, error)
+                for key, error in batch.errors.items()
+                for document in self.waiting.pop(key)
+            ]
+            encoded = [
+                EncodedContent(key, vectors, self.waiting.pop(key))
+                for key, vectors in batch.vectors.items()
+            ]
+            yield encoded, unreadable

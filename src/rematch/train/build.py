@@ -1,0 +1,120 @@
+"""What a recipe describes: the model to train, the loss, and the collator."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from sentence_transformers.util import get_device_name
+from transformers import BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
+from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
+
+from rematch.errors import ImageError, RecipeError, RematchError, TooLongError
+from rematch.matching import Matching, View
+from rematch.model import ReMatch
+from rematch.train.collator import Collator
+from rematch.train.loss import ReMatchLoss
+from rematch.train.precision import Precision, choose_precision, device_type, native_bfloat16
+from rematch.train.recipe import Recipe
+
+
+def build_model(recipe: Recipe) -> ReMatch:
+    """Load the backbone, add what the recipe trains, and freeze the rest.
+
+    Raises:
+        RecipeError: If a package or device that the recipe needs is missing.
+        ModelError: If the backbone cannot be used.
+    """
+    settings = recipe.model
+    if settings.liger and not (torch.cuda.is_available() and find_spec("liger_kernel")):
+        raise RecipeError(
+            "model.liger needs a CUDA device and liger-kernel (pip install liger-kernel)."
+        )
+    lora = None
+    if settings.lora:
+        lora = LoraConfig(
+            r=settings.lora.r, lora_alpha=settings.lora.alpha, lora_dropout=settings.lora.dropout
+        )
+    torch.manual_seed(recipe.train.seed)
+    model = ReMatch.from_backbone(
+        settings.backbone,
+        settings.num_tokens,
+        lora=lora,
+        lora_vision=settings.lora is not None and settings.lora.vision,
+        model_kwargs=_loading_options(recipe),
+    )
+    model.backbone.document_instructions = recipe.data.document_instructions
+    model.backbone.matching = recipe.loss.matching
+    model.backbone.limit_pixels(settings.min_pixels, settings.max_pixels)
+    if lora is None and not settings.train_vision:
+        model.backbone.freeze_vision()
+    if settings.liger:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model.backbone.model)
+    if settings.compile:
+        for layer in model.backbone.model.get_decoder().layers:
+            layer.compile(dynamic=True)
+    if recipe.train.gradient_checkpointing:
+        model.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _loading_options(recipe: Recipe) -> dict[str, Any]:
+    """Arguments of ``from_pretrained``."""
+    settings = recipe.model
+    # bfloat16 would lose small updates of full weights
+    options: dict[str, Any] = {"dtype": settings.dtype or ("auto" if settings.lora else "float32")}
+    attention = precision_of(recipe).attention
+    if attention:
+        options["attn_implementation"] = attention
+    if settings.four_bit:
+        if not is_bitsandbytes_available():
+            raise RecipeError(
+                f"model.four_bit needs bitsandbytes {BITSANDBYTES_MIN_VERSION} or newer (pip "
+                "install bitsandbytes)."
+            )
+        compute_dtype = torch.bfloat16 if native_bfloat16(device_type()) else torch.float32
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype
+        )
+        # by default, all processes would load the weights onto the first GPU
+        options["device_map"] = {"": get_device_name()}
+    return options
+
+
+def precision_of(recipe: Recipe) -> Precision:
+    """The arithmetic that a recipe means on this machine."""
+    return choose_precision(recipe.train.bf16, recipe.model.attention, device_type())
+
+
+def build_loss(recipe: Recipe, model: ReMatch) -> ReMatchLoss:
+    """The loss of a recipe."""
+    options = recipe.loss.model_dump(exclude={"matching", "views"})
+    return ReMatchLoss(
+        model, views=_views(recipe), features_gb=recipe.train.features_gb, **options
+    )
+
+
+def build_collator(recipe: Recipe, model: ReMatch) -> Collator:
+    """The collator that makes batches for :func:`build_loss`."""
+    skip: list[type[RematchError]] = []
+    if recipe.data.unreadable == "skip":
+        skip.append(ImageError)
+    if recipe.data.too_long == "skip":
+        skip.append(TooLongError)
+    return Collator(
+        model,
+        _views(recipe),
+        recipe.train.mini_batch_tokens,
+        reuse=recipe.loss.matching == Matching.REUSE,
+        skip=tuple(skip),
+    )
+
+
+def _views(recipe: Recipe) -> list[View]:
+    """The views that training asks about; none without matching."""
+    if not recipe.loss.w_qdm:
+        return []
+    return [View.FEAT_FEAT] if recipe.loss.matching == Matching.FEAT else recipe.loss.views

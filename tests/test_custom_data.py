@@ -1,0 +1,55 @@
+"""Custom evaluation data: rows, BEIR's layout, YAML, and their errors."""
+
+import pytest
+from shared_benchmarks import custom_data
+
+from rematch.data.custom import load_custom
+from rematch.errors import DataError
+
+
+def test_custom_data_in_each_layout(tmp_path):
+    custom_data(tmp_path)
+    shop, colours = load_custom(tmp_path / "shop.yaml")
+    assert [shop.name, colours.name] == ["shop", "colours"]
+    assert shop.queries[0].as_input() == {"text": "Find me: a red square"}
+    pool, positives = shop.pool(0)
+    assert positives == 1
+    assert len(pool) == len(shop.documents) == 10, "without candidates, every document of the file"
+    pool, positives = shop.pool(3)
+    assert positives == 2
+    assert [shop.documents[i].key for i in pool] == ["red", "red!", "grey"]
+    assert shop.documents[0].instruction == "Represent the given image."
+    assert len(colours.queries) == 2, "queries without judgements are left out"
+    assert colours.documents[0].as_input()["text"] == "Red a colour"
+    assert list(colours.answers[1]) == [1]
+    queries = load_custom(tmp_path / "shop.jsonl")[0].queries
+    assert load_custom(tmp_path / "shop.jsonl", limit=2)[0].queries == queries[:2]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"query": "a"}', "needs 'query' and 'positives'"),
+        ('{"query": "a", "positives": []}', "no positives"),
+        ('{"query": "a", "positives": "b"}', "is not a list"),
+        ('{"query": "a", "positives": ["no.png"]}', "names the picture"),
+        ("", "holds no queries"),
+    ],
+)
+def test_errors_in_rows_name_file_and_row(tmp_path, content, message):
+    (tmp_path / "rows.jsonl").write_text(content + "\n")
+    with pytest.raises(DataError, match=rf"rows\.jsonl.*{message}"):
+        load_custom(tmp_path / "rows.jsonl")
+
+
+def test_errors_in_yaml_and_beir(tmp_path):
+    custom_data(tmp_path)
+    (tmp_path / "bad.yaml").write_text("tasks:\n  - nam: shop\n")
+    with pytest.raises(DataError, match=r"bad\.yaml: tasks\.0\.name: Field required"):
+        load_custom(tmp_path / "bad.yaml")
+    (tmp_path / "my-beir/qrels/test.tsv").write_text("q0\tpurple\t1\n")
+    with pytest.raises(DataError, match=r"test\.tsv:1: document 'purple' is not in corpus"):
+        load_custom(tmp_path / "my-beir")
+    (tmp_path / "my-beir/qrels/test.tsv").write_text("q0 red 1\n")
+    with pytest.raises(DataError, match="between tabs"):
+        load_custom(tmp_path / "my-beir")

@@ -1,0 +1,116 @@
+"""The encoder and ``rematch evaluate`` with models that are not ReMatch's."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+
+from rematch.encoding.encoder import Encoder
+from rematch.encoding.vector_store import VectorStore
+from rematch.errors import RematchError
+from rematch.evaluate.command import EvaluateOptions, run
+
+ROUNDING = 1e-5  # of float32 sums in another order, as in test_encoder.py
+
+
+@pytest.fixture(scope="module")
+def text_model(saved_model):
+    """A small text-only SentenceTransformer, as a peer's model would be."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = Path(saved_model).with_name("bert")
+    words = Tokenizer(
+        models.WordLevel(
+            {w: i for i, w in enumerate(["[PAD]", "[UNK]", "word", "number", "text"])}, "[UNK]"
+        )
+    )
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
+    )
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=5,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    transformer = Transformer(str(folder))
+    model = SentenceTransformer(
+        modules=[transformer, Pooling(transformer.get_embedding_dimension())],
+        prompts={"query": "number "},
+        device="cpu",
+    )
+    path = folder.with_name("text-model")
+    model.save_pretrained(str(path))
+    return path
+
+
+def test_any_sentence_transformer_is_encoded_with_its_own_prompts(text_model):
+    model = SentenceTransformer(str(text_model), device="cpu")
+    texts = [{"text": "word " * n} for n in range(1, 9)]
+    plain = [x["text"] for x in texts]
+    assert np.allclose(
+        Encoder(model, workers=0).encode(texts, "query"), model.encode_query(plain), atol=ROUNDING
+    )
+    assert np.allclose(
+        Encoder(model, workers=0).encode(texts, "document"),
+        model.encode_document(plain),
+        atol=ROUNDING,
+    )
+    with pytest.raises(RematchError, match=r"cannot take pictures.*--tasks"):
+        Encoder(model, workers=0).encode([Image.new("RGB", (40, 40))], "document")
+    with pytest.raises(RematchError, match="only ReMatch models"):
+        Encoder(model, workers=0).encode(["a"], "document", multi_vector=True)
+
+
+def test_a_models_truncate_dim_counts_as_in_its_own_encode(text_model, tmp_path):
+    whole = SentenceTransformer(str(text_model), device="cpu")
+    SentenceTransformer(str(text_model), device="cpu", truncate_dim=6).save_pretrained(
+        str(tmp_path / "short")
+    )
+    model = SentenceTransformer(str(tmp_path / "short"), device="cpu")
+    texts = ["word " * n for n in range(1, 9)]
+    for task, plain in (
+        ("query", model.encode_query(texts)),
+        ("document", model.encode_document(texts)),
+    ):
+        vectors = Encoder(model, workers=0).encode(texts, task)
+        assert vectors.shape == plain.shape == (8, 6)
+        assert np.allclose(vectors, plain, atol=ROUNDING)
+    assert Encoder(model).encode([], "query").shape == (0, 6)
+    assert VectorStore(tmp_path, model).path != VectorStore(tmp_path, whole).path
+    rows = [{"query": f"word number {i % 3}", "positives": [f"number {i}"]} for i in range(9)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(
+        EvaluateOptions(
+            str(tmp_path / "short"),
+            benchmark=str(tmp_path / "own.jsonl"),
+            output=tmp_path / "out",
+            save_vectors=True,
+        )
+    )
+    assert np.load(tmp_path / "out/arrays/own.npz")["documents"].shape == (9, 6)
+
+
+def test_a_peers_model_is_evaluated_by_the_same_command(text_model, tmp_path):
+    rows = [{"query": f"word number {i % 3}", "positives": [f"number {i}"]} for i in range(9)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = run(
+        EvaluateOptions(
+            str(text_model), benchmark=str(tmp_path / "own.jsonl"), output=tmp_path / "out"
+        )
+    )
+    assert content["tasks"]["own"].keys() >= {"hit@1", "mrr", "ndcg@10"}
+    with pytest.raises(RematchError, match="need a ReMatch model"):
+        run(EvaluateOptions(str(text_model), benchmark=str(tmp_path / "own.jsonl"), maxsim=True))
