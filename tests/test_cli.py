@@ -108,7 +108,9 @@ assert "torch" not in sys.modules
 
 
 def test_help_needs_no_torch():
-    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", HELP], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     for word in ("demo", "train", "evaluate", "index", "search", "serve", "data"):
         assert word in done.stdout

@@ -168,7 +168,6 @@ def test_concurrent_requests_get_their_own_vectors(engine):
 
 
 def test_a_picture_waits_in_the_queue_once(engine, monkeypatch):
-    """It is measured in another thread, while the model's thread is busy."""
     app = create_app(engine)
     batcher = app.state.service.batcher
     values = []
@@ -190,6 +189,43 @@ def test_a_picture_waits_in_the_queue_once(engine, monkeypatch):
     assert content["usage"]["prompt_tokens"] == measured.tokens
     assert results["usage"]["prompt_tokens"] == 2 * measured.tokens
     assert engine.measure([{"image": NOISE}, {"text": "a dog"}])[0] == measured.tokens
+
+
+def wait_until(condition) -> None:
+    deadline = time.time() + 10
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+def test_a_picture_is_measured_while_the_model_is_busy(engine, monkeypatch):
+    app = create_app(engine)
+    batcher = app.state.service.batcher
+    embed = engine.embed_documents
+    release = threading.Event()
+
+    def embed_when_released(documents):
+        release.wait(10)
+        return embed(documents)
+
+    monkeypatch.setattr(engine, "embed_documents", embed_when_released)
+    with TestClient(app) as client:
+        statuses = []
+
+        def send(body: dict) -> None:
+            statuses.append(client.post("/v1/embeddings", json=body).status_code)
+
+        text = threading.Thread(target=send, args=({"input": "a"},))
+        text.start()
+        wait_until(lambda: batcher.batches == 1)
+        picture = threading.Thread(target=send, args=(PICTURE_MESSAGE,))
+        picture.start()
+        wait_until(lambda: len(batcher.queue) == 1)  # measured, and waiting to be computed
+        assert statuses == []
+        release.set()
+        text.join()
+        picture.join()
+    assert statuses == [200, 200]
 
 
 def test_inputs_are_measured_with_a_processor_of_their_own(engine):

@@ -31,7 +31,7 @@ def _options(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
         ),
     ] = False,
 ) -> None:
@@ -180,17 +180,12 @@ def mine(
 @app.command()
 def evaluate(
     model: Annotated[
-        str,
-        typer.Argument(
-            help="Directory or hub name of a ReMatch model or any other SentenceTransformer; or "
-            "rematch-tiny."
-        ),
+        str, typer.Argument(help="Directory or hub name of any SentenceTransformer.")
     ] = "rematch-tiny",
     benchmark: Annotated[
         str,
         typer.Option(
-            help="picto, mmeb or zeroshot; or own data: a .yaml, .jsonl or .parquet file, or a "
-            "BEIR folder."
+            help="picto, mmeb, zeroshot; or your own .yaml, .jsonl, .parquet or BEIR folder."
         ),
     ] = "picto",
     output: Annotated[
@@ -198,8 +193,7 @@ def evaluate(
         typer.Option(help="Directory for scores.json, predictions.parquet and report.html."),
     ] = None,
     data: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the benchmark; without it, MMEB is downloaded."),
+        Path | None, typer.Option(help="Folder of the benchmark; by default MMEB is downloaded.")
     ] = None,
     tasks: Annotated[
         str, typer.Option(help="Evaluate only these tasks, separated by commas.")
@@ -212,30 +206,22 @@ def evaluate(
     ] = False,
     document_instructions: Annotated[
         bool | None,
-        typer.Option(
-            help="Put instructions before documents; by default as the model was trained."
-        ),
+        typer.Option(help="Put instructions before documents; by default as in training."),
     ] = None,
     rerank: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Also rerank this many candidates of each query by the matching head.",
-        ),
+        int, typer.Option(min=0, help="Also rerank this many candidates by the matching head.")
     ] = 0,
     views: Annotated[
         str,
         typer.Option(
-            help="With --rerank: what the matching head reads, such as raw-raw or feat-feat; "
-            "several separated by commas."
+            help="Views of the matching head, separated by commas: raw-raw, feat-feat, …"
         ),
     ] = "raw-raw",
     maxsim: Annotated[
         bool, typer.Option(help="Also rank by MaxSim over the token vectors.")
     ] = False,
     cache: Annotated[
-        Path | None,
-        typer.Option(help="Directory where vectors are cached; by default OUTPUT/vectors."),
+        Path | None, typer.Option(help="Directory of cached vectors; by default OUTPUT/vectors.")
     ] = None,
     save_vectors: Annotated[
         bool, typer.Option(help="Write each task's vectors to OUTPUT/arrays.")
@@ -247,12 +233,10 @@ def evaluate(
         int | None, typer.Option(min=0, help="Processes that prepare batches.")
     ] = None,
     min_pixels: Annotated[
-        int | None,
-        typer.Option(min=1, help="Scale smaller pictures up, if the model supports it."),
+        int | None, typer.Option(min=1, help="Scale smaller pictures up, if the model can.")
     ] = None,
     max_pixels: Annotated[
-        int | None,
-        typer.Option(min=1, help="Scale larger pictures down, if the model supports it."),
+        int | None, typer.Option(min=1, help="Scale larger pictures down, if the model can.")
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run code that comes with the model.")
@@ -397,11 +381,7 @@ def search(
 @app.command()
 def serve(
     target: Annotated[
-        str,
-        typer.Argument(
-            help="An index, which is served with a search page; or a model: a directory, a hub "
-            "name, or rematch-tiny."
-        ),
+        str, typer.Argument(help="An index, served with a search page, or a model.")
     ],
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free port.")
@@ -410,21 +390,18 @@ def serve(
         str, typer.Option(help="Address to listen on; by default this machine only.")
     ] = "127.0.0.1",
     model: Annotated[
-        str | None,
-        typer.Option(help="Directory or hub name of the index's model, if it was moved."),
+        str | None, typer.Option(help="Where the index's model lies now, if it was moved.")
     ] = None,
     api_keys: Annotated[
         Path | None,
         typer.Option(
-            help="File with one API key a line; REMATCH_API_KEYS may hold more, separated by "
-            "commas."
+            help="File with one API key a line; or set REMATCH_API_KEYS, with commas between."
         ),
     ] = None,
     image_hosts: Annotated[
         str,
         typer.Option(
-            help="Hosts from which pictures may be fetched by URL, separated by commas; by "
-            "default none."
+            help="Hosts whose pictures may be fetched by URL, separated by commas; default: none."
         ),
     ] = "",
     batch_tokens: Annotated[
@@ -434,8 +411,7 @@ def serve(
         int, typer.Option(min=1, help="Longest queue; further calls are refused with 429.")
     ] = 512,
     timeout: Annotated[
-        float,
-        typer.Option(min=0.1, help="Seconds after which a request is answered with 504."),
+        float, typer.Option(min=0.1, help="Seconds after which a request is answered with 504.")
     ] = 60.0,
     batching: Annotated[
         bool, typer.Option(help="Compute calls that wait together, in batches.")

@@ -1,4 +1,4 @@
-"""Benchmarks by name: Picto, MMEB, the five zero-shot sets; or a user's custom data."""
+"""Benchmarks by name: Picto, MMEB, the five zero-shot sets; or custom data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ def load_benchmark(
     elif name == "zeroshot":
         loaded, left_out = _load_zeroshot(data, tasks, limit)
     else:
-        loaded, left_out = _load_custom(name, tasks, limit), {}
+        loaded, left_out = _load_custom_tasks(name, tasks, limit), {}
     # most people have only some of the zero-shot sets, and evaluate those without naming them
     may_miss = skip_missing or (name == "zeroshot" and loaded and not tasks)
     if left_out and not may_miss:
@@ -104,7 +104,7 @@ def _load_zeroshot(
     )
 
 
-def _load_custom(path: str, names: Sequence[str], limit: int | None) -> list[RetrievalTask]:
+def _load_custom_tasks(path: str, names: Sequence[str], limit: int | None) -> list[RetrievalTask]:
     source = Path(path)
     if not source.exists():
         matches = get_close_matches(path, NAMES, 1)

@@ -63,7 +63,7 @@ class Engine:
         """
         with self._measuring:
             measured = self._measuring_encoder.measure(inputs, "document")
-        lengths = [result.tokens for result in measured]
+        lengths = [measured_input.tokens for measured_input in measured]
         limit = self.model.max_seq_length
         for length in lengths:
             if limit and length > limit:
@@ -174,8 +174,8 @@ class Engine:
             The mean over all tokens, then each of the first tokens.
         """
         picture = pictures[0] if isinstance(pictures, list) else pictures
-        shown = [maps.mean(0), *maps[:_OVERLAYS]]
-        return [data_url(overlay(picture, weights), _OVERLAY_EDGE) for weights in shown]
+        selected = [maps.mean(0), *maps[:_OVERLAYS]]
+        return [data_url(overlay(picture, weights), _OVERLAY_EDGE) for weights in selected]
 
 
 def _with_own_processor(model: ReMatch) -> ReMatch:
