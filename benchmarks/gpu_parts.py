@@ -104,7 +104,7 @@ class Bench:
         model: Any = (),
         loss: Any = (),
         train: Any = (),
-    ):  # type: ignore[no-untyped-def]
+    ) -> Recipe:
         """A recipe like those that ship, with changed settings."""
         on_gpu = self.device == "cuda"
         sections = {

@@ -1,7 +1,7 @@
-"""Render docstrings in the documentation site: a griffe extension, loaded by mkdocs.yml.
+"""Prepare docstrings for the documentation site: a griffe extension that mkdocs.yml loads.
 
-Docstrings here are Google style with two habits that Markdown does not know: Sphinx roles such as
-``:class:`~rematch.search.index.Index```, and doctests without a code fence.
+Docstrings here are in Google style. Two of their habits are not Markdown: Sphinx roles such as
+``:class:`~rematch.search.index.Index``` and doctests without a code fence.
 """
 
 import re
@@ -14,13 +14,8 @@ DOCTEST = re.compile(r"^([ ]*)>>> .*(?:\n(?!\s*$).*)*", re.MULTILINE)
 
 
 def to_markdown(docstring: str) -> str:
-    """Turn Sphinx roles into optional cross-references and doctests into code blocks.
-
-    >>> print(to_markdown(">>> 1 + 1\\n2"))
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
+    """Turn Sphinx roles into cross-references where the target has a page, and doctests into code
+    blocks.
     """
 
     def reference(role: re.Match[str]) -> str:
