@@ -1,21 +1,21 @@
-# Two commands: `make demo` and `make test`. Each makes .venv and installs what it needs.
+# `make demo`, `make test` and `make docs` each create .venv and install what they need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# tests run in so many processes, each with so many threads
+# number of test processes, and threads in each
 PROCESSES ?= 2
 THREADS ?= 1
 
-.PHONY: install demo test browser lint format clean
+.PHONY: install demo test docs browser lint format clean
 
 install: $(VENV)/.installed
 
-# torch first and pinned, so that no other package chooses its version; torchvision, which fits no CPU build of it, out of
-# the library's sight: only tests/tiny_backbones.py uses it
+# torch comes first and pinned, so that no other package chooses its version. torchvision, which fits no CPU build of
+# torch, goes where the library does not see it: only tests/tiny_backbones.py uses it.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(shell grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/torchvision-for-tests torchvision==0.29.0
 	touch $@
 
@@ -25,7 +25,11 @@ demo: install
 test: install lint browser
 	OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
-# the tests of the search page want Debian's chromium; without it, and without the right to install it, they are skipped
+# NO_MKDOCS_2_WARNING silences an advertisement
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# the tests of the search page need Debian's chromium; where it is missing and cannot be installed, they are skipped
 browser:
 	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) \
 		>/dev/null 2>&1 || echo "no chromium here: the tests of the search page are skipped"
@@ -40,4 +44,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache

@@ -1,24 +1,22 @@
-"""The paper's ablation ladder on Picto, from the tiny base: scores, what is left of the base, and
-what a part costs.
+"""The paper's ablation ladder on Picto, from the tiny base: what each part of the method gives and
+costs, and what remains of the base's abilities.
 
-    python benchmarks/ablation.py time                           # seconds a step of every arm, taking turns; first
-    python benchmarks/ablation.py run --seeds 0 1 2              # resumable; several copies share
-    the work python benchmarks/ablation.py run --arms 6-all --set model.num_tokens=4 --name K4
-    # one point of a sweep python benchmarks/ablation.py report                         # table,
-    plot, and what has not been run
+    python benchmarks/ablation.py time    # seconds per step of every arm; run this first
+    python benchmarks/ablation.py run --seeds 0 1 2    # resumable; several copies share the work
+    python benchmarks/ablation.py run --arms 6-all --set model.num_tokens=4 --name K4    # a sweep
+    python benchmarks/ablation.py report    # table, plot, and what has not been run
 
-Each run writes one JSON to benchmarks/results/ablation/. Beside Hit@1 on Picto's whole test set it
-holds, in percent and always on held-out combinations:
+Each run writes one JSON file to benchmarks/results/ablation/. It holds Hit@1 on Picto's whole test
+set and, in percent, always on held-out combinations:
 
-- ``matching``: right Yes/No answers on right and nearly right documents, for each view pair;
-- ``vqa_exact``: exact answers by greedy generation; with ``raw-raw`` above, what is left of the
+- ``matching``: Yes/No accuracy on right and nearly right documents, for each view;
+- ``vqa_exact``: exact answers by greedy generation; with ``raw-raw`` above, what remains of the
   base's abilities;
 - ``composition``: how often a scene is nearer to its caption than to one in which an object is
-  replaced, two are swapped, or one is added or left out (as SugarCrepe asks of real pictures);
-  guessing has 50.
+  replaced, two are swapped, or one is added or left out (as in SugarCrepe); guessing gives 50.
 
 The arms named ``…-equal-time`` train for as many steps as fit into the time of ``5-multi-token``
-(contrastive losses alone, all else alike), by the seconds of ``time``.
+(contrastive losses alone, all else equal), by the seconds that ``time`` has measured.
 """
 
 import argparse
@@ -58,7 +56,7 @@ PAGE = ROOT / "docs" / "ablation.md"
 START, END = "<!-- table -->", "<!-- end of table -->"
 STEPS = 1600
 REFERENCE = "5-multi-token"
-# arm: its recipe, and what it changes there
+# arm: its recipe, and overrides of it
 ARMS: dict[str, tuple[str, list[str]]] = {
     "5-multi-token": ("5-multi-token", []),
     "6-all": ("6-all", []),
@@ -77,35 +75,33 @@ PER_TASK, SCENES = 50, 200
 
 
 def recipe_of(arm: str, seed: int, steps: int, output: Path, overrides: list[str]) -> Recipe:
-    """The recipe of an arm."""
-    name, own = ARMS[arm]
+    """Load the recipe of an arm."""
+    name, changes = ARMS[arm]
     settings = [f"train.seed={seed}", f"train.steps={steps}", f"train.output={output}"]
-    settings += [
-        "train.save_every=200",
-        "train.workers=0",
-    ]  # one process a run, so that several fit on a machine
-    return load_recipe(ROOT / "recipes" / f"ladder-{name}.yaml", [*own, *settings, *overrides])
+    # one process per run, so that several fit on a machine
+    settings += ["train.save_every=200", "train.workers=0"]
+    return load_recipe(ROOT / "recipes" / f"ladder-{name}.yaml", [*changes, *settings, *overrides])
 
 
 def steps_of(arm: str) -> int:
-    """1,600, or as many as take the reference's time."""
+    """Training steps of an arm: 1,600, or as many as take the reference's time."""
     if not arm.endswith("-equal-time"):
         return STEPS
     if not SECONDS.exists():
         raise SystemExit(
-            f"{arm}: its steps follow from measured seconds; run `benchmarks/ablation.py time` "
-            "first"
+            f"{arm}: the number of steps follows from measured seconds, and there are none. Run "
+            "`benchmarks/ablation.py time` first."
         )
     seconds = json.loads(SECONDS.read_text())["seconds_per_step"]
     return int(STEPS * seconds[REFERENCE] / seconds[arm.removesuffix("-equal-time")])
 
 
-# ---- what is measured ---------------------------------------------------------------------------
+# ---- measurements ---------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def abilities(model: ReMatch) -> dict[str, Any]:
-    """``vqa_exact`` and ``matching``, of held-out combinations, in percent."""
+    """Measure ``vqa_exact`` and ``matching`` on held-out combinations, in percent."""
     exact: list[float] = []
     queries, documents = [], []
     for name, (meta_task, generate) in TASKS.items():
@@ -115,30 +111,27 @@ def abilities(model: ReMatch) -> dict[str, Any]:
             exact += [
                 generated(model, sample.query) == sample.documents[0].text for sample in samples
             ]
-        queries += [q for q in (sample.query.as_input() for sample in samples) for _ in (0, 1)]
-        documents += [
-            document.as_input() for sample in samples for document in sample.documents[:2]
-        ]
-    vectors = (
-        model.encode_query(queries, show_progress_bar=False),
-        model.encode_document(documents, show_progress_bar=False),
-    )
+        for sample in samples:
+            queries += [sample.query.as_input()] * 2
+            documents += [document.as_input() for document in sample.documents[:2]]
+    query_vectors = list(model.encode_query(queries, show_progress_bar=False))
+    document_vectors = list(model.encode_document(documents, show_progress_bar=False))
     matching = {}
     for view in VIEWS:
-        query_view, document_view = view.split("-")
-        asked = queries if query_view == "raw" else list(vectors[0])
-        about = documents if document_view == "raw" else list(vectors[1])
-        yes = model.match(asked, about, view) > 0.5
+        query_form, document_form = view.split("-")
+        query_inputs = queries if query_form == "raw" else query_vectors
+        document_inputs = documents if document_form == "raw" else document_vectors
+        yes = model.match(query_inputs, document_inputs, view) > 0.5
         matching[view] = percent(yes == np.tile([True, False], len(yes) // 2))
     return {"vqa_exact": percent(exact), "matching": matching}
 
 
 def generated(model: ReMatch, query: Any) -> str:
-    """What the model answers to a question, by greedy generation."""
+    """The model's answer to a question, by greedy generation."""
     reader = model.backbone.reader
-    read = reader.read({"text": query.text, "image": query.image})
-    pictures = {name: value.to(model.device) for name, value in read.vision.items()}
-    ids = read.ids[None].to(model.device)
+    reading = reader.read({"text": query.text, "image": query.image})
+    pictures = {name: value.to(model.device) for name, value in reading.vision.items()}
+    ids = reading.ids[None].to(model.device)
     out = model.backbone.model.generate(
         input_ids=ids, **pictures, max_new_tokens=6, do_sample=False, pad_token_id=0
     )
@@ -148,7 +141,7 @@ def generated(model: ReMatch, query: Any) -> str:
 
 def composition(model: ReMatch) -> dict[str, float]:
     """How often a scene is nearer to its own caption than to a changed one, in percent."""
-    found = {}
+    shares = {}
     head = DOCUMENT_INSTRUCTIONS["caption"] if model.backbone.document_instructions else ""
     instruction = "Find an image caption describing the given image."
     for name, change in CHANGES.items():
@@ -158,31 +151,35 @@ def composition(model: ReMatch) -> dict[str, float]:
             for _ in range(SCENES)
         ]
         pictures = [
-            picto.render(s, rng.choice(picto.TRAIN_STYLES), rng.getrandbits(32)) for s in scenes
+            picto.render(scene, rng.choice(picto.TRAIN_STYLES), rng.getrandbits(32))
+            for scene in scenes
         ]
-        right = [head + picto.caption(s) for s in scenes]
-        wrong = [head + picto.caption(picto.near_miss(s, rng, (change,))) for s in scenes]
-        q = model.encode_query(
-            [{"text": instruction, "image": p} for p in pictures], show_progress_bar=False
+        captions = [head + picto.caption(scene) for scene in scenes]
+        changed = [
+            head + picto.caption(picto.near_miss(scene, rng, (change,))) for scene in scenes
+        ]
+        queries = model.encode_query(
+            [{"text": instruction, "image": picture} for picture in pictures],
+            show_progress_bar=False,
         )
-        near, far = (
-            model.encode_document(texts, show_progress_bar=False) for texts in (right, wrong)
+        true, false = (
+            model.encode_document(texts, show_progress_bar=False) for texts in (captions, changed)
         )
-        found[name] = percent((q * near).sum(1) > (q * far).sum(1))
-    return found
+        shares[name] = percent((queries * true).sum(1) > (queries * false).sum(1))
+    return shares
 
 
-def percent(right: Any) -> float:
+def percent(hits: Any) -> float:
     """Mean of booleans, in percent."""
-    return round(100 * float(np.mean(right)), 1)
+    return round(100 * float(np.mean(hits)), 1)
 
 
 def run(arm: str, seed: int, args: argparse.Namespace) -> None:
-    """Train and measure one arm, unless its result is there or another copy is at it."""
+    """Train and measure one arm, unless its result exists or another copy is working on it."""
     name = f"{args.name or arm}-seed{seed}"
     target = RESULTS / f"{name}.json"
-    with claimed(args.work_dir / f"{name}.lock") as free:
-        if target.exists() or not free:
+    with claim(args.work_dir / f"{name}.lock") as claimed:
+        if target.exists() or not claimed:
             return
         start, row = time.time(), {"arm": args.name or arm, "seed": seed}
         if arm == BASE:
@@ -208,8 +205,8 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Whether this process alone holds a file; the claim ends with the process."""
+def claim(path: Path) -> Iterator[bool]:
+    """Lock a file until the block ends; yields whether this process holds the lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
@@ -221,7 +218,7 @@ def claimed(path: Path) -> Iterator[bool]:
 
 
 def measure_seconds(args: argparse.Namespace) -> None:
-    """Median seconds of a training step and of embedding a text and picture, arms taking turns."""
+    """Measure median seconds of a training step of each arm, interleaved, and of embedding."""
     arms = [arm for arm in ARMS if not arm.endswith("-equal-time")]
     ready = {}
     for arm in arms:
@@ -230,8 +227,8 @@ def measure_seconds(args: argparse.Namespace) -> None:
         rows, collator = build_dataset(recipe), build_collator(recipe, model)
         size = recipe.train.batch_size
         batches = [
-            collator([rows[i] for i in range(s * size, (s + 1) * size)])
-            for s in range(args.rounds + 1)
+            collator([rows[i] for i in range(step * size, (step + 1) * size)])
+            for step in range(args.rounds + 1)
         ]
         ready[arm] = (model, build_loss(recipe, model), batches)
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
@@ -243,22 +240,22 @@ def measure_seconds(args: argparse.Namespace) -> None:
                 total = torch.stack(list(loss([batches[turn]["batch"]]).values())).sum()
             total.backward()
             model.zero_grad()
-            if turn:  # the first one warms up
+            if turn:  # the first turn is a warm-up
                 seconds[arm].append(time.perf_counter() - start)
     result = {
         "seconds_per_step": {
-            arm: round(statistics.median(found), 4) for arm, found in seconds.items()
+            arm: round(statistics.median(values), 4) for arm, values in seconds.items()
         }
     }
-    measured = {"threads": torch.get_num_threads(), "rounds": args.rounds}
-    write_json(SECONDS, result | measured)
+    setting = {"threads": torch.get_num_threads(), "rounds": args.rounds}
+    write_json(SECONDS, result | setting)
     cost = {"encode_ms_per_scene": encoding(args.rounds)}
-    write_json(SECONDS.with_name("ablation-encoding.json"), cost | measured)
+    write_json(SECONDS.with_name("ablation-encoding.json"), cost | setting)
     Console().print(result, cost)
 
 
 def encoding(rounds: int) -> dict[str, float]:
-    """Median milliseconds to embed a scene, by number of learnable tokens, taking turns."""
+    """Median milliseconds to embed a scene, by number of learnable tokens, interleaved."""
     models = {k: ReMatch.from_backbone("rematch-base", k).eval() for k in (0, 4, 16)}
     rng = random.Random(0)
     pictures = [picto.render(picto.sample_scene(rng), picto.TRAIN_STYLES[0], i) for i in range(64)]
@@ -269,12 +266,12 @@ def encoding(rounds: int) -> dict[str, float]:
             model.encode_document(pictures, batch_size=64, show_progress_bar=False)
             times[k].append(time.perf_counter() - start)
     return {
-        f"K={k}": round(1000 * statistics.median(found[1:]) / len(pictures), 2)
-        for k, found in times.items()
+        f"K={k}": round(1000 * statistics.median(values[1:]) / len(pictures), 2)
+        for k, values in times.items()
     }
 
 
-# ---- what is shown ------------------------------------------------------------------------------
+# ---- report ------------------------------------------------------------------------------
 
 COLUMNS = {
     "overall": lambda row: row["scores"]["overall"],
@@ -288,7 +285,7 @@ COLUMNS = {
 
 
 def report(args: argparse.Namespace) -> None:
-    """Print the means and their standard errors, as Markdown too, and draw them."""
+    """Print means and standard errors, write them into docs/ablation.md, and plot them."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(RESULTS.glob("*.json")):
         row = json.loads(path.read_text())
@@ -298,11 +295,11 @@ def report(args: argparse.Namespace) -> None:
         f"| arm | steps | seeds | {' | '.join(COLUMNS)} |",
         "|---|--:|--:|" + "--:|" * len(COLUMNS),
     ]
-    known = [arm for arm in (BASE, *sorted(ARMS)) if arm in groups]
-    for arm in known + [arm for arm in groups if arm not in known]:
+    listed = [arm for arm in (BASE, *sorted(ARMS)) if arm in groups]
+    for arm in listed + [arm for arm in groups if arm not in listed]:
         rows = groups[arm]
         cells = [arm, f"{rows[0].get('steps', 0):,}", str(len(rows))]
-        cells += [mean_and_error([of(row) for row in rows]) for of in COLUMNS.values()]
+        cells += [mean_and_error([value(row) for row in rows]) for value in COLUMNS.values()]
         table.add_row(*cells)
         lines.append(f"| {' | '.join(cells)} |")
     Console(width=150).print(table)
@@ -313,11 +310,11 @@ def report(args: argparse.Namespace) -> None:
         before + START + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2]
     )
     scratch.replace(PAGE)
-    draw({arm: groups[arm] for arm in known}, PAGE.with_suffix(".png"))
+    draw({arm: groups[arm] for arm in listed}, PAGE.with_suffix(".png"))
 
 
 def draw(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Hit@1 of every arm, each seed a point and their mean a bar."""
+    """Plot Hit@1 of every arm: a point for each seed, a bar for their mean."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(
@@ -345,7 +342,7 @@ def draw(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def mean_and_error(values: list[float]) -> str:
-    """Mean ± its standard error."""
+    """Format a mean ± its standard error."""
     if len(values) < 2:
         return f"{values[0]:.1f}"
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
@@ -359,16 +356,18 @@ def main() -> None:
     parser.add_argument("what", choices=("time", "run", "report"))
     parser.add_argument("--arms", nargs="+", default=[*ARMS, BASE], choices=[*ARMS, BASE])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help=f"instead of {STEPS} and of equal time")
     parser.add_argument(
-        "--set", nargs="+", default=[], help="further overrides of the recipe, for sweeps"
+        "--steps", type=int, help=f"training steps, instead of {STEPS} or equal time"
     )
-    parser.add_argument("--name", help="what a run with --set is called")
+    parser.add_argument(
+        "--set", nargs="+", default=[], help="more overrides of the recipe, for sweeps"
+    )
+    parser.add_argument("--name", help="name of the results of a run with --set")
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "ablation")
     parser.add_argument("--rounds", type=int, default=15, help="measured steps of `time`")
     args = parser.parse_args()
     if args.set and not args.name:
-        parser.error("--set without --name: the result would be taken for the arm's own")
+        parser.error("--set needs --name, or the result would count as the arm's. Add --name.")
     if args.what == "time":
         measure_seconds(args)
     elif args.what == "report":

@@ -3,15 +3,15 @@
 
     python benchmarks/evaluate.py --output benchmarks/results/evaluate.json
 
-- ``speedup_evaluate``: a Picto run in MMEB-eval form, read, encoded, kept on disk and scored by
-  our evaluator, against ``encode`` of every row's query and candidates as they stand there (which
-  leaves the scoring out).
+- ``speedup_evaluate``: a Picto run in MMEB-eval form, read, encoded, stored on disk and scored by
+  our evaluator, against ``encode`` of every row's query and candidates as they stand (without
+  scoring).
 - ``speedup_over_distinct``: the same against ``encode`` of each task's queries and distinct
-  documents: what is left of the gain for someone who has already thought of that.
-- ``speedup_encode``: throughput alone, on a list without doubles: as many short texts, long texts,
-  small pictures and large pictures, half of the pictures with a caption.
+  documents: the gain that remains for someone who has already thought of that.
+- ``speedup_encode``: throughput alone, on a list without duplicates: equal numbers of short texts,
+  long texts, small pictures and large pictures, half of the pictures with a caption.
 
-Both sides of a ratio take turns, and each is the median of its rounds.
+The sides of a ratio are interleaved, and each is the median of its rounds.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from rematch.model import ReMatch
 
 
 def mixed(folder: Path, each: int) -> list[dict[str, Any]]:
-    """Inputs without doubles: short texts, long texts, small and large pictures, as files."""
+    """Distinct inputs: short texts, long texts, small and large pictures, as files."""
     rng = random.Random(0)
 
     def caption() -> str:
@@ -67,24 +67,24 @@ def mixed(folder: Path, each: int) -> list[dict[str, Any]]:
 
 
 def medians(rounds: int, arms: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median seconds of each arm; they take turns."""
+    """Median seconds of each arm; arms are interleaved."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(rounds):
         for name, run in arms.items():
             started = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - started)
-    return {name: round(statistics.median(found), 2) for name, found in seconds.items()}
+    return {name: round(statistics.median(values), 2) for name, values in seconds.items()}
 
 
 def main() -> None:
-    """Print a table, and write it as JSON if asked to."""
+    """Measure, print a table and, with ``--output``, write JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="rematch-tiny")
     parser.add_argument(
-        "--limit", type=int, default=10, help="queries per task; more make the first ratio larger"
+        "--limit", type=int, default=10, help="queries per task; the first ratio grows with it"
     )
     parser.add_argument("--each", type=int, default=200, help="inputs of each of the four kinds")
     parser.add_argument("--rounds", type=int, default=3)
@@ -105,8 +105,9 @@ def main() -> None:
         def every_row() -> None:
             for task in load_mmeb_eval(folder / "tree", limit=args.limit)[0]:
                 model.encode_query([query.as_input() for query in task.queries], **plain)
-                for own in task.candidates:
-                    model.encode_document([task.documents[i].as_input() for i in own], **plain)
+                for candidates in task.candidates:
+                    documents = [task.documents[i].as_input() for i in candidates]
+                    model.encode_document(documents, **plain)
 
         def distinct_rows() -> None:
             for task in load_mmeb_eval(folder / "tree", limit=args.limit)[0]:
@@ -116,7 +117,7 @@ def main() -> None:
                 )
 
         inputs = mixed(folder, args.each)
-        model.encode_document(inputs[:64], **plain)  # warm
+        model.encode_document(inputs[:64], **plain)  # warm-up
         encode = medians(
             args.rounds,
             {
@@ -124,7 +125,7 @@ def main() -> None:
                 "ours": lambda: Encoder(model).encode(inputs, "document"),
             },
         )
-        apart = np.abs(
+        difference = np.abs(
             model.encode_document(inputs, **plain) - Encoder(model).encode(inputs, "document")
         ).max()
         runs = medians(1, {"every row": every_row}) | medians(
@@ -135,7 +136,7 @@ def main() -> None:
         "speedup_over_distinct": round(runs["distinct"] / runs["ours"], 2),
         "speedup_encode": round(encode["encode"] / encode["ours"], 2),
     }
-    table = Table("what", "plain encode, s", "ours, s", "ratio")
+    table = Table("run", "plain encode, s", "ours, s", "ratio")
     table.add_row(
         "Picto run, every row",
         f"{runs['every row']:.2f}",
@@ -155,21 +156,21 @@ def main() -> None:
         f"{ratios['speedup_encode']:.2f}",
     )
     Console(width=90).print(table)
-    print(f"largest difference of a vector's component on the mixed list: {apart:.1e}")
+    print(f"largest difference of a vector's component on the mixed list: {difference:.1e}")
     if args.output:
         device = (
             torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
         )
         content = ratios | {
             "seconds": {"evaluate": runs, "encode": encode},
-            "largest_difference": float(apart),
+            "largest_difference": float(difference),
             "model": args.model,
             "queries_per_task": args.limit,
             "inputs_of_each_kind": args.each,
             "hardware": f"{device}, {os.cpu_count()} CPU cores",
             "versions": {
-                n: version(n)
-                for n in ("torch", "transformers", "sentence-transformers", "rematch-mm")
+                name: version(name)
+                for name in ("torch", "transformers", "sentence-transformers", "rematch-mm")
             },
         }
         write_json(args.output, content)

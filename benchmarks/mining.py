@@ -1,22 +1,23 @@
-"""Does the matching head take out false negatives and leave hard ones? Picto with planted right
+"""Does the matching head remove false negatives and keep hard ones? Picto with planted right
 answers.
 
     python benchmarks/mining.py --output benchmarks/results/mining.json
 
-Held-out scenes are asked for by their caption (text to picture) and by a picture in another style
-(picture to picture). For each query the corpus holds, beside the labelled positive, a right answer
-that nobody labelled (the scene drawn once more) and a nearly right one (two objects exchanged, or
-one replaced). Of the candidates that `rematch mine` judges:
+The queries are held-out scenes, by their caption (text to picture) or as a picture in another
+style (picture to picture). Besides the labelled positive, the corpus holds for each query a right
+answer that nobody labelled (the scene drawn again) and a nearly right one (two objects exchanged,
+or one replaced). Of the candidates that `rematch mine` judges:
 
-- precision: how many of those that it takes for false negatives show the query's scene;
-- recall: how many of those that show the query's scene it takes for false negatives;
-- kept: how many of the nearly right ones it keeps as hard negatives.
+- precision: the share of the presumed false negatives that show the query's scene;
+- recall: the share of those showing the query's scene that are presumed false negatives;
+- kept: the share of the nearly right ones that remain as hard negatives.
 """
 
 import argparse
 import json
 import random
 import tempfile
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,85 +32,94 @@ from rematch.model import ReMatch
 from rematch.train.candidates import Rules
 from rematch.train.mine import mine
 
-ASK = {
+INSTRUCTIONS = {
     "text to picture": "Find me an image that matches the given caption: ",
     "picture to picture": "Find an image that shows the same scene drawn in another style.",
 }
-EVERYTHING = {
-    "negatives": 1_000_000,
-    "yes": 1.1,
-    "margin": -1.0,
-}  # the output then holds every judged candidate
+# with these rules the output holds every judged candidate
+EVERYTHING = {"negatives": 1_000_000, "yes": 1.1, "margin": -1.0}
 
 
 def build(directory: Path, kind: str, queries: int) -> tuple[Path, dict[str, str], dict[str, str]]:
-    """Own data with pictures; what scene each file shows, and which files are the nearly right
-    ones of which query.
+    """Write training data, corpus and pictures.
+
+    Returns:
+        The data file, the caption of each picture's scene, and the positive that each nearly right
+        picture belongs to.
     """
     rng = random.Random(f"mining/{kind}")
-    rows, shows, near = [], {}, {}
+    rows, captions, near = [], {}, {}
     for i in range(queries):
         scene = picto.sample_scene(rng, held_out=True)
         other = picto.near_miss(scene, rng, ("swap", "object"))
-        asked, *styles = rng.sample(picto.TRAIN_STYLES, 2)
-        drawn = {
-            "positive": (scene, styles[0]),
-            "planted": (scene, styles[0]),
-            "near": (other, styles[0]),
-        }
-        for name, (what, style) in drawn.items():
+        query_style, document_style = rng.sample(picto.TRAIN_STYLES, 2)
+        for name, content in (("positive", scene), ("planted", scene), ("near", other)):
             file = f"{name}-{i}.png"
-            picto.render(what, style, rng.getrandbits(32), augment=True).save(directory / file)
-            shows[file] = picto.caption(what)
-        query: dict[str, Any] = {"text": ASK[kind] + picto.caption(scene)}
+            picture = picto.render(content, document_style, rng.getrandbits(32), augment=True)
+            picture.save(directory / file)
+            captions[file] = picto.caption(content)
+        query: dict[str, Any] = {"text": INSTRUCTIONS[kind] + picto.caption(scene)}
         if kind == "picture to picture":
-            picto.render(scene, asked, rng.getrandbits(32), augment=True).save(
-                directory / f"query-{i}.jpg"
-            )
-            query = {"text": ASK[kind], "image": f"query-{i}.jpg"}
+            picture = picto.render(scene, query_style, rng.getrandbits(32), augment=True)
+            picture.save(directory / f"query-{i}.jpg")
+            query = {"text": INSTRUCTIONS[kind], "image": f"query-{i}.jpg"}
         near[f"near-{i}.png"] = f"positive-{i}.png"
         rows.append({"query": query, "positive": {"image": f"positive-{i}.png"}})
     corpus = directory / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps({"image": file}) + "\n" for file in shows))
+    corpus.write_text("".join(json.dumps({"image": file}) + "\n" for file in captions))
     data = directory / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return data, shows, near
+    return data, captions, near
 
 
-def judged(
-    model: ReMatch, kind: str, queries: int, views: Any
-) -> list[tuple[bool, bool, float, float]]:
-    """Of every candidate: shows the query's scene, is its nearly right one, P(yes), the positive's
-    P(yes).
-    """
+@dataclass(frozen=True)
+class Candidate:
+    """A judged candidate of a query."""
+
+    is_right: bool
+    is_nearly_right: bool
+    p_yes: float
+    positive_p_yes: float
+
+
+def judge(model: ReMatch, kind: str, queries: int, views: Any) -> list[Candidate]:
+    """Mine with rules that keep everything, and return all candidates."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        data, shows, near = build(directory, kind, queries)
+        data, captions, near = build(directory, kind, queries)
         rules = Rules(**EVERYTHING, view=View(views))
         mine(model, data, directory / "mined.jsonl", rules, directory / "corpus.jsonl")
-        found = []
+        candidates = []
         for line in (directory / "mined.jsonl").read_text().splitlines():
             row = json.loads(line)
             file, positive = row["negative"]["image"][0], row["positive"]["image"][0]
-            right = shows[file] == shows[positive]
-            found.append((right, near.get(file) == positive, row["p_yes"], row["positive_p_yes"]))
-    return found
+            candidates.append(
+                Candidate(
+                    captions[file] == captions[positive],
+                    near.get(file) == positive,
+                    row["p_yes"],
+                    row["positive_p_yes"],
+                )
+            )
+    return candidates
 
 
-def figures(
-    found: list[tuple[bool, bool, float, float]], yes: float, margin: float
-) -> dict[str, float]:
-    """Precision, recall and what is kept of the nearly right ones, in percent."""
-    dropped = [p >= yes or p > positive - margin for *_, p, positive in found]
-    true = [row[0] for row, out in zip(found, dropped, strict=True) if out]
-    caught = [out for row, out in zip(found, dropped, strict=True) if row[0]]
-    near = [not out for row, out in zip(found, dropped, strict=True) if row[1]]
-    shares = {"precision": true, "recall": caught, "near_kept": near}
+def figures(candidates: list[Candidate], yes: float, margin: float) -> dict[str, float]:
+    """Precision, recall, and the share of nearly right candidates that are kept, in percent."""
+
+    def is_dropped(candidate: Candidate) -> bool:
+        return candidate.p_yes >= yes or candidate.p_yes > candidate.positive_p_yes - margin
+
+    shares = {
+        "precision": [c.is_right for c in candidates if is_dropped(c)],
+        "recall": [is_dropped(c) for c in candidates if c.is_right],
+        "near_kept": [not is_dropped(c) for c in candidates if c.is_nearly_right],
+    }
     return {name: round(100 * sum(part) / max(1, len(part)), 1) for name, part in shares.items()}
 
 
 def main() -> None:
-    """Print a table, and write it as JSON if asked to."""
+    """Measure, print a table and, with ``--output``, write JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -120,17 +130,18 @@ def main() -> None:
     args = parser.parse_args()
     model, results = ReMatch(args.model), []
     table = Table("queries", "views", "yes", "margin", "precision", "recall", "nearly right kept")
-    for kind in ASK:
+    for kind in INSTRUCTIONS:
         for views in args.views:
-            found = judged(model, kind, args.queries, views)
-            base = round(100 * sum(row[0] for row in found) / len(found), 1)
+            candidates = judge(model, kind, args.queries, views)
+            rights = sum(candidate.is_right for candidate in candidates)
+            share = round(100 * rights / len(candidates), 1)
             for yes, margin in ((0.3, 0.0), (0.5, 0.0), (0.5, 0.1), (0.7, 0.0), (0.9, 0.0)):
-                row = figures(found, yes, margin)
+                row = figures(candidates, yes, margin)
                 table.add_row(
                     kind, views, str(yes), str(margin), *(f"{value:.1f}" for value in row.values())
                 )
                 results.append(
-                    {"queries": kind, "views": views, "yes": yes, "margin": margin, "false": base}
+                    {"queries": kind, "views": views, "yes": yes, "margin": margin, "false": share}
                     | row
                 )
     Console(width=100).print(table)

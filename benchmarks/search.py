@@ -1,15 +1,15 @@
 """What search costs: reranking, orders on Picto, a million vectors, encoding a corpus.
 
-    python benchmarks/search.py --output benchmarks/results/search.json            # all of it, about half an hour
+    python benchmarks/search.py --output benchmarks/results/search.json    # about half an hour
     python benchmarks/search.py --parts rerank,ann
 
 - ``rerank``: 100 candidates by the matching head, for six kinds of query and document: one pair at
   a time, packed (prompt and query run once), and from stored vectors. Ratios are of the sums over
   all kinds; each kind is in the JSON.
-- ``picto``: Hit@1 and ms per query, query encoding included, of each order, in indexes of all
-  documents of a task; and Hit@1 with smaller vectors.
-- ``ann``: a million vectors, mixtures of pairs of real ones with noise; the library's indexes
-  against a scan.
+- ``picto``: Hit@1 and ms per query of each order, encoding of the query included, in indexes of
+  all documents of a task; and Hit@1 with truncated vectors.
+- ``ann``: a million vectors, mixtures of pairs of real ones with noise; LanceDB's approximate
+  indexes against a scan.
 - ``encode``: pictures of mixed sizes from disk into an index, against
   ``SentenceTransformer.encode`` on the list; peak memory at 1,000, 5,000 and 20,000 pictures, in
   processes of their own.
@@ -62,24 +62,24 @@ ORDERS = {
     "raw": "raw:20",
     "cascade": "feat:20,raw:5",
 }
-SMALLER = (128, 64, 32)  # dimensions kept of 256
+SMALLER = (128, 64, 32)  # dimensions, of 256
 QUERIES_OF_A_TASK, ANN_QUERIES, NEIGHBOURS, MIXED = 50, 200, 10, 1000
 
 
 def best_of(rounds: int, run: Callable[[], Any]) -> tuple[float, Any]:
-    """(least seconds, what it returned), after a round to warm up."""
-    found = run()
+    """Shortest time in seconds and the result, after a warm-up."""
+    result = run()
     seconds = []
     for _ in range(rounds):
-        started = time.perf_counter()
+        start = time.perf_counter()
         run()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds), found
+        seconds.append(time.perf_counter() - start)
+    return min(seconds), result
 
 
 def rerank(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds for 100 candidates, kind by kind."""
-    tasks = {t.name: t for t in evaluation_tasks(queries=50)}
+    """Measure seconds for 100 candidates, kind by kind."""
+    tasks = {task.name: task for task in evaluation_tasks(queries=50)}
     kinds, worst = {}, 0.0
     for name in KINDS:
         task = tasks[name]
@@ -87,14 +87,16 @@ def rerank(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
         documents = [task.documents[i].as_input() for i in task.candidates[0][:100]]
         vectors = list(model.encode_document(documents, show_progress_bar=False))
         vector = model.encode_query([query], show_progress_bar=False)[0]
-        single, alone = best_of(
+        single, single_scores = best_of(
             2, lambda q=query, ds=documents: [model.match([q], [d])[0] for d in ds]
         )
-        packed, together = best_of(5, lambda q=query, ds=documents: model.match([q] * len(ds), ds))
+        packed, packed_scores = best_of(
+            5, lambda q=query, ds=documents: model.match([q] * len(ds), ds)
+        )
         feat, _ = best_of(
             5, lambda q=vector, ds=vectors: model.match([q] * len(ds), ds, "feat-feat")
         )
-        worst = max(worst, float(np.abs(np.array(alone) - together).max()))
+        worst = max(worst, float(np.abs(np.array(single_scores) - packed_scores).max()))
         kinds[name] = {
             "single_s": round(single, 3),
             "packed_s": round(packed, 3),
@@ -104,13 +106,10 @@ def rerank(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
     table = Table(
         "100 candidates", "one pair at a time, s", "packed, s", "ratio", "from vectors, s", "ratio"
     )
-    for name, k in [*kinds.items(), ("all", sums)]:
-        cells = [
-            f"{k['single_s']:.2f}",
-            f"{k['packed_s']:.3f}",
-            f"{k['single_s'] / k['packed_s']:.1f}",
-        ]
-        table.add_row(name, *cells, f"{k['feat_s']:.3f}", f"{k['single_s'] / k['feat_s']:.1f}")
+    for name, times in [*kinds.items(), ("all", sums)]:
+        single, packed, feat = times["single_s"], times["packed_s"], times["feat_s"]
+        cells = [f"{single:.2f}", f"{packed:.3f}", f"{single / packed:.1f}"]
+        table.add_row(name, *cells, f"{feat:.3f}", f"{single / feat:.1f}")
     Console(width=110).print(table)
     return {
         "rerank_packed_speedup": round(sums["single_s"] / sums["packed_s"], 2),
@@ -121,79 +120,74 @@ def rerank(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def on_picto(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
-    """Hit@1 in each task's whole index, and ms per query."""
-    found: dict[str, dict[str, float]] = {order: {} for order in ORDERS}
-    smaller: dict[int, list[float]] = {size: [] for size in SMALLER}
-    spent = dict.fromkeys(ORDERS, 0.0)
-    for task in [t for t in evaluation_tasks() if t.name in KINDS]:
-        with tempfile.TemporaryDirectory() as folder:
+    """Measure Hit@1 in each task's whole index, and ms per query."""
+    hits: dict[str, dict[str, float]] = {order: {} for order in ORDERS}
+    truncated: dict[int, list[float]] = {size: [] for size in SMALLER}
+    seconds = dict.fromkeys(ORDERS, 0.0)
+    for task in [task for task in evaluation_tasks() if task.name in KINDS]:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
             documents = [
-                _document(Path(folder), str(i), d.as_input()) for i, d in enumerate(task.documents)
+                write_document(folder, str(i), document.as_input())
+                for i, document in enumerate(task.documents)
             ]
-            index = Index.create(Path(folder) / "index", model, name=args.model, tokens=True)
-            build(
-                index, Corpus(task.name, len(documents), lambda ds=documents: ds), Encoder(model)
-            )
-            queries = [q.as_input() for q in task.queries[:QUERIES_OF_A_TASK]]
-            answers = [str(own[0]) for own in task.candidates[:QUERIES_OF_A_TASK]]
+            corpus = Corpus(task.name, len(documents), lambda ds=documents: ds)
+            queries = [query.as_input() for query in task.queries[:QUERIES_OF_A_TASK]]
+            answers = [str(candidates[0]) for candidates in task.candidates[:QUERIES_OF_A_TASK]]
+            index = Index.create(folder / "index", model, name=args.model, tokens=True)
+            build(index, corpus, Encoder(model))
             for order, stages in ORDERS.items():
                 index.search(queries[0], 1, rerank=stages)
-                started = time.perf_counter()
-                first = [index.search(q, 1, rerank=stages)[0].id for q in queries]
-                spent[order] += time.perf_counter() - started
-                found[order][task.name] = 100 * float(
-                    np.mean([a == b for a, b in zip(first, answers, strict=True)])
-                )
+                start = time.perf_counter()
+                best = [index.search(query, 1, rerank=stages)[0].id for query in queries]
+                seconds[order] += time.perf_counter() - start
+                hits[order][task.name] = percent_equal(best, answers)
             for size in SMALLER:
-                kept = Index.create(
-                    Path(folder) / str(size), model, name=args.model, dimensions=size
-                )
-                build(
-                    kept,
-                    Corpus(task.name, len(documents), lambda ds=documents: ds),
-                    Encoder(model),
-                )
-                first = [hits[0].id for hits in kept.search(queries, 1)]
-                smaller[size].append(
-                    100 * float(np.mean([a == b for a, b in zip(first, answers, strict=True)]))
-                )
-    table = Table("order", *(n.removeprefix("Picto-") for n in KINDS), "mean", "ms per query")
+                index = Index.create(folder / str(size), model, name=args.model, dimensions=size)
+                build(index, corpus, Encoder(model))
+                best = [results[0].id for results in index.search(queries, 1)]
+                truncated[size].append(percent_equal(best, answers))
+    table = Table(
+        "order", *(name.removeprefix("Picto-") for name in KINDS), "mean", "ms per query"
+    )
     report = {}
-    for order, hits in found.items():
-        mean, cost = (
-            statistics.mean(hits.values()),
-            1000 * spent[order] / (len(KINDS) * QUERIES_OF_A_TASK),
-        )
+    for order, by_task in hits.items():
+        mean = statistics.mean(by_task.values())
+        cost = 1000 * seconds[order] / (len(KINDS) * QUERIES_OF_A_TASK)
         report[order] = {
             "hit@1": round(mean, 1),
             "ms_per_query": round(cost, 1),
             "stages": ORDERS[order],
-            "tasks": hits,
+            "tasks": by_task,
         }
-        table.add_row(order, *(f"{hits[n]:.0f}" for n in KINDS), f"{mean:.1f}", f"{cost:.1f}")
+        table.add_row(order, *(f"{by_task[n]:.0f}" for n in KINDS), f"{mean:.1f}", f"{cost:.1f}")
     Console(width=110).print(table)
-    small = {str(size): round(statistics.mean(hits), 1) for size, hits in smaller.items()}
-    table = Table(*(f"{size} dimensions" for size in small))
-    table.add_row(*(f"{hit:.1f}" for hit in small.values()))
+    means = {str(size): round(statistics.mean(values), 1) for size, values in truncated.items()}
+    table = Table(*(f"{size} dimensions" for size in means))
+    table.add_row(*(f"{mean:.1f}" for mean in means.values()))
     Console(width=110).print(table)
-    return {"picto": report, "picto_smaller_vectors": small}
+    return {"picto": report, "picto_smaller_vectors": means}
 
 
-def _document(folder: Path, name: str, given: dict[str, Any]) -> Document:
-    """A task's document as a file on disk; its instruction is that of the index, or its text."""
-    image, text = given.get("image"), given.get("text", "")
+def percent_equal(ids: list[str], answers: list[str]) -> float:
+    """Share of ids that equal their answer, in percent."""
+    return 100 * float(np.mean([a == b for a, b in zip(ids, answers, strict=True)]))
+
+
+def write_document(folder: Path, name: str, content: dict[str, Any]) -> Document:
+    """Write a task's document to disk; its instruction is the index's, or part of its text."""
+    image, text = content.get("image"), content.get("text", "")
     if image is None:
         return Document(name, text)
-    image.save(folder / f"{name}.png")
-    return Document(
-        name, text.removeprefix("Represent the given image.").strip(), folder / f"{name}.png"
-    )
+    path = folder / f"{name}.png"
+    image.save(path)
+    return Document(name, text.removeprefix("Represent the given image.").strip(), path)
 
 
 def ann(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
-    """A million vectors: build time, size, latency, recall."""
-    rng, wide = np.random.default_rng(0), random.Random(0)
-    captions = [picto.caption(picto.sample_scene(wide)) for _ in range(20_000)]
+    """Measure build time, size, latency and recall of a million vectors."""
+    rng, scenes = np.random.default_rng(0), random.Random(0)
+    captions = [picto.caption(picto.sample_scene(scenes)) for _ in range(20_000)]
     real = Encoder(model).encode(captions, "document")
     report: dict[str, Any] = {"vectors": args.vectors, "queries": ANN_QUERIES}
     table = Table("index", "build, s", "size, MB", "p50, ms", "p95, ms", "recall@10")
@@ -201,19 +195,16 @@ def ann(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
     def mixtures(count: int) -> np.ndarray:
         a, b = real[rng.integers(0, len(real), count)], real[rng.integers(0, len(real), count)]
         share = rng.random((count, 1), np.float32) * 0.5
-        mixed = (
-            (1 - share) * a
-            + share * b
-            + rng.normal(0, 0.3 / np.sqrt(real.shape[1]), a.shape).astype(np.float32)
-        )
+        noise = rng.normal(0, 0.3 / np.sqrt(real.shape[1]), a.shape).astype(np.float32)
+        mixed = (1 - share) * a + share * b + noise
         return (mixed / np.linalg.norm(mixed, axis=1, keepdims=True)).astype(np.float32)
 
     with tempfile.TemporaryDirectory() as folder:
         index = Index.create(Path(folder) / "index", model, name=args.model)
-        held = []
+        parts = []
         for start in range(0, args.vectors, 50_000):
             part = mixtures(min(50_000, args.vectors - start))
-            held.append(part)
+            parts.append(part)
             index.add(
                 [
                     {"id": str(start + i), "vector": v, "content_hash": "0" * 32, "stamp": 0}
@@ -221,81 +212,74 @@ def ann(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
                 ],
                 new=True,
             )
-        every, queries = np.concatenate(held), mixtures(ANN_QUERIES)
-        near = [np.argpartition(-(every @ q), NEIGHBOURS)[:NEIGHBOURS] for q in queries]
-        truth = [{str(i) for i in own} for own in near]
-        base = _size(Path(index.uri))
+        vectors, queries = np.concatenate(parts), mixtures(ANN_QUERIES)
+        neighbours = [
+            {str(i) for i in np.argpartition(-(vectors @ query), NEIGHBOURS)[:NEIGHBOURS]}
+            for query in queries
+        ]
+        table_size = folder_size(Path(index.uri))
         for kind in ("scan", "float", "int8", "binary"):
-            parts = Path(index.uri) / "documents.lance" / "_indices"
-            before = set(parts.iterdir()) if parts.exists() else set()
-            started = time.perf_counter()
-            if kind != "scan":
+            is_scan = kind == "scan"
+            indices = Path(index.uri) / "documents.lance" / "_indices"
+            before = set(indices.iterdir()) if indices.exists() else set()
+            start = time.perf_counter()
+            if not is_scan:
                 index.build_ann(kind)
-            built = time.perf_counter() - started
-            size = sum(map(_size, set(parts.iterdir()) - before)) if kind != "scan" else base
-            for q in queries[:20]:
-                index.nearest(q, NEIGHBOURS, exact=kind == "scan", probes=args.probes)
-            times, right = [], 0
-            for q, own in zip(queries, truth, strict=True):
-                started = time.perf_counter()
-                rows = index.nearest(q, NEIGHBOURS, exact=kind == "scan", probes=args.probes)
-                times.append(1000 * (time.perf_counter() - started))
-                right += len(own & set(rows["id"].to_pylist()))
-            recall = right / (NEIGHBOURS * ANN_QUERIES)
+            build_time = time.perf_counter() - start
+            size = (
+                table_size if is_scan else sum(map(folder_size, set(indices.iterdir()) - before))
+            )
+            for query in queries[:20]:
+                index.nearest(query, NEIGHBOURS, exact=is_scan, probes=args.probes)
+            times, matches = [], 0
+            for query, nearest in zip(queries, neighbours, strict=True):
+                start = time.perf_counter()
+                rows = index.nearest(query, NEIGHBOURS, exact=is_scan, probes=args.probes)
+                times.append(1000 * (time.perf_counter() - start))
+                matches += len(nearest & set(rows["id"].to_pylist()))
+            recall = matches / (NEIGHBOURS * ANN_QUERIES)
             p50, p95 = np.percentile(times, [50, 95])
             report[kind] = {
-                "build_s": round(built, 1) if kind != "scan" else None,
+                "build_s": None if is_scan else round(build_time, 1),
                 "size_mb": round(size / 1e6, 1),
                 "p50_ms": round(float(p50), 2),
                 "p95_ms": round(float(p95), 2),
                 "recall@10": round(recall, 4),
             }
-            table.add_row(
-                kind,
-                f"{built:.0f}" if kind != "scan" else "",
-                f"{size / 1e6:.0f}",
-                f"{p50:.1f}",
-                f"{p95:.1f}",
-                f"{recall:.3f}",
-            )
-            if kind != "scan":
-                index.table.drop_index(next(i.name for i in index.table.list_indices()))
+            cells = ["" if is_scan else f"{build_time:.0f}", f"{size / 1e6:.0f}"]
+            table.add_row(kind, *cells, f"{p50:.1f}", f"{p95:.1f}", f"{recall:.3f}")
+            if not is_scan:
+                index.build_ann("none")
     Console(width=110).print(table)
-    return {
-        "ann": report
-        | {"probes": args.probes, "rescored": "the best 100 of the cells, with whole vectors"}
-    }
+    settings = {"probes": args.probes, "rescored": "the best 100 of the cells, with whole vectors"}
+    return {"ann": report | settings}
 
 
-def _size(folder: Path) -> int:
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+def folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def corpus_of_mixed_sizes(folder: Path, count: int, most: int) -> None:
-    """JPEGs of 100 to ``most`` pixels, all different."""
+def write_pictures(folder: Path, count: int, longest: int) -> None:
+    """Write different JPEGs with a longer side of 100 to ``longest`` pixels."""
     rng = random.Random(count)
-    drawn = [picto.render(picto.sample_scene(rng), "noto", i) for i in range(200)]
+    scenes = [picto.render(picto.sample_scene(rng), "noto", i) for i in range(200)]
     for i in range(count):
-        edge = int(100 * (most / 100) ** rng.random())
-        picture = drawn[i % 200].resize((edge, max(60, edge * 3 // 4)), Image.Resampling.BILINEAR)
+        edge = int(100 * (longest / 100) ** rng.random())
+        picture = scenes[i % 200].resize((edge, max(60, edge * 3 // 4)), Image.Resampling.BILINEAR)
         picture.putpixel((i % 100, i // 100 % 60), (i % 256, i // 256 % 256, 0))
         picture.save(folder / f"{i:05}.jpg", quality=95)
 
 
 def encode(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
-    """Pictures a second against plain encode, and peak memory."""
+    """Measure pictures per second against plain encode, and peak memory."""
     report: dict[str, Any] = {"encode_per_second": {}}
-    table = Table(
-        "pictures",
-        "SentenceTransformer.encode of the list, a second",
-        "rematch index, a second",
-        "ratio",
-    )
+    table = Table("pictures per second", "SentenceTransformer.encode", "rematch index", "ratio")
     with tempfile.TemporaryDirectory() as name:
-        for most, key in ((3000, "encode_speedup"), (1600, "encode_speedup_to_1600_pixels")):
-            folder = Path(name) / f"to {most}"
+        for longest, key in ((3000, "encode_speedup"), (1600, "encode_speedup_to_1600_pixels")):
+            folder = Path(name) / f"to {longest}"
             folder.mkdir()
-            corpus_of_mixed_sizes(folder, MIXED, most)
+            write_pictures(folder, MIXED, longest)
             inputs = [
                 {"text": "Represent the given image.", "image": path}
                 for path in sorted(folder.iterdir())
@@ -303,36 +287,36 @@ def encode(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
             model.encode_document(inputs[:32], show_progress_bar=False)
             plain, ours = [], []
             for i in range(3):
-                started = time.perf_counter()
+                start = time.perf_counter()
                 model.encode_document(inputs, batch_size=32, show_progress_bar=False)
-                plain.append(time.perf_counter() - started)
-                started = time.perf_counter()
-                index = Index.create(Path(name) / f"{most}-{i}", model, name=args.model)
+                plain.append(time.perf_counter() - start)
+                start = time.perf_counter()
+                index = Index.create(Path(name) / f"{longest}-{i}", model, name=args.model)
                 build(index, open_corpus(folder), Encoder(model))
-                ours.append(time.perf_counter() - started)
+                ours.append(time.perf_counter() - start)
             rates = {
                 "plain": MIXED / statistics.median(plain),
                 "ours": MIXED / statistics.median(ours),
             }
-            report["encode_per_second"][most] = {
+            report["encode_per_second"][longest] = {
                 way: round(rate, 1) for way, rate in rates.items()
             }
             report[key] = round(rates["ours"] / rates["plain"], 2)
             cells = [f"{rate:.1f}" for rate in rates.values()]
-            table.add_row(f"{MIXED:,} of 100 to {most:,} pixels", *cells, f"{report[key]:.2f}")
+            table.add_row(f"{MIXED:,} of 100 to {longest:,} pixels", *cells, f"{report[key]:.2f}")
         Console(width=110).print(table)
         peaks = {}
         for count in map(int, filter(None, args.memory.split(","))):
             folder = Path(name) / str(count)
             folder.mkdir()
-            corpus_of_mixed_sizes(folder, count, 400)
+            write_pictures(folder, count, 400)
             command = [sys.executable, __file__, "--measure", str(folder), "--model", args.model]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            peaks[str(count)] = json.loads(done.stdout.splitlines()[-1])
+            process = subprocess.run(command, capture_output=True, text=True, check=True)
+            peaks[str(count)] = json.loads(process.stdout.splitlines()[-1])
     if peaks:
         report["encode_peak_mb"] = {count: peak["mb"] for count, peak in peaks.items()}
         report["encode_rate_at"] = {count: peak["rate"] for count, peak in peaks.items()}
-    table = Table("pictures", "peak memory of all processes, MB", "pictures a second")
+    table = Table("pictures", "peak memory of all processes, MB", "pictures per second")
     for count, peak in peaks.items():
         table.add_row(f"{int(count):,}", f"{peak['mb']:,}", f"{peak['rate']:.1f}")
     Console(width=110).print(table)
@@ -340,44 +324,42 @@ def encode(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(folder: Path, name: str) -> None:
-    """In a process of its own: index a folder, print the peak of the processes' memory."""
+    """Index a folder, and print peak memory and rate as JSON; runs in a process of its own."""
     model = ReMatch(name)
     encoder = Encoder(model)
-    seen, over = [_memory()], threading.Event()
+    samples, finished = [memory_in_use()], threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.1):
-            seen.append(_memory())
+        while not finished.wait(0.1):
+            samples.append(memory_in_use())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    with tempfile.TemporaryDirectory() as place:
-        index = Index.create(Path(place) / "i", model, name=name)
-        started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
+        index = Index.create(Path(directory) / "index", model, name=name)
+        start = time.perf_counter()
         report = build(index, open_corpus(folder), encoder)
-        rate = report.encoded / (time.perf_counter() - started)
-    over.set()
+        rate = report.encoded / (time.perf_counter() - start)
+    finished.set()
     watcher.join()
-    sys.stdout.write(json.dumps({"mb": round(max(seen)), "rate": round(rate, 1)}) + "\n")
+    sys.stdout.write(json.dumps({"mb": round(max(samples)), "rate": round(rate, 1)}) + "\n")
 
 
-def _memory() -> float:
+def memory_in_use() -> float:
     """MB of this process and its children, shared pages counted once (PSS)."""
     total = 0
-    for process in (
-        os.getpid(),
-        *map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()),
-    ):
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    for process in (os.getpid(), *map(int, children)):
         try:
             content = Path(f"/proc/{process}/smaps_rollup").read_text()
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         total += int(content.split("\nPss:")[1].split()[0])
     return total / 1024
 
 
 def main() -> None:
-    """Print tables, and write JSON if asked to."""
+    """Measure, print tables and, with ``--output``, write JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -385,15 +367,15 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--vectors", type=int, default=1_000_000)
     parser.add_argument(
-        "--probes", type=int, default=40, help="cells of an approximate index that are looked into"
+        "--probes", type=int, default=40, help="cells of an approximate index that are searched"
     )
     parser.add_argument(
         "--memory",
         default="1000,5000,20000",
-        help="sizes of the corpora for peak memory; empty: none",
+        help="corpus sizes for peak memory; empty: none",
     )
     parser.add_argument(
-        "--output", type=Path, help="parts that were not run keep what stands there"
+        "--output", type=Path, help="JSON file; results of other parts in it are kept"
     )
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -401,22 +383,22 @@ def main() -> None:
         measure(args.measure, args.model)
         return
     model = ReMatch(args.model)
-    run = dict(zip(PARTS, (rerank, on_picto, ann, encode), strict=True))
-    known = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
+    functions = dict(zip(PARTS, (rerank, on_picto, ann, encode), strict=True))
+    report = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
     for part in args.parts.split(","):
-        known |= run[part](model, args)
+        report |= functions[part](model, args)
         device = (
             torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
         )
-        known |= {
+        report |= {
             "model": args.model,
             "hardware": f"{device}, {os.cpu_count()} CPU cores",
             "versions": {
-                n: version(n) for n in ("torch", "transformers", "lancedb", "rematch-mm")
+                name: version(name) for name in ("torch", "transformers", "lancedb", "rematch-mm")
             },
         }
         if args.output:
-            write_json(args.output, known)
+            write_json(args.output, report)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python benchmarks/serve.py --output benchmarks/results/serve.json
 
-A server in a process of its own; 1, 8 and 64 clients, each with one open connection, ask for the
-embedding of a new text as soon as they have the answer to the last one. Both ways take turns. Then
-10,000 more requests, and the server's memory before and after.
+The server runs in a process of its own. 1, 8 and 64 clients, each with one open connection, ask
+for the embedding of a new text as soon as they have the previous answer; rounds with and without
+batching are interleaved. Then come 10,000 more requests, and the server's memory before and after
+them.
 """
 
 import argparse
@@ -32,19 +33,9 @@ from rematch.files import write_json
 
 @contextmanager
 def server(model: str, *options: str) -> Iterator[tuple[str, int, int]]:
-    """(host, port, process) of a server."""
-    command = [
-        sys.executable,
-        "-m",
-        "rematch.cli",
-        "serve",
-        model,
-        "--port",
-        "0",
-        "--waiting",
-        "2048",
-        *options,
-    ]
+    """Start a server; yields its host, port and process id."""
+    command = [sys.executable, "-m", "rematch.cli", "serve", model]
+    command += ["--port", "0", "--waiting", "2048", *options]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
     )
@@ -62,7 +53,7 @@ class Client:
     """One connection."""
 
     async def open(self, host: str, port: int) -> "Client":
-        """Connect; the server may still be loading."""
+        """Connect, waiting up to a minute while the server is loading."""
         for _ in range(600):
             try:
                 self.reader, self.writer = await asyncio.open_connection(host, port)
@@ -71,11 +62,14 @@ class Client:
                 await asyncio.sleep(0.1)
         raise TimeoutError("the server does not answer")
 
-    async def ask(self, text: str) -> bool:
-        """Whether the answer was a vector."""
+    async def embed(self, text: str) -> bool:
+        """Request an embedding; whether the answer was one."""
         body = json.dumps({"input": text, "encoding_format": "base64", "task": "query"}).encode()
-        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        self.writer.write(f"{head}\r\n\r\n".encode() + body)
+        head = (
+            "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        self.writer.write(head.encode() + body)
         status = await self.reader.readline()
         length = 0
         while (line := await self.reader.readline()) != b"\r\n":
@@ -90,22 +84,22 @@ class Client:
 async def load(
     host: str, port: int, clients: int, requests: int, texts: Iterator[str]
 ) -> dict[str, float]:
-    """Requests per second and percentiles of latency."""
-    opened = [await Client().open(host, port) for _ in range(clients)]
-    left, times, failed = requests, [], 0
+    """Send requests; requests per second, percentiles of latency, failures."""
+    connections = [await Client().open(host, port) for _ in range(clients)]
+    remaining, times, failed = requests, [], 0
 
     async def work(client: Client) -> None:
-        nonlocal left, failed
-        while left > 0:
-            left -= 1
-            started = time.perf_counter()
-            failed += not await client.ask(next(texts))
-            times.append(1000 * (time.perf_counter() - started))
+        nonlocal remaining, failed
+        while remaining > 0:
+            remaining -= 1
+            start = time.perf_counter()
+            failed += not await client.embed(next(texts))
+            times.append(1000 * (time.perf_counter() - start))
 
-    started = time.perf_counter()
-    await asyncio.gather(*map(work, opened))
-    seconds = time.perf_counter() - started
-    for client in opened:
+    start = time.perf_counter()
+    await asyncio.gather(*map(work, connections))
+    seconds = time.perf_counter() - start
+    for client in connections:
         client.writer.close()
     p50, p95 = np.percentile(times, [50, 95])
     figures = {"rps": len(times) / seconds, "p50_ms": float(p50), "p95_ms": float(p95)}
@@ -113,7 +107,7 @@ async def load(
 
 
 def captions() -> Iterator[str]:
-    """Texts, all different."""
+    """Endless different texts."""
     rng = random.Random(0)
     number = 0
     while True:
@@ -122,52 +116,55 @@ def captions() -> Iterator[str]:
 
 
 def memory(process: int) -> int:
-    """MB in use."""
+    """MB that a process uses."""
     status = Path(f"/proc/{process}/status").read_text()
     return round(int(status.split("VmRSS:")[1].split()[0]) / 1024)
 
 
 def main() -> None:
-    """Print a table, and write it as JSON if asked to."""
+    """Measure, print a table and, with ``--output``, write JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="rematch-tiny")
     parser.add_argument("--clients", default="1,8,64")
     parser.add_argument(
-        "--requests", type=int, default=1000, help="for each number of clients and way"
+        "--requests", type=int, default=1000, help="requests per number of clients and way"
     )
     parser.add_argument(
-        "--rounds", type=int, default=3, help="the median one counts, by requests per second"
+        "--rounds",
+        type=int,
+        default=3,
+        help="rounds; the median one counts, by requests per second",
     )
     parser.add_argument(
-        "--more", type=int, default=10_000, help="requests before memory is looked at again"
+        "--more", type=int, default=10_000, help="requests between the two measurements of memory"
     )
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     texts = captions()
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     failed = 0
-    with server(args.model) as with_it, server(args.model, "--no-batching") as without:
-        ways = {"batching": with_it, "no_batching": without}
+    with server(args.model) as batching, server(args.model, "--no-batching") as no_batching:
+        ways = {"batching": batching, "no_batching": no_batching}
         for host, port, _ in ways.values():
-            asyncio.run(load(host, port, 8, 300, texts))  # warm
+            asyncio.run(load(host, port, 8, 300, texts))  # warm-up
         for count in map(int, args.clients.split(",")):
             rounds: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
             for _ in range(args.rounds):
                 for way, (host, port, _) in ways.items():
                     rounds[way].append(asyncio.run(load(host, port, count, args.requests, texts)))
-            failed += int(sum(one["failed"] for each in rounds.values() for one in each))
-            found[str(count)] = {
-                way: sorted(each, key=lambda one: one["rps"])[len(each) // 2]
-                for way, each in rounds.items()
-            }
-        host, port, process = with_it
+            results[str(count)] = {}
+            for way, runs in rounds.items():
+                failed += int(sum(figures["failed"] for figures in runs))
+                runs.sort(key=lambda figures: figures["rps"])
+                results[str(count)][way] = runs[len(runs) // 2]
+        host, port, process = batching
         before = memory(process)
         failed += int(asyncio.run(load(host, port, 64, args.more, texts))["failed"])
         after = memory(process)
     table = Table("clients", "way", "requests/s", "p50, ms", "p95, ms", "ratio")
-    for count, both in found.items():
+    for count, both in results.items():
         ratio = both["batching"]["rps"] / both["no_batching"]["rps"]
         for way, figures in both.items():
             cells = [f"{figures[k]:.1f}" for k in ("rps", "p50_ms", "p95_ms")]
@@ -175,16 +172,20 @@ def main() -> None:
     Console(width=90).print(table)
     print(f"failed: {failed}; memory before {args.more:,} requests {before} MB, after {after} MB")
     if args.output:
+        names = ("rps", "p50_ms", "p95_ms")
+        cores = f"{os.cpu_count()} CPU cores"
         content = {
             "clients": {
-                c: {w: {k: v for k, v in f.items() if k != "failed"} for w, f in b.items()}
-                for c, b in found.items()
+                count: {way: {name: run[name] for name in names} for way, run in both.items()}
+                for count, both in results.items()
             },
             "failed": failed,
             "memory_mb": {"before": before, "after": after, "requests": args.more},
             "model": args.model,
-            "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores, clients on the same machine",
-            "versions": {n: version(n) for n in ("torch", "fastapi", "uvicorn", "rematch-mm")},
+            "hardware": f"{platform.machine()}, {cores}, clients on the same machine",
+            "versions": {
+                name: version(name) for name in ("torch", "fastapi", "uvicorn", "rematch-mm")
+            },
         }
         write_json(args.output, content)
 

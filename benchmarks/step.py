@@ -2,22 +2,21 @@
 without and with matching.
 
     python benchmarks/step.py --output benchmarks/results/step-cpu.json
-    python benchmarks/step.py --device cuda --output benchmarks/results/step-cuda.json   #
-    Qwen2-VL-2B, random weights
+    python benchmarks/step.py --device cuda --output benchmarks/results/step-cuda.json
 
+On a CPU the backbone is a small LLaVA, on a GPU one of Qwen2-VL-2B's shape with random weights.
 All arms have the same backbone, samples, batch and mini-batch, full fine-tuning of the language
-model, a frozen vision tower and a gradient cache. Arms take turns step by step; medians are
-compared.
+model, a frozen vision tower and a gradient cache. Steps of the arms are interleaved, and medians
+are compared.
 
 - ``naive`` is matching as eight forward passes, one per question, each with its own query,
-  document and pictures; ``naive_seen`` is the same with the pictures seen once, as all our arms
-  have them.
-- MFU: the arithmetic of a forward and backward pass without the cache's second forward, by torch's
-  flop counter, over what a large matrix product reaches on this machine in this run.
-  sentence-transformers does contrastive's work.
-- Memory is what a process of its own grows by over one step, returned to the system piece by piece
-  so that it is what is in use. ``memory_256_over_32`` leaves inputs aside: pixels, and what the
-  frozen tower made of them.
+  document and pictures. In ``naive_seen`` the vision tower runs once, as in all our arms.
+- MFU: the arithmetic of a forward and backward pass without the cache's second forward pass, by
+  torch's flop counter, over the rate of a large matrix product on this machine in this run.
+  sentence-transformers does the work of ``contrastive``.
+- Memory is the growth of a separate process over one step, with an allocator that returns freed
+  memory at once. ``memory_256_over_32`` leaves out the inputs: pixels, and the frozen tower's
+  features of them.
 """
 
 import argparse
@@ -59,8 +58,8 @@ ARMS = ("st_contrastive", "contrastive", "naive", "naive_seen", "unified", "reus
 
 
 def small_backbone(directory: Path) -> str:
-    """A LLaVA that splits its work between sight and language as a real one does: 144 picture
-    tokens, 12 layers.
+    """Write a LLaVA that divides its work between vision and language like a real one: 144 picture
+    tokens, 12 vision layers. Returns its directory.
     """
     config = AutoConfig.from_pretrained(resolve("rematch-base"))
     vision, text = config.vision_config, config.text_config
@@ -76,6 +75,7 @@ def small_backbone(directory: Path) -> str:
 
 
 def samples(count: int) -> list[dict[str, Any]]:
+    """Training samples of Picto."""
     return [
         {name: getattr(training_triplet(0, i), name).as_input() for name in COLUMNS}
         for i in range(count)
@@ -87,8 +87,8 @@ class Naive(ReMatchLoss):
 
     shares_pictures = False
 
-    def match(self, step: Step, batch: Batch, seen: Any, vectors: Tensor) -> Tensor:
-        return super().match(step, batch, seen if self.shares_pictures else None, vectors)
+    def match(self, step: Step, batch: Batch, features: Any, vectors: Tensor) -> Tensor:
+        return super().match(step, batch, features if self.shares_pictures else None, vectors)
 
     def answers(self, logits: Tensor, relevant: Tensor, batch: Batch) -> Tensor:
         yes, no = self.backbone.answer_ids
@@ -99,65 +99,54 @@ class Naive(ReMatchLoss):
 
 
 class NaiveSeen(Naive):
+    """The same, with the vision tower run once per step."""
+
     shares_pictures = True
 
 
 def naive_batch(model: ReMatch, rows: list[dict[str, Any]], tokens: int) -> Batch:
-    """The ordinary batch, with one question a sequence in its matching steps."""
+    """The ordinary batch, with one question per sequence in its matching steps."""
     batch: Batch = Collator(model, VIEWS, tokens)(rows)["batch"]
     batch.matching = []
     reader = model.backbone.reader
     numbers: dict[int, int] = {}
     readings: dict[int, Any] = {}
+    picture_sets: dict[int, int | None] = {}
     for row, places in zip(rows, batch.inputs.tolist(), strict=True):
         for column, place in zip(COLUMNS, places, strict=True):
-            readings[place] = readings.get(place) or reader.read(row[column])
-            if readings[
-                place
-            ].vision:  # sets are numbered in the order in which contents are first met
-                numbers.setdefault(identity(row[column]), len(numbers))
-    set_of = {
-        place: numbers.get(identity(row[c]))
-        for row, places in zip(rows, batch.inputs.tolist(), strict=True)
-        for c, place in zip(COLUMNS, places, strict=True)
-    }
+            if place not in readings:
+                readings[place] = reader.read(row[column])
+            content = identity(row[column])
+            if readings[place].vision:  # sets are numbered in the order of their first appearance
+                numbers.setdefault(content, len(numbers))
+            picture_sets[place] = numbers.get(content)
     for view in VIEWS:
-        query_view, document_view = view.split("-")
-        for document in (1, 2):
-            pairs = batch.inputs[:, [0, document]].tolist()
-            question = [(query_view, 0, document_view)]
-            laid = [
-                reader.pack_matching([(readings[q], [readings[d]])], [question])[0]
-                for q, d in pairs
-            ]
-            lengths = [packed.input_ids.shape[1] for packed in laid]
+        query_form, document_form = view.split("-")
+        question = [(query_form, 0, document_form)]
+        for column in (1, 2):
+            pairs = batch.inputs[:, [0, column]].tolist()
+
+            def pack(pairs: list[list[int]], question: Any = question) -> Any:
+                rows = [(readings[query], [readings[document]]) for query, document in pairs]
+                return reader.pack_matching(rows, [question] * len(rows))[0]
+
+            lengths = [pack([pair]).input_ids.shape[1] for pair in pairs]
             order = sorted(range(len(pairs)), key=lengths.__getitem__)
-            for chosen in cut([lengths[i] for i in order], tokens):
-                some = [pairs[order[i]] for i in chosen]
-                packed, _ = reader.pack_matching(
-                    [(readings[q], [readings[d]]) for q, d in some], [question] * len(some)
-                )
-                read = [
-                    p
-                    for q, d in some
-                    for p, v in ((q, query_view), (d, document_view))
-                    if v == "feat"
-                ]
-                raw = [
-                    p
-                    for q, d in some
-                    for p, v in ((q, query_view), (d, document_view))
-                    if v == "raw"
-                ]
-                tensors = vars(packed) | {"read": torch.tensor(read).long()}
-                tensors["relevant"] = torch.full((len(some), 1), document == 1)
-                batch.matching.append(
-                    Step(tensors, [set_of[p] for p in raw if set_of[p] is not None])
-                )
+            for indices in cut([lengths[i] for i in order], tokens):
+                members = [pairs[order[i]] for i in indices]
+                by_form: dict[str, list[int]] = {"raw": [], "feat": []}
+                for query, document in members:
+                    by_form[query_form].append(query)
+                    by_form[document_form].append(document)
+                tensors = vars(pack(members)) | {"read": torch.tensor(by_form["feat"]).long()}
+                tensors["relevant"] = torch.full((len(members), 1), column == 1)
+                sets = [picture_sets[place] for place in by_form["raw"]]
+                batch.matching.append(Step(tensors, [n for n in sets if n is not None]))
     return batch
 
 
 def build(args: argparse.Namespace, directory: Path) -> tuple[ReMatch, list[dict[str, Any]], int]:
+    """The model, the samples, and the tokens of a mini-batch."""
     path = small_backbone(directory) if args.device == "cpu" else random_qwen(directory)
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     model = ReMatch.from_backbone(path, 16, model_kwargs={"dtype": dtype}, device=args.device)
@@ -170,9 +159,13 @@ def build(args: argparse.Namespace, directory: Path) -> tuple[ReMatch, list[dict
     return model, rows, args.mini_batch * longest
 
 
-def random_qwen(directory: Path, **smaller: Any) -> str:
-    """Qwen2-VL-2B's shape with random weights and 256 tokens a picture (wants a torchvision that
-    fits torch).
+def random_qwen(directory: Path, **changes: Any) -> str:
+    """Write a model of Qwen2-VL-2B's shape with random weights and 256 tokens per picture; needs a
+    torchvision that fits torch.
+
+    Args:
+        directory: Directory of the model, which is also returned.
+        changes: ``text`` and ``vision`` override the sizes, ``pixels`` the limits of a picture.
     """
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from tiny_families import MROPE, qwen2_vl
@@ -189,9 +182,9 @@ def random_qwen(directory: Path, **smaller: Any) -> str:
         "rope_parameters": MROPE | {"mrope_section": [16, 24, 24], "rope_theta": 1e6},
     }
     vision = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4}
-    pixels = smaller.get("pixels", (448 * 448, 448 * 448))
+    pixels = changes.get("pixels", (448 * 448, 448 * 448))
     model, processor = qwen2_vl(
-        text | smaller.get("text", {}), vision | smaller.get("vision", {}), pixels
+        text | changes.get("text", {}), vision | changes.get("vision", {}), pixels
     )
     model.bfloat16().save_pretrained(directory)
     processor.save_pretrained(directory)
@@ -206,14 +199,14 @@ def arm(
     mini_batch: int,
     cached: bool = True,
 ) -> tuple[Callable[[], Tensor], Batch | None]:
-    """One forward of the arm's loss, and its batch if it is ours."""
+    """A function that runs a forward pass of the arm's loss, and the batch if it is ours."""
     if name == "st_contrastive":
         columns = [
-            {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in c.items()}
-            for c in st_columns(model, rows)
+            {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in column.items()}
+            for column in st_columns(model, rows)
         ]
         loss = CachedMultipleNegativesRankingLoss(model, scale=50.0, mini_batch_size=mini_batch)
-        return lambda: loss([dict(c) for c in columns], None), None
+        return lambda: loss([dict(column) for column in columns], None), None
     options: dict[str, Any] = {"gradient_cache": cached}
     views: Sequence[str] = ["feat-feat"] if name == "feat" else VIEWS
     if name == "contrastive":
@@ -228,6 +221,7 @@ def arm(
 
 
 def timed(step: Callable[[], Tensor], model: ReMatch) -> float:
+    """Seconds of a step."""
     model.zero_grad()
     wait()
     start = time.perf_counter()
@@ -237,23 +231,23 @@ def timed(step: Callable[[], Tensor], model: ReMatch) -> float:
 
 
 def wait() -> None:
+    """Wait until the GPU has finished, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def growth(args: argparse.Namespace) -> dict[str, float]:
-    """MB that one step of ``args.arm`` adds to a process that has its model, gradients and inputs
-    (Linux).
+    """MB that a step of ``args.arm`` adds to a process that holds model, gradients and inputs;
+    Linux only.
     """
     with tempfile.TemporaryDirectory() as directory:
         model, rows, tokens = build(args, Path(directory))
-        arm(args.arm, model, rows[:8], tokens, args.mini_batch)[
-            0
-        ]().backward()  # gradients are there from here on
+        first_step, _ = arm(args.arm, model, rows[:8], tokens, args.mini_batch)
+        first_step().backward()  # allocates the gradients
         step, batch = arm(args.arm, model, rows, tokens, args.mini_batch)
-        seen = ReMatchLoss(model).see(batch) if batch else None
-        features = sum(unit.nbytes for one in seen or [] for unit in one.units) / 2**20
-        del seen
+        vision = (ReMatchLoss(model).see(batch) if batch else None) or []
+        features = sum(unit.nbytes for picture_set in vision for unit in picture_set.units) / 2**20
+        del vision
         if args.device == "cuda":
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -262,50 +256,39 @@ def growth(args: argparse.Namespace) -> dict[str, float]:
                 "mb": (torch.cuda.max_memory_allocated() - before) / 2**20,
                 "features_mb": features,
             }
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
         before = status("VmRSS")
         step().backward()
         return {"mb": status("VmHWM") - before, "features_mb": features}
 
 
 def status(name: str) -> float:
+    """MB of an entry in /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
 def measure_growth(args: argparse.Namespace, name: str, batch: int) -> dict[str, float]:
-    command = [
-        sys.executable,
-        __file__,
-        "--arm",
-        name,
-        "--batch",
-        str(batch),
-        "--mini-batch",
-        str(args.mini_batch),
-    ]
-    exact = {
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_ARENA_MAX": "1",
-    }  # freed memory leaves the process at once
-    out = subprocess.run(
-        [*command, "--device", args.device],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | exact,
+    """Growth of a step of an arm, in a process of its own."""
+    command = [sys.executable, __file__, "--arm", name, "--device", args.device]
+    command += ["--batch", str(batch), "--mini-batch", str(args.mini_batch)]
+    # with these, freed memory leaves the process at once
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    process = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | allocator
     )
-    found: dict[str, float] = json.loads(out.stdout.strip().splitlines()[-1])
-    return found
+    sizes: dict[str, float] = json.loads(process.stdout.strip().splitlines()[-1])
+    return sizes
 
 
 def arithmetic(
     name: str, model: ReMatch, rows: list[dict[str, Any]], tokens: int, mini_batch: int
 ) -> float:
-    """FLOPs of forward and backward without a gradient cache."""
+    """FLOP of a forward and backward pass without a gradient cache."""
     name = "contrastive" if name == "st_contrastive" else name
+    step, _ = arm(name, model, rows, tokens, mini_batch, cached=False)
     with FlopCounterMode(display=False) as counter:
-        arm(name, model, rows, tokens, mini_batch, cached=False)[0]().backward()
+        step().backward()
     model.zero_grad()
     return float(counter.get_total_flops())
 
@@ -325,7 +308,7 @@ def attainable(device: str, dtype: torch.dtype) -> float:
 
 
 def main() -> None:
-    """Measure, print a table, and write it as JSON if asked to."""
+    """Measure, print a table and, with ``--output``, write JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -335,12 +318,12 @@ def main() -> None:
         "--mini-batch",
         type=int,
         default=32,
-        help="inputs of the longest kind that fit into a pass",
+        help="number of longest inputs that fit into a forward pass",
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path)
     parser.add_argument(
-        "--arm", choices=ARMS, help="only print the memory that one step of this arm takes"
+        "--arm", choices=ARMS, help="only measure the memory of a step of this arm"
     )
     args = parser.parse_args()
     if args.arm:
@@ -353,29 +336,33 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in ARMS}
         for turn in range(args.rounds + 1):
             for name in random.Random(turn).sample(ARMS, len(ARMS)):
-                taken = timed(steps[name][0], model)
-                if turn:  # the first one warms up
-                    times[name].append(taken)
+                step_time = timed(steps[name][0], model)
+                if turn:  # the first turn is a warm-up
+                    times[name].append(step_time)
         peak = attainable(args.device, model.dtype)
-    seconds = {name: round(statistics.median(found), 3) for name, found in times.items()}
+    seconds = {name: round(statistics.median(values), 3) for name, values in times.items()}
     matching = {name: round(seconds[name] - seconds["contrastive"], 3) for name in ARMS[2:]}
-    padded = sum(c["input_ids"].numel() for c in st_columns(model, rows))
-    read = {name: batch.tokens if batch else padded for name, (_, batch) in steps.items()}
-    tokens_per_second = {name: round(read[name] / seconds[name]) for name in ARMS}
+    st_tokens = sum(column["input_ids"].numel() for column in st_columns(model, rows))
+    token_counts = {
+        name: batch.tokens if batch else st_tokens for name, (_, batch) in steps.items()
+    }
+    tokens_per_second = {name: round(token_counts[name] / seconds[name]) for name in ARMS}
     mfu = {name: round(flops[name] / seconds[name] / peak, 3) for name in ARMS}
     memory = {name: measure_growth(args, name, args.batch) for name in ARMS}
     large = measure_growth(args, "unified", 8 * args.batch)
-    apart = [found["mb"] - found["features_mb"] for found in (large, memory["unified"])]
+    without_features = [sizes["mb"] - sizes["features_mb"] for sizes in (large, memory["unified"])]
     ratios = {
         "contrastive_over_st": round(seconds["st_contrastive"] / seconds["contrastive"], 2),
         "unified_over_naive": round(matching["naive"] / matching["unified"], 2),
         "unified_over_naive_seen": round(matching["naive_seen"] / matching["unified"], 2),
         "reuse_step_over_contrastive_step": round(seconds["reuse"] / seconds["contrastive"], 2),
         "reuse_over_st_contrastive": round(seconds["st_contrastive"] / seconds["reuse"], 2),
-        f"memory_{8 * args.batch}_over_{args.batch}": round(apart[0] / apart[1], 2),
+        f"memory_{8 * args.batch}_over_{args.batch}": round(
+            without_features[0] / without_features[1], 2
+        ),
         "the_same_with_features": round(large["mb"] / memory["unified"]["mb"], 2),
     }
-    table = Table("arm", "s a step", "matching s", "tokens/s", "MB a step", "MFU")
+    table = Table("arm", "s per step", "matching, s", "tokens/s", "MB per step", "MFU")
     for name in ARMS:
         row = (
             seconds[name],
@@ -391,7 +378,7 @@ def main() -> None:
         "seconds_per_step": seconds,
         "matching_seconds": matching,
         "tokens_per_second": tokens_per_second,
-        "step_memory_mb": {name: round(found["mb"]) for name, found in memory.items()},
+        "step_memory_mb": {name: round(sizes["mb"]) for name, sizes in memory.items()},
         "unified_step_memory_mb": {str(args.batch): memory["unified"], str(8 * args.batch): large},
         "mfu": mfu,
         "attainable_gflops": round(peak / 1e9),
@@ -411,19 +398,23 @@ def main() -> None:
 
 
 def st_columns(model: ReMatch, rows: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
-    """The padded columns that sentence-transformers' loss is given."""
-    tasks = {c: "query" if c == "query" else "document" for c in COLUMNS}
-    return [model.preprocess([row[c] for row in rows], task=tasks[c]) for c in COLUMNS]
+    """The padded columns that sentence-transformers' loss takes."""
+    return [
+        model.preprocess(
+            [row[column] for row in rows], task="query" if column == "query" else "document"
+        )
+        for column in COLUMNS
+    ]
 
 
 def vision_share(model: ReMatch, rows: list[dict[str, Any]]) -> float:
-    """Which part of the arithmetic of embedding a batch once is the vision tower's."""
+    """The vision tower's share of the arithmetic of embedding a batch once."""
     batch, loss = Collator(model, (), 1_000_000)(rows)["batch"], ReMatchLoss(model)
     with torch.no_grad(), FlopCounterMode(display=False) as vision:
-        seen = loss.see(batch)
+        features = loss.see(batch)
     with torch.no_grad(), FlopCounterMode(display=False) as language:
         for step in batch.embedding:
-            loss.embed(step, batch, seen)
+            loss.embed(step, batch, features)
     parts = [vision.get_total_flops(), language.get_total_flops()]
     return round(parts[0] / sum(parts), 2)
 

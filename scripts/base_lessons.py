@@ -1,5 +1,5 @@
-"""What the tiny base learns from: conversations, statements, matching samples and pictures, drawn
-from step numbers.
+"""Training data of the tiny base: conversations, statements, matching samples and pictures, each
+batch drawn from its step number.
 """
 
 import random
@@ -16,7 +16,7 @@ from rematch.matching import Segment, lay_out, pack, unified_mask
 
 IMAGE = "<image>"
 PATCHES = 36
-# kinds of question and how often each is asked; looking a name up in a picture is what comes last
+# kinds of question and their weights; finding a name in a picture is learned last, and asked most
 MAKERS = {
     "place": 1,
     "place_category": 2,
@@ -30,9 +30,8 @@ MAKERS = {
     "is": 5,
 }
 STATEMENTS = {"caption": 5, "object": 3, "place": 3, "count": 0.5, "colour": 0.5, "category": 2}
-PAIRS = dict.fromkeys(
-    picto_tasks.TASKS, 1.0
-) | {  # tasks whose right and nearly right documents are matched
+# weights of the tasks whose right and nearly right documents are matched
+PAIRS = dict.fromkeys(picto_tasks.TASKS, 1.0) | {
     "Picto-LeftRight": 4,
     "Picto-AboveBelow": 4,
     "Picto-HowMany": 3,
@@ -44,51 +43,55 @@ SIGHT_BATCH = 96
 
 
 def turns(scene: picto.Scene, rng: random.Random, count: int) -> list[tuple[str, str]]:
-    """Question-answer turns about one scene, every other time the dense caption among them."""
+    """Question-answer turns about a scene; half of the time the dense caption is one of them."""
     names = list(picto.objects())
-    there = list(dict.fromkeys(scene.objects))
+    present = list(dict.fromkeys(scene.objects))
     unique, near = picto.unique_objects(scene), picto.neighbours(scene)
-    found = [("Describe the image.", picto.caption(scene))] if rng.random() < 0.5 else []
-    while len(found) < count:
+    dialogue = [("Describe the image.", picto.caption(scene))] if rng.random() < 0.5 else []
+    while len(dialogue) < count:
         kind = rng.choices(list(MAKERS), list(MAKERS.values()))[0]
         if kind == "place":
             cell = rng.randrange(4)
-            found.append((f"What is in the {picto.CELLS[cell]}?", scene.cells[cell] or "nothing"))
+            dialogue.append(
+                (f"What is in the {picto.CELLS[cell]}?", scene.cells[cell] or "nothing")
+            )
         elif kind == "place_category":
             cell = rng.choice([i for i, name in enumerate(scene.cells) if name])
             category = picto.objects()[scene.cells[cell]]
-            found.append(
+            dialogue.append(
                 (f"What category is in the {picto.CELLS[cell]}?", picto.with_article(category))
             )
         elif kind == "where" and unique:
             name = rng.choice(unique)
-            found.append((f"Where is the {name}?", picto.CELLS[scene.cells.index(name)]))
+            dialogue.append((f"Where is the {name}?", picto.CELLS[scene.cells.index(name)]))
         elif kind == "relation" and near:
             relation, anchor, cell = rng.choice(near)
-            found.append((f"What is {relation} the {anchor}?", scene.cells[cell]))
+            dialogue.append((f"What is {relation} the {anchor}?", scene.cells[cell]))
         elif kind == "how_many":
-            name = rng.choice(there) if rng.random() < 0.85 else rng.choice(names)
+            name = rng.choice(present) if rng.random() < 0.85 else rng.choice(names)
             n = picto_tasks.NUMBERS[scene.objects.count(name)]
-            found.append((f"How many times do you see {picto.with_article(name)}?", n))
+            dialogue.append((f"How many times do you see {picto.with_article(name)}?", n))
         elif kind == "count":
-            found.append(("How many objects are there?", picto_tasks.NUMBERS[len(scene.objects)]))
+            dialogue.append(
+                ("How many objects are there?", picto_tasks.NUMBERS[len(scene.objects)])
+            )
         elif kind == "colour":
-            found.append(("What colour is the background?", scene.background))
+            dialogue.append(("What colour is the background?", scene.background))
         elif kind == "kind":
-            name = rng.choice(there)
-            found.append(
+            name = rng.choice(present)
+            dialogue.append(
                 (f"What is {picto.with_article(name)}?", picto.with_article(picto.objects()[name]))
             )
         elif kind == "is":
-            name = rng.choice(there) if rng.random() < 0.5 else rng.choice(names)
-            answer = prompts.YES if name in there else prompts.NO
-            found.append((f"Do you see {picto.with_article(name)}?", answer))
+            name = rng.choice(present) if rng.random() < 0.5 else rng.choice(names)
+            answer = prompts.YES if name in present else prompts.NO
+            dialogue.append((f"Do you see {picto.with_article(name)}?", answer))
         elif kind == "true":
             true = rng.random() < 0.5
-            said = picto.caption(scene if true else picto.near_miss(scene, rng))
-            found.append((f"Does it show {said}?", prompts.YES if true else prompts.NO))
-    rng.shuffle(found)
-    return found
+            text = picto.caption(scene if true else picto.near_miss(scene, rng))
+            dialogue.append((f"Does it show {text}?", prompts.YES if true else prompts.NO))
+    rng.shuffle(dialogue)
+    return dialogue
 
 
 def statement(scene: picto.Scene, rng: random.Random, kind: str = "") -> tuple[str, bool]:
@@ -109,15 +112,24 @@ def statement(scene: picto.Scene, rng: random.Random, kind: str = "") -> tuple[s
         colour = scene.background if fits else rng.choice(list(picto.COLOURS))
         return f"{picto.with_article(colour)} background", colour == scene.background
     if kind == "category":
-        there = {picto.objects()[name] for name in scene.objects}
-        category = rng.choice(sorted(there) if fits else picto.categories())
-        return picto.with_article(category), category in there
+        present = {picto.objects()[name] for name in scene.objects}
+        category = rng.choice(sorted(present) if fits else picto.categories())
+        return picto.with_article(category), category in present
     return picto.caption(scene if fits else picto.near_miss(scene, rng)), fits
 
 
 class Lessons(Dataset[dict[str, Tensor]]):
-    """Ready batches, one per step, each made from its step number alone (so that a resumed run
-    goes on exactly).
+    """Complete batches, one per step, each drawn from its step number alone, so that a resumed run
+    continues exactly.
+
+    Args:
+        processor: The base's processor.
+        steps: Number of batches.
+        chats: Conversations per step; twice as many while there is no matching.
+        pairs: Matching samples per step.
+        facts: Pictures with eight statements each, per step.
+        alone: Number of first steps without matching.
+        first: The step to start at.
     """
 
     def __init__(
@@ -174,42 +186,43 @@ class Lessons(Dataset[dict[str, Tensor]]):
         items += [self.facts(rng) for _ in range(0 if early else self.facts_per_step)]
         if items:
             batch |= self.match(items)
-        pictures += [i.image for q, d, _ in items for i in (q, *d) if i.image is not None]
+        for query, documents, _ in items:
+            pictures += [item.image for item in (query, *documents) if item.image is not None]
         batch["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")[
             "pixel_values"
         ]
         return batch
 
     def ids(self, text: str) -> list[int]:
+        """Token ids of a text, cached."""
         if text not in self.cache:
             self.cache[text] = self.tokenizer.encode(text, add_special_tokens=False)
         return self.cache[text]
 
     def chat(self, dialogue: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+        """Token ids of a conversation about a picture, and labels for its answers."""
         ids: list[int] = []
         labels: list[int] = []
         for i, (question, answer) in enumerate(dialogue):
-            asked = (
-                self.ids("<|user|>")
-                + (self.ids(IMAGE) * PATCHES if i == 0 else [])
-                + self.ids(question)
-            )
-            asked += self.ids("<|end|><|assistant|>")
-            said = self.ids(answer) + self.ids("<|end|>")
-            ids += asked + said
-            labels += [-100] * len(asked) + said
+            picture = self.ids(IMAGE) * PATCHES if i == 0 else []
+            user = self.ids("<|user|>") + picture + self.ids(question)
+            user += self.ids("<|end|><|assistant|>")
+            assistant = self.ids(answer) + self.ids("<|end|>")
+            ids += user + assistant
+            labels += [-100] * len(user) + assistant
         return ids, labels
 
     def segment(self, head: str, item: Item | None, tail: str = "") -> Segment:
-        ids = self.ids(head) if head else []
+        """A segment of a head, an item and a tail."""
+        ids = list(self.ids(head)) if head else []
         if item is not None:
             text = item.instruction + item.text
-            ids = (
-                ids
-                + (self.ids(IMAGE) * PATCHES if item.image is not None else [])
-                + (self.ids(text) if text else [])
-            )
-        ids = ids + (self.ids(tail) if tail else [])
+            if item.image is not None:
+                ids += self.ids(IMAGE) * PATCHES
+            if text:
+                ids += self.ids(text)
+        if tail:
+            ids += self.ids(tail)
         return Segment(torch.tensor(ids), torch.arange(len(ids))[None])
 
     def facts(self, rng: random.Random) -> tuple[Item, list[Item], list[bool]]:
@@ -226,6 +239,7 @@ class Lessons(Dataset[dict[str, Tensor]]):
         )
 
     def match(self, items: list[tuple[Item, list[Item], list[bool]]]) -> dict[str, Tensor]:
+        """Packed questions about (query, documents, whether each is relevant)."""
         prompt = self.segment("<|user|>" + prompts.MATCH_TASK, None)
         slot = self.segment(prompts.MATCH_QUESTION, None, "<|end|><|assistant|>")
         gap = self.segment(prompts.MATCH_QUERY, None).end + 1
@@ -247,7 +261,7 @@ class Lessons(Dataset[dict[str, Tensor]]):
 
 
 class SightLessons(Dataset[tuple[Tensor, Tensor]]):
-    """Batches of pictures and the number of the object in each cell (0: nothing)."""
+    """Batches of pictures with the number of the object in each cell (0: nothing)."""
 
     def __init__(self, processor: LlavaProcessor, steps: int) -> None:
         self.processor, self.steps = processor, steps
@@ -268,20 +282,18 @@ class SightLessons(Dataset[tuple[Tensor, Tensor]]):
                 rng.getrandbits(32),
                 augment=rng.random() < 0.8,
             )
-            seen = scene.cells
-            if (
-                rng.random() < 0.15
-            ):  # a crop, as grounding shows them: one object fills the picture
-                cell = rng.choice([i for i, name in enumerate(seen) if name])
-                picture, seen = picto.crop(picture, cell), (seen[cell],) * 4
+            names = scene.cells
+            if rng.random() < 0.15:  # a crop, as in grounding: one object fills the picture
+                cell = rng.choice([i for i, name in enumerate(names) if name])
+                picture, names = picto.crop(picture, cell), (names[cell],) * 4
             pictures.append(picture)
-            cells.append([self.numbers[name] for name in seen])
-        return self.processor.image_processor(pictures, return_tensors="pt")[
-            "pixel_values"
-        ], torch.tensor(cells)
+            cells.append([self.numbers[name] for name in names])
+        pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return pixels, torch.tensor(cells)
 
 
 def pad(rows: list[list[int]], value: int) -> Tensor:
+    """Rows padded at their end to the longest, (B, T)."""
     return torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(r) for r in rows], batch_first=True, padding_value=value
     )

@@ -1,5 +1,5 @@
-"""What the tiny base can do on held-out combinations: answers by generation, Yes/No on statements
-and documents.
+"""Scores of the tiny base on held-out combinations: generated answers, and Yes/No questions about
+statements and documents.
 """
 
 import random
@@ -15,8 +15,9 @@ from rematch.matching import additive
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
+    """Token ids of Yes and No."""
     (yes,), (no,) = (
-        tokenizer.encode(w, add_special_tokens=False) for w in (prompts.YES, prompts.NO)
+        tokenizer.encode(word, add_special_tokens=False) for word in (prompts.YES, prompts.NO)
     )
     return yes, no
 
@@ -25,23 +26,23 @@ def answer_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
 def evaluate(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, per_task: int
 ) -> dict[str, float]:
-    """On held-out combinations, in percent, in and out of distribution:
+    """Scores on held-out combinations, in percent, in and out of distribution.
 
-    - ``vqa``: exact answers by greedy generation;
-    - ``match``: Yes/No on "does this text / picture match that picture?", half of it with the
-      answer Yes: six kinds of statement about a picture, captions for pictures and pictures for
-      captions, pictures for pictures. Wrong captions and pictures are nearly right, other wrong
-      statements are drawn at random;
-    - ``near_miss``: Yes/No on the right and the nearly right document of all twelve tasks,
-      questions and edits among them, for which a document must be judged that the query only
-      implies.
+    - ``vqa``: exact answers by greedy generation.
+    - ``match``: Yes/No accuracy on "does this text / picture match that picture?", where half of
+      the answers are Yes: six kinds of statement about a picture, captions for pictures, pictures
+      for captions, and pictures for pictures. Wrong captions and pictures are nearly right; other
+      wrong statements are drawn at random.
+    - ``near_miss``: Yes/No accuracy on the right and the nearly right document of all twelve
+      tasks. In questions and edits the query only implies the document.
     """
     model.eval()
     lessons = Lessons(processor, 0, 0, 0, 0)
     scores: dict[str, float] = {}
     for ood in (False, True):
         styles = (picto.OOD_STYLE,) if ood else picto.TRAIN_STYLES
-        end, vqa, near_miss = "/ood" if ood else "", [], {}
+        suffix = "/ood" if ood else ""
+        vqa, near_miss = [], {}
         for name, (meta_task, generate) in picto_tasks.TASKS.items():
             draw = picto_tasks.Draw(random.Random(f"base-eval/{name}/{ood}"), True, styles, False)
             samples = [generate(draw) for _ in range(per_task)]
@@ -51,11 +52,11 @@ def evaluate(
                     for s in samples
                 ]
                 vqa.append(sum(hits) / len(hits))
-                scores[f"vqa/{name}{end}"] = 100 * vqa[-1]
-            near_miss[name] = judged(
+                scores[f"vqa/{name}{suffix}"] = 100 * vqa[-1]
+            near_miss[name] = yes_no_accuracy(
                 model, lessons, [(s.query, s.documents[:2], [True, False]) for s in samples]
             )
-            scores[f"near_miss/{name}{end}"] = near_miss[name]
+            scores[f"near_miss/{name}{suffix}"] = near_miss[name]
         statements = {}
         for kind in STATEMENTS:
             rng = random.Random(f"base-eval/{kind}/{ood}")
@@ -65,31 +66,31 @@ def evaluate(
                 picture = picto.render(scene, rng.choice(styles), rng.getrandbits(32))
                 text, fits = statement(scene, rng, kind)
                 items.append((Item(image=picture), [Item(text)], [fits]))
-            statements[kind] = scores[f"statement/{kind}{end}"] = judged(model, lessons, items)
-        asked = [
-            *statements.values(),
-            *(near_miss[f"Picto-{task}"] for task in ("T2I", "I2T", "Style")),
-        ]
-        scores["vqa" + end] = 100 * sum(vqa) / len(vqa)
-        scores["match" + end] = sum(asked) / len(asked)
-        scores["near_miss" + end] = sum(near_miss.values()) / len(near_miss)
+            statements[kind] = scores[f"statement/{kind}{suffix}"] = yes_no_accuracy(
+                model, lessons, items
+            )
+        two_sided = [near_miss[f"Picto-{task}"] for task in ("T2I", "I2T", "Style")]
+        accuracies = [*statements.values(), *two_sided]
+        scores["vqa" + suffix] = 100 * sum(vqa) / len(vqa)
+        scores["match" + suffix] = sum(accuracies) / len(accuracies)
+        scores["near_miss" + suffix] = sum(near_miss.values()) / len(near_miss)
     model.train()
-    return {k: round(v, 1) for k, v in scores.items()}
+    return {name: round(score, 1) for name, score in scores.items()}
 
 
-def judged(
+def yes_no_accuracy(
     model: LlavaForConditionalGeneration,
     lessons: Lessons,
     items: list[tuple[Item, list[Item], list[bool]]],
 ) -> float:
-    """How many Yes/No answers are right, in percent."""
+    """Accuracy on (query, documents, whether each is relevant), in percent."""
     yes, no = answer_ids(lessons.tokenizer)
     batch = lessons.match(items)
     pictures = [
-        i.image
+        item.image
         for query, documents, _ in items
-        for i in (query, *documents)
-        if i.image is not None
+        for item in (query, *documents)
+        if item.image is not None
     ]
     if pictures:
         batch["pixel_values"] = lessons.processor.image_processor(pictures, return_tensors="pt")[
@@ -107,6 +108,7 @@ def judged(
 
 
 def generate_answer(model: LlavaForConditionalGeneration, lessons: Lessons, query: Item) -> str:
+    """The model's answer to a question, by greedy generation."""
     ids, _ = lessons.chat([(query.text, "")])
     ids = ids[: -len(lessons.ids("<|end|>"))]
     pixels = lessons.processor.image_processor([query.image], return_tensors="pt")["pixel_values"]

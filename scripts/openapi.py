@@ -1,4 +1,4 @@
-"""Write docs/openapi.json, what `rematch serve INDEX` offers; a test compares it with the
+"""Write docs/openapi.json, the API of `rematch serve INDEX`; a test compares it with the
 application.
 """
 

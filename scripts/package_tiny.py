@@ -1,10 +1,10 @@
-"""Put a trained model into the package as ``rematch-tiny``.
+"""Copy a trained model into the package as ``rematch-tiny``.
 
     python scripts/package_tiny.py rematch-model
 
-Weights are stored in half precision (16 MB limit) and declared as float32, so that they load as
-such. The recipe and the training log go along; the scores are written by ``rematch evaluate
-rematch-tiny --output src/rematch/assets/tiny``.
+Weights are stored in half precision (the limit is 16 MB) and declared as float32, so that they
+load as float32. Recipe and training log are copied too. ``rematch evaluate rematch-tiny --output
+src/rematch/assets/tiny`` writes the scores.
 """
 
 import shutil
@@ -27,12 +27,13 @@ def halve(directory: Path) -> None:
 
 
 def main() -> None:
+    """Copy, halve, and print the size."""
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     shutil.rmtree(TINY, ignore_errors=True)
     shutil.copytree(sys.argv[1], TINY, ignore=LEFT_OUT)
     halve(TINY)
-    size = sum(f.stat().st_size for f in TINY.rglob("*") if f.is_file())
+    size = sum(file.stat().st_size for file in TINY.rglob("*") if file.is_file())
     print(f"{TINY}: {size / 1e6:.1f} MB")
 
 

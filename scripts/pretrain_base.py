@@ -1,28 +1,28 @@
-"""Pretrain the tiny LLaVA-style base model from scratch on Picto scenes (CPU, resumable).
+"""Pretrain the tiny LLaVA-style base model from scratch on Picto scenes (on a CPU, resumable).
 
     python scripts/pretrain_base.py --work-dir runs/base --output src/rematch/assets/base
 
-Three kinds of lesson, on training styles and training combinations only:
+There are three kinds of lesson, all on training styles and training combinations only:
 
-- sight, before the others: the vision tower alone, a linear read-out names what stands in each
-  cell (a released MLLM starts from a trained vision tower too; learning names from captions alone
-  took over 1,200 steps to begin);
-- chat: one picture and many question-answer turns (dense caption, look-ups by place and by name,
-  relations, counts, colours, Yes/No statements that are true or false by one thing), ordinary
-  causal next-token prediction;
-- matching: a query, a right and a nearly right document, and the Yes/No question about each, in
-  the chat template and the segment layout that ``rematch.matching`` uses; and statements about a
-  picture, true or false by one thing, as documents for it.
+- Sight comes first: the vision tower alone, with a linear read-out that names the object in each
+  cell. A released MLLM starts from a trained vision tower too, and learning names from captions
+  alone took over 1,200 steps to begin.
+- Chat: a picture and many question-answer turns about it, by ordinary causal next-token
+  prediction. The questions ask for a dense caption, look-ups by place and by name, relations,
+  counts, colours, and Yes/No on statements that are true, or false by one thing.
+- Matching: a query, a right and a nearly right document, and the Yes/No question about each, in
+  the chat template and the segment layout of ``rematch.matching``. Statements about a picture,
+  true or false by one thing, serve as documents for it.
 
-While it learns to chat, every picture token is also read out through the (tied) word embeddings
-and must name the object in its quarter, and top or bottom, left or right: so pictures and words
-share a space at the language model's input, and looking a word up in a picture becomes a
-comparison of like with like. Without the names, look-ups by name stayed at chance for 1,250 steps;
-without the places, for 3,500 more: picture tokens did not tell where they are.
+During chat, every picture token is also read out through the (tied) word embeddings. It must name
+the object in its quarter, and top or bottom, left or right. So pictures and words share a space at
+the language model's input, and looking a word up in a picture becomes a comparison of like with
+like. Without the names, look-ups by name stayed at chance for 1,250 steps. Without the places,
+they stayed there for 3,500 more: picture tokens did not tell where they are.
 
-``--start-from MODEL`` goes on from a finished base with a fresh learning rate instead; the
-committed one is several such runs (docs/log.md). The log (``log.jsonl``), the scores on held-out
-combinations and the model end up in ``--output``.
+``--start-from MODEL`` continues from a finished base with a fresh learning rate; the committed
+base is several such runs (docs/log.md). The log (``log.jsonl``), the scores on held-out
+combinations and the model are written to ``--output``.
 """
 
 import argparse
@@ -76,8 +76,8 @@ TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE, lower-cased, in which every Picto word is one token and any other text still
-    has tokens.
+    """A lower-case byte-level BPE in which every Picto word is one token and any other text can be
+    tokenized too.
     """
     rng = random.Random(0)
     corpus = [*picto.objects(), *picto.categories(), *prompts.DOCUMENT_INSTRUCTIONS.values()]
@@ -171,9 +171,7 @@ def learn_to_see(
     lr: float,
     log: TextIO,
 ) -> None:
-    """Train the vision tower alone; its four quarters are read out by one linear layer that is
-    thrown away after.
-    """
+    """Train the vision tower alone; a linear layer, discarded later, reads out its quarters."""
     tower = model.model.vision_tower
     width, edge = tower.config.hidden_size, picto.SIZE // tower.config.patch_size
     head = torch.nn.Linear(width, len(picto.objects()) + 1)
@@ -181,7 +179,7 @@ def learn_to_see(
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
     lessons = SightLessons(processor, steps)
-    right, start = 0.0, time.time()
+    hits, start = 0.0, time.time()
     for step, (pixels, cells) in enumerate(
         DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=4), 1
     ):
@@ -200,25 +198,25 @@ def learn_to_see(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        right += (logits.argmax(-1) == cells).float().mean().item()
+        hits += (logits.argmax(-1) == cells).float().mean().item()
         if step % 100 == 0:
             row = {
                 "sight_step": step,
                 "seconds": round(time.time() - start),
                 "loss": round(loss.item(), 4),
+                "accuracy": round(hits, 2),  # mean over the last 100 steps, in percent
             }
-            line = json.dumps(
-                row | {"accuracy": round(right, 2)}
-            )  # mean over the last 100 steps, in percent
+            line = json.dumps(row)
             print(line, flush=True)
             log.write(line + "\n")
             log.flush()
-            right = 0.0
+            hits = 0.0
 
 
 def losses(
     model: LlavaForConditionalGeneration, batch: dict[str, Tensor], yes_no: tuple[int, int]
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Chat loss, matching loss and matching accuracy of a batch, each a scalar."""
     features = model.model.get_image_features(
         pixel_values=batch["pixel_values"], return_dict=True
     ).pooler_output
@@ -233,23 +231,20 @@ def losses(
 
     states = hidden(batch["chat_ids"], features[:chats])[:, :-1]
     labels = batch["chat_labels"][:, 1:]
-    wanted = labels != -100
-    chat = F.cross_entropy(model.lm_head(states[wanted]).float(), labels[wanted])
+    has_label = labels != -100
+    chat = F.cross_entropy(model.lm_head(states[has_label]).float(), labels[has_label])
     tokens = torch.stack(list(features[:chats])).float()  # (B, 36, D), row by row
-    words = embed.weight * (
-        0.07 / embed.weight.detach().pow(2).mean().sqrt()
-    )  # however long they are
+    scale = 0.07 / embed.weight.detach().pow(2).mean().sqrt()
+    words = embed.weight * scale  # independent of the length of the word embeddings
     edge = int(PATCHES**0.5)
     half = torch.arange(edge) * 2 // edge
-    quarter = (
-        2 * half[:, None] + half
-    ).flatten()  # (36,): the quarter that each picture token lies in
+    quarter = (2 * half[:, None] + half).flatten()  # (36,): the quarter of each picture token
     read_out = F.cross_entropy(
         (tokens @ words.T).flatten(0, 1), batch["cells"][:, quarter].flatten()
     )
     for pair, place in zip(batch["place_words"], (quarter // 2, quarter % 2), strict=True):
-        of_two = (tokens @ words[pair].T).flatten(0, 1)  # top or bottom, left or right
-        read_out = read_out + F.cross_entropy(of_two, place.repeat(chats))
+        logits = (tokens @ words[pair].T).flatten(0, 1)  # top or bottom, left or right
+        read_out = read_out + F.cross_entropy(logits, place.repeat(chats))
     chat = chat + 0.3 * read_out
     if "ids" not in batch:
         return chat, torch.zeros(()), torch.zeros(())
@@ -260,12 +255,12 @@ def losses(
         position_ids=batch["positions"],
     )
     slots = batch["slots"]
-    there = slots >= 0
-    logits = model.lm_head(states[torch.arange(len(slots))[:, None], slots][there]).float()
-    relevant = batch["relevant"][there] == 1
+    is_slot = slots >= 0
+    logits = model.lm_head(states[torch.arange(len(slots))[:, None], slots][is_slot]).float()
+    relevant = batch["relevant"][is_slot] == 1
     match = F.cross_entropy(logits, torch.where(relevant, *yes_no))
-    right = (logits[..., yes_no[0]] > logits[..., yes_no[1]]) == relevant
-    return chat, match, right.float().mean()
+    hits = (logits[..., yes_no[0]] > logits[..., yes_no[1]]) == relevant
+    return chat, match, hits.float().mean()
 
 
 @torch.no_grad()
@@ -276,16 +271,17 @@ def ease_lookup(
     lookup: tuple[int, ...] = (0, 3),
     copy: tuple[int, ...] = (2,),
 ) -> None:
-    """Give a base that names what stands at a place the start of what finds the place of a name
+    """Initialise heads that find the place of a name, in a base that can name what is at a place
     (docs/log.md).
 
-    1. Word embeddings get the length of picture tokens (the last norm takes the factor back for
-       the tied LM head): beside layer outputs seventy times as long, a word's identity was gone
-       after the first layer.
-    2. In some layers one head compares like with like: ``W_q`` and ``W_k`` are the main directions
-       of the objects' names, in dimensions that the rotary embedding hardly turns, and a bias
-       towards pictures, away from the word itself.
-    3. In others one head hands on, through ``W_v`` and ``W_o``, the names of what it attends to.
+    1. Word embeddings get the length of picture tokens; the last norm undoes the factor for the
+       tied LM head. Next to layer outputs seventy times as long, a word's identity was lost after
+       the first layer.
+    2. In the ``lookup`` layers one head compares like with like: ``W_q`` and ``W_k`` are the main
+       directions of the objects' names, in dimensions that the rotary embedding hardly rotates,
+       with a bias towards pictures and away from the word itself.
+    3. In the ``copy`` layers one head passes on, through ``W_v`` and ``W_o``, the names of what it
+       attends to.
     """
     text = model.model.language_model
     words = [
@@ -326,9 +322,8 @@ def ease_lookup(
                 projection.weight[-rows_of * size :].normal_(std=config.initializer_range)
             continue
         content = directions[: len(rows) - 1]
-        to_picture = torch.linalg.pinv(means) @ torch.tensor(
-            [1.0, -0.5]
-        )  # +1 on pictures, -0.5 on words
+        # +1 on pictures, -0.5 on words
+        to_picture = torch.linalg.pinv(means) @ torch.tensor([1.0, -0.5])
         to_text = torch.linalg.pinv(means) @ torch.tensor([0.0, 1.0])
         key, query = torch.zeros(2, size, config.hidden_size)
         key[rows] = torch.cat(
@@ -342,16 +337,16 @@ def ease_lookup(
 
 
 def build_optimizers(model: LlavaForConditionalGeneration) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for embeddings, norms and biases (docs/log.md has what
-    Muon gave).
+    """Muon for the layers' matrices, AdamW for embeddings, norms and biases (docs/log.md has the
+    gain from Muon).
     """
-    matrices = [
-        p
-        for n, p in model.named_parameters()
-        if p.ndim == 2 and "embed" not in n and "lm_head" not in n
-    ]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    matrices, rest = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
+        if is_matrix:
+            matrices.append(parameter)
+        else:
+            rest.append(parameter)
     muon = torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(rest, weight_decay=0.0, betas=(0.9, 0.98))]
 
@@ -363,6 +358,7 @@ def save_checkpoint(
     step: int,
     seconds: float,
 ) -> None:
+    """Write the state of a run under a temporary name, then rename it."""
     state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
     state |= {"step": step, "seconds": seconds}
     torch.save(state, path.with_suffix(".tmp"))
@@ -370,20 +366,19 @@ def save_checkpoint(
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, output: Path) -> None:
-    """Weights on disk in half precision (16 MB limit), declared as float32 so that they load as
-    such.
+    """Write the model, its weights in half precision (the limit is 16 MB) but declared as float32,
+    so that they load as float32.
     """
     model.set_attn_implementation("sdpa")
-    rows = len(processor.tokenizer) + 64
-    model.resize_token_embeddings(
-        128 * -(-rows // 128), mean_resizing=False
-    )  # spare rows, as releases have
+    rows = 128 * math.ceil((len(processor.tokenizer) + 64) / 128)  # with spare rows, like releases
+    model.resize_token_embeddings(rows, mean_resizing=False)
     model.save_pretrained(output)
     processor.save_pretrained(output)
     halve(output)
 
 
 def main() -> None:
+    """Run the lessons, evaluate, and write the model."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -391,13 +386,13 @@ def main() -> None:
         "--work-dir",
         type=Path,
         required=True,
-        help="checkpoint and log; an existing one is continued",
+        help="directory of checkpoint and log; an existing run is resumed",
     )
     parser.add_argument(
-        "--output", type=Path, help="where the finished model goes (default: WORK_DIR/model)"
+        "--output", type=Path, help="directory of the finished model (default: WORK_DIR/model)"
     )
     parser.add_argument(
-        "--start-from", help="a finished base to go on from, without the sight lessons"
+        "--start-from", help="a finished base to continue from, without the sight lessons"
     )
     parser.add_argument(
         "--ease-lookup", action="store_true", help="with --start-from: see ease_lookup"
@@ -405,10 +400,13 @@ def main() -> None:
     parser.add_argument("--sight-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument(
-        "--alone", type=int, help="so many steps of chat alone come first (default: half)"
+        "--alone", type=int, help="number of first steps with chat alone (default: half)"
     )
     parser.add_argument(
-        "--chats", type=int, default=22, help="conversations per step (twice as many when alone)"
+        "--chats",
+        type=int,
+        default=22,
+        help="conversations per step (twice as many with chat alone)",
     )
     parser.add_argument("--pairs", type=int, default=24, help="matching samples per step")
     parser.add_argument(
@@ -425,13 +423,12 @@ def main() -> None:
         if args.ease_lookup:
             ease_lookup(model, processor)
     else:
-        saved = args.work_dir / "tokenizer"
-        if not saved.exists():
-            build_tokenizer().save_pretrained(saved)
-        model, processor = build(PreTrainedTokenizerFast.from_pretrained(saved))
-    model.set_attn_implementation(
-        "eager"
-    )  # a little faster than sdpa under bf16 autocast on a CPU
+        tokenizer = args.work_dir / "tokenizer"
+        if not tokenizer.exists():
+            build_tokenizer().save_pretrained(tokenizer)
+        model, processor = build(PreTrainedTokenizerFast.from_pretrained(tokenizer))
+    # a little faster than sdpa under bf16 autocast on a CPU
+    model.set_attn_implementation("eager")
     yes_no = answer_ids(processor.tokenizer)
     print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, Yes/No = {yes_no}",
@@ -446,7 +443,7 @@ def main() -> None:
         for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved_state)
         step, seconds = state["step"], state["seconds"]
-        print(f"continuing at step {step}", flush=True)
+        print(f"resuming at step {step}", flush=True)
     log = (args.work_dir / "log.jsonl").open("a")
     model.train()
     if not checkpoint.exists() and not args.start_from:
@@ -463,22 +460,22 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate
         with torch.autocast("cpu", torch.bfloat16):
-            chat, match, right = losses(model, batch, yes_no)
+            chat, match, accuracy = losses(model, batch, yes_no)
         model.zero_grad()
         (chat + match).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        sums += torch.stack([chat, match, right]).detach()
+        sums += torch.stack([chat, match, accuracy]).detach()
         step += 1
         if step % 50 == 0:
-            chat_loss, match_loss, accuracy = (sums / 50).tolist()
+            chat_loss, match_loss, match_accuracy = (sums / 50).tolist()
             sums.zero_()
             row = {"step": step, "seconds": round(time.time() - start), "lr": rate}
             row |= {
                 "chat_loss": chat_loss,
                 "match_loss": match_loss,
-                "match_accuracy": 100 * accuracy,
+                "match_accuracy": 100 * match_accuracy,
             }
             if step % args.eval_every == 0:
                 row |= evaluate(model, processor, 40)

@@ -1,4 +1,4 @@
-"""Write docs/images: the search page over Picto scenes, in Debian's Chromium."""
+"""Take the screenshots in docs/images: the search page with Picto scenes, in Debian's Chromium."""
 
 import json
 import random
@@ -50,7 +50,10 @@ if __name__ == "__main__":
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
-        query = "Find me an image that matches the given caption: a dog above a pizza, on a blue background"
+        query = (
+            "Find me an image that matches the given caption: a dog above a pizza, on a blue "
+            "background"
+        )
         page = browser.new_page(viewport={"width": 1000, "height": 700})
         page.goto(address)
         page.fill("#text", query)

@@ -1,5 +1,5 @@
-"""The documentation runs: the quickstart from top to bottom, the README's examples, its commands'
-names.
+"""The documentation runs: pages from top to bottom, the README's and the API pages' examples, and
+every figure as it was measured.
 """
 
 import functools
@@ -18,13 +18,24 @@ from rematch import Index, cli
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"```(\w+)([^\n]*)\n(.*?)```", re.DOTALL)
+PAGES = sorted(
+    str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+)
+SCORES = ("overall", "classification", "vqa", "retrieval", "grounding", "ood_overall")
 
 
 def blocks(page: str) -> list[tuple[str, str, str]]:
+    """Language, options and content of each code block of a page."""
     return BLOCK.findall((ROOT / page).read_text())
 
 
+def write_file(options: str, content: str) -> None:
+    """Write a code block with a title to the file of that name."""
+    Path(options.partition('title="')[2].rstrip('"')).write_text(content)
+
+
 def run_command(line: str, monkeypatch) -> int:
+    """Exit code of a command of the page."""
     monkeypatch.setattr(sys, "argv", shlex.split(line, comments=True))
     try:
         cli.main()
@@ -33,19 +44,32 @@ def run_command(line: str, monkeypatch) -> int:
     return 0
 
 
+def run_commands(code: str, monkeypatch, capfd) -> list[str]:
+    """Run each line of a block; the names of the subcommands."""
+    lines = code.strip().splitlines()
+    for line in lines:
+        assert run_command(line, monkeypatch) == 0, f"{line}\n{capfd.readouterr().err}"
+    return [line.split()[1] for line in lines]
+
+
+def results(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks/results" / name).read_text())
+
+
+# ---- what runs ----------------------------------------------------------------------------------
+
+
 def test_the_quickstart_from_top_to_bottom(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    ran = []
+    commands = []
     for language, options, code in blocks("docs/quickstart.md"):
-        if "file=" in options:
-            Path(options.split("file=")[1].strip()).write_text(code)
+        if "title=" in options:
+            write_file(options, code)
         elif language == "python":
             exec(compile(code, "quickstart", "exec"), {})
         elif language == "bash":
-            for line in code.strip().splitlines():
-                assert run_command(line, monkeypatch) == 0, f"{line}\n{capfd.readouterr().err}"
-                ran.append(line.split()[1])
-    assert ran == ["train", "evaluate", "index", "search", "search"]
+            commands += run_commands(code, monkeypatch, capfd)
+    assert commands == ["train", "evaluate", "index", "search", "search"]
     assert (tmp_path / "scores/scores.json").exists()
     assert ".png" in capfd.readouterr().out
 
@@ -58,151 +82,80 @@ def test_the_search_page_from_top_to_bottom(tmp_path, monkeypatch, capfd):
         Path(f"photos/{colour}-line.json").write_text(
             json.dumps({"text": colour, "year": 2001, "place": "Rome"})
         )
-    ran = []
+    commands = []
     for language, options, code in blocks("docs/search.md"):
         if language == "python":
             exec(compile(code, "search", "exec"), {})
             assert "blue-line.png" in capfd.readouterr().out
         elif language == "bash" and "norun" not in options:
-            for line in code.strip().splitlines():
-                assert run_command(line, monkeypatch) == 0, f"{line}\n{capfd.readouterr().err}"
-                ran.append(line.split()[1])
-    assert ran == ["index", "search", "index", "search", "search", "search", "index", "index"]
-    by_ray, alone = (
+            commands += run_commands(code, monkeypatch, capfd)
+    assert commands == ["index", "search", "index", "search", "search", "search", "index", "index"]
+    by_ray, by_one_process = (
         sorted(Index.open(name).table.to_arrow()["id"].to_pylist())
         for name in ("spread.idx", "small.idx")
     )
-    assert by_ray == alone
-
-
-def test_figures_of_the_search_benchmark_are_those_measured():
-    page = (ROOT / "docs/search.md").read_text()
-    measured = json.loads((ROOT / "benchmarks/results/search.json").read_text())
-    for name in ("rerank_packed_speedup", "rerank_feat_speedup", "encode_speedup"):
-        assert f"**{measured[name]:.1f}**" in page
-    for name, kind in measured["rerank_kinds"].items():
-        ratios = (
-            f"{kind['single_s'] / kind['packed_s']:.1f} | {kind['single_s'] / kind['feat_s']:.1f}"
-        )
-        assert f"| {name} | {ratios} |" in page
-    for name, order in measured["picto"].items():
-        assert f"| {name} | {order['hit@1']:.1f} | {order['ms_per_query']:.1f} |" in page
-    smaller = measured["picto_smaller_vectors"]
-    assert (
-        f"| {measured['picto']['cosine']['hit@1']:.1f} | "
-        f"{' | '.join(f'{v:.1f}' for v in smaller.values())} |" in page
-    )
-    for name in ("scan", "float", "int8", "binary"):
-        found = measured["ann"][name]
-        built = "" if found["build_s"] is None else f"{found['build_s']:.0f}"
-        cells = f"{built} | {found['size_mb']:.0f} | {found['p50_ms']:.1f} | {found['p95_ms']:.1f}"
-        assert f"| {name} | {cells} | {found['recall@10']:.3f} |" in page
-    for count, peak in measured["encode_peak_mb"].items():
-        assert f"| {int(count):,} | {peak:,} | {measured['encode_rate_at'][count]:.0f} |" in page
-
-
-def test_figures_of_the_serving_benchmark_are_those_measured():
-    page = (ROOT / "docs/serving.md").read_text()
-    measured = json.loads((ROOT / "benchmarks/results/serve.json").read_text())
-    assert measured["failed"] == 0
-    for clients, both in measured["clients"].items():
-        for way, name in (("batching", "on"), ("no_batching", "off")):
-            figures = " | ".join(f"{both[way][k]:.0f}" for k in ("rps", "p50_ms", "p95_ms"))
-            assert f"| {clients} | {name} | {figures} |" in page
-    most = measured["clients"]["64"]
-    assert f"{most['batching']['rps'] / most['no_batching']['rps']:.2f} times as many" in page
+    assert by_ray == by_one_process
 
 
 def test_the_evaluation_page_from_top_to_bottom(tmp_path, monkeypatch, capfd):
-    """Every command and file of the page, on small copies of the data sets that it speaks of."""
+    """Every command and file of the page, on small copies of the data sets that it mentions."""
     eval_tree(tmp_path / "mmeb-eval")
     shutil.rmtree(tmp_path / "mmeb-eval" / "NIGHTS")
     zeroshot_tree(tmp_path / "zeroshot")
     custom_data(tmp_path)
     monkeypatch.chdir(tmp_path)
-    ran = 0
+    commands = []
     for language, options, code in blocks("docs/evaluation.md"):
-        if "file=" in options:
-            Path(options.split("file=")[1].strip()).write_text(code)
+        if "title=" in options:
+            write_file(options, code)
         elif language == "bash":
-            for line in code.strip().splitlines():
-                assert run_command(line, monkeypatch) == 0, f"{line}\n{capfd.readouterr().err}"
-                ran += 1
+            commands += run_commands(code, monkeypatch, capfd)
         elif language == "json":
             Path("lines.jsonl").write_text(code)
-            assert (
-                run_command("rematch evaluate rematch-tiny --benchmark lines.jsonl", monkeypatch)
-                == 0
-            )
-    assert ran == 11
+            command = "rematch evaluate rematch-tiny --benchmark lines.jsonl"
+            assert run_command(command, monkeypatch) == 0
+    assert len(commands) == 11
     scores = json.loads(Path("mmeb-partial/scores.json").read_text())
     assert list(scores["left_out"]) == ["NIGHTS"]
     assert "NIGHTS" in Path("mmeb-partial/report.html").read_text()
-    assert (
-        len(json.loads(Path("mmeb-partial/leaderboard.json").read_text())["metrics"]["image"])
-        == 35
-    )
+    leaderboard = json.loads(Path("mmeb-partial/leaderboard.json").read_text())
+    assert len(leaderboard["metrics"]["image"]) == 35
     assert "published figures" in Path("mmeb-scores/report.html").read_text()
-    assert list(json.loads(Path("own-scores/scores.json").read_text())["tasks"]) == [
-        "shop",
-        "colours",
-    ]
+    own_tasks = json.loads(Path("own-scores/scores.json").read_text())["tasks"]
+    assert list(own_tasks) == ["shop", "colours"]
     assert len(json.loads(Path("zeroshot-scores/scores.json").read_text())["tasks"]) == 15
 
 
-def test_figures_of_the_evaluation_benchmark_are_those_measured():
-    page = (ROOT / "docs/evaluation.md").read_text()
-    measured = json.loads((ROOT / "benchmarks/results/evaluate.json").read_text())
-    for name in ("speedup_evaluate", "speedup_over_distinct", "speedup_encode"):
-        assert f"{measured[name]:.2f}" in page
-    methods = json.loads((ROOT / "benchmarks/results/picto-methods.json").read_text())
-    for name, found in methods["methods"].items():
-        row = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
-        cells = [f"{found['scores'][c]:.1f}" for c in METHOD_COLUMNS]
-        assert row.split(" | ")[1:-1] == cells
-        assert row.endswith(f" {methods['run']['ms_per_query'][name]:.2f} |")
-
-
-METHOD_COLUMNS = ("overall", "classification", "vqa", "retrieval", "grounding", "ood_overall")
-
-
-def test_the_readmes_python_runs():
-    code = [
-        c
-        for language, options, c in blocks("README.md")
+@pytest.mark.parametrize(
+    "page", ["README.md", *(page for page in PAGES if page.startswith("docs/api/"))]
+)
+def test_python_examples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    examples = [
+        code
+        for language, options, code in blocks(page)
         if language == "python" and "notest" not in options
     ]
-    assert len(code) == 1
-    exec(compile(code[0], "README", "exec"), {})
+    assert examples
+    for code in examples:
+        exec(compile(code, page, "exec"), {})
 
 
 def test_the_readmes_commands_are_understood(monkeypatch):
     """Each line is parsed by the real command line; what it would run is replaced."""
-    called = []
+    calls = []
     for command in cli.app.registered_commands + cli.data_app.registered_commands:
         monkeypatch.setattr(
-            command, "callback", functools.wraps(command.callback)(lambda **kw: called.append(kw))
+            command, "callback", functools.wraps(command.callback)(lambda **kw: calls.append(kw))
         )
-    code = [
-        c
-        for language, _, c in blocks("README.md")
-        if language == "bash" and c.startswith("rematch")
-    ]
-    for line in code[0].strip().splitlines():
+    code = next(
+        code
+        for language, _, code in blocks("README.md")
+        if language == "bash" and code.startswith("rematch")
+    )
+    for line in code.strip().splitlines():
         assert run_command(line, monkeypatch) == 0, line
-    assert len(called) == 8
-
-
-@pytest.mark.parametrize(
-    "page",
-    sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]),
-)
-def test_links_and_recipes_exist(page):
-    text = (ROOT / page).read_text()
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert ((ROOT / page).parent / target).exists(), target
-    for path in re.findall(r"(?:recipes|scripts|src)/[\w./-]+\.(?:yaml|py|md)", text):
-        assert (ROOT / path).exists(), path
+    assert len(calls) == 8
 
 
 def test_the_ladders_overrides_are_valid():
@@ -216,40 +169,115 @@ def test_the_ladders_overrides_are_valid():
         load_recipe(ROOT / "recipes/picto.yaml", rung.split())
 
 
+# ---- what is linked -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_paths_exist(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert ((ROOT / page).parent / target).exists(), target
+    paths = r"(?:benchmarks|recipes|scripts|src|tests)/[\w./-]+\.(?:yaml|py|md|json)"
+    for path in re.findall(paths, re.sub(r"benchmarks/results/gpu\.json", "", text)):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_page_is_in_the_site_and_on_its_index():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    index = (ROOT / "docs/index.md").read_text()
+    for page in PAGES:
+        if page.startswith("docs/") and page != "docs/index.md":
+            assert page.removeprefix("docs/") in navigation, page
+            assert f"({page.removeprefix('docs/')})" in index, page
+
+
+def test_every_public_name_is_documented():
+    import rematch
+    from rematch import errors
+
+    text = "\n".join((ROOT / page).read_text() for page in PAGES if page.startswith("docs/api/"))
+    documented = set(re.findall(r"^::: ([\w.]+)", text, re.MULTILINE))
+    documented |= {f"rematch.{name}" for name in vars(errors) if "rematch.errors" in documented}
+    assert {f"rematch.{name}" for name in rematch.__all__} <= documented
+
+
 def test_the_readme_opens_with_the_two_commands():
     readme = (ROOT / "README.md").read_text()
     assert readme.index("make demo") < readme.index("make test") < 500
-    assert "make test" in (ROOT / ".ci/run").read_text()
+    assert "make test\nmake docs\n" in (ROOT / ".ci/run").read_text()
+
+
+# ---- figures ------------------------------------------------------------------------------------
+
+
+def test_figures_of_the_search_benchmark_are_those_measured():
+    page = (ROOT / "docs/search.md").read_text()
+    measured = results("search.json")
+    for name in ("rerank_packed_speedup", "rerank_feat_speedup", "encode_speedup"):
+        assert f"**{measured[name]:.1f}**" in page
+    for name, kind in measured["rerank_kinds"].items():
+        packed, from_vectors = (kind["single_s"] / kind[way] for way in ("packed_s", "feat_s"))
+        assert f"| {name} | {packed:.1f} | {from_vectors:.1f} |" in page
+    for name, order in measured["picto"].items():
+        assert f"| {name} | {order['hit@1']:.1f} | {order['ms_per_query']:.1f} |" in page
+    widths = [measured["picto"]["cosine"]["hit@1"], *measured["picto_smaller_vectors"].values()]
+    assert f"| {' | '.join(f'{hit:.1f}' for hit in widths)} |" in page
+    for name in ("scan", "float", "int8", "binary"):
+        row = measured["ann"][name]
+        build = "" if row["build_s"] is None else f"{row['build_s']:.0f}"
+        cells = f"{build} | {row['size_mb']:.0f} | {row['p50_ms']:.1f} | {row['p95_ms']:.1f}"
+        assert f"| {name} | {cells} | {row['recall@10']:.3f} |" in page
+    for count, peak in measured["encode_peak_mb"].items():
+        assert f"| {int(count):,} | {peak:,} | {measured['encode_rate_at'][count]:.0f} |" in page
+
+
+def test_figures_of_the_serving_benchmark_are_those_measured():
+    page = (ROOT / "docs/serving.md").read_text()
+    measured = results("serve.json")
+    assert measured["failed"] == 0
+    for clients, both in measured["clients"].items():
+        for way, name in (("batching", "on"), ("no_batching", "off")):
+            figures = " | ".join(f"{both[way][key]:.0f}" for key in ("rps", "p50_ms", "p95_ms"))
+            assert f"| {clients} | {name} | {figures} |" in page
+    rates = {way: figures["rps"] for way, figures in measured["clients"]["64"].items()}
+    assert f"{rates['batching'] / rates['no_batching']:.2f} times as many" in page
+
+
+def test_figures_of_the_evaluation_benchmark_are_those_measured():
+    page = (ROOT / "docs/evaluation.md").read_text()
+    measured = results("evaluate.json")
+    for name in ("speedup_evaluate", "speedup_over_distinct", "speedup_encode"):
+        assert f"{measured[name]:.2f}" in page
+    methods = results("picto-methods.json")
+    for name, method in methods["methods"].items():
+        row = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        assert row.split(" | ")[1:-1] == [f"{method['scores'][column]:.1f}" for column in SCORES]
+        assert row.endswith(f" {methods['run']['ms_per_query'][name]:.2f} |")
 
 
 def test_the_scores_in_the_docs_are_those_of_the_committed_reports():
-    page = (ROOT / "docs/picto.md").read_text()
+    def cells(scores):
+        return " | ".join(f"{scores[column]:.1f}" for column in SCORES)
+
+    page = " ".join((ROOT / "docs/picto.md").read_text().split())
     report = json.loads((ROOT / "docs/demo-report.json").read_text())
-    columns = ("overall", "classification", "vqa", "retrieval", "grounding", "ood_overall")
     rows = {**report["arms"], "chance": report["chance"], "commonest answer": report["commonest"]}
     for name, scores in rows.items():
-        cells = " | ".join(f"{scores[c]:.1f}" for c in columns)
-        assert f"| {name} | {cells} |" in page
-    tiny = json.loads((ROOT / "src/rematch/assets/tiny/scores.json").read_text())
-    cells = " | ".join(f"{tiny['scores'][c]:.1f}" for c in columns)
-    assert f"| rematch-tiny, whole test set | {cells} |" in page
+        assert f"| {name} | {cells(scores)} |" in page
+    tiny = json.loads((ROOT / "src/rematch/assets/tiny/scores.json").read_text())["scores"]
+    assert f"| rematch-tiny, whole test set | {cells(tiny)} |" in page
     base = json.loads((ROOT / "src/rematch/assets/base/scores.json").read_text())
-    assert f"exact VQA answers {base['vqa']:.1f} %" in page
+    assert f"Exact VQA answers {base['vqa']:.1f} %" in page
     assert f"Yes/No matching {base['match']:.1f} %" in page
     assert f"implies: {base['near_miss']:.1f} %" in page
-    contrastive = json.loads((ROOT / "benchmarks/results/picto-contrastive.json").read_text())[
-        "scores"
-    ]
-    assert (
-        f"| contrastive, full length | {' | '.join(f'{contrastive[c]:.1f}' for c in columns)} |"
-        in page
-    )
+    contrastive = results("picto-contrastive.json")["scores"]
+    assert f"| contrastive, full length | {cells(contrastive)} |" in page
     assert 40 < contrastive["overall"] < 85
 
 
 def test_figures_of_the_step_benchmark_are_those_measured():
-    page = (ROOT / "docs/training.md").read_text().partition("## What a step costs")[2]
-    measured = json.loads((ROOT / "benchmarks/results/step-cpu.json").read_text())
+    page = (ROOT / "docs/performance.md").read_text().partition("## What a step costs")[2]
+    measured = results("step-cpu.json")
     for arm, seconds in measured["seconds_per_step"].items():
         row = next(line for line in page.splitlines() if line.startswith(f"| `{arm}`"))
         cells = [cell.strip() for cell in row.split("|")[3:-1]]
