@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,11 @@ from rematch.backbone.loading import resolve
 from rematch.data import picto
 from rematch.data.picto_tasks import training_triplet
 from rematch.files import write_json
-from rematch.matching import VIEWS
+from rematch.matching import Question, View
 from rematch.model import ReMatch
-from rematch.train.batch import Batch, Step
-from rematch.train.collator import Collator, cut, identity
+from rematch.train.batch import Batch, MiniBatch
+from rematch.train.collator import Collator, content_key, split
+from rematch.train.gradient_cache import Passes
 from rematch.train.loss import ReMatchLoss
 
 COLUMNS = ("query", "positive", "negative")
@@ -87,8 +89,10 @@ class Naive(ReMatchLoss):
 
     shares_pictures = False
 
-    def match(self, step: Step, batch: Batch, features: Any, vectors: Tensor) -> Tensor:
-        return super().match(step, batch, features if self.shares_pictures else None, vectors)
+    def match(self, mini_batch: MiniBatch, passes: Passes, embeddings: Tensor) -> Tensor:
+        if not self.shares_pictures:
+            passes = replace(passes, features=None)
+        return super().match(mini_batch, passes, embeddings)
 
     def answers(self, logits: Tensor, relevant: Tensor, batch: Batch) -> Tensor:
         yes, no = self.backbone.answer_ids
@@ -106,7 +110,7 @@ class NaiveSeen(Naive):
 
 def naive_batch(model: ReMatch, rows: list[dict[str, Any]], tokens: int) -> Batch:
     """The ordinary batch, with one question per sequence in its matching steps."""
-    batch: Batch = Collator(model, VIEWS, tokens)(rows)["batch"]
+    batch: Batch = Collator(model, tuple(View), tokens)(rows)["batch"]
     batch.matching = []
     reader = model.backbone.reader
     numbers: dict[int, int] = {}
@@ -116,32 +120,32 @@ def naive_batch(model: ReMatch, rows: list[dict[str, Any]], tokens: int) -> Batc
         for column, place in zip(COLUMNS, places, strict=True):
             if place not in readings:
                 readings[place] = reader.read(row[column])
-            content = identity(row[column])
+            content = content_key(row[column])
             if readings[place].vision:  # sets are numbered in the order of their first appearance
                 numbers.setdefault(content, len(numbers))
             picture_sets[place] = numbers.get(content)
-    for view in VIEWS:
-        query_form, document_form = view.split("-")
-        question = [(query_form, 0, document_form)]
+    for view in View:
+        question = [Question(view, 0)]
         for column in (1, 2):
             pairs = batch.inputs[:, [0, column]].tolist()
 
             def pack(pairs: list[list[int]], question: Any = question) -> Any:
                 rows = [(readings[query], [readings[document]]) for query, document in pairs]
-                return reader.pack_matching(rows, [question] * len(rows))[0]
+                return model.backbone.questions.pack(rows, [question] * len(rows))[0]
 
             lengths = [pack([pair]).input_ids.shape[1] for pair in pairs]
             order = sorted(range(len(pairs)), key=lengths.__getitem__)
-            for indices in cut([lengths[i] for i in order], tokens):
+            for indices in split([lengths[i] for i in order], tokens):
                 members = [pairs[order[i]] for i in indices]
                 by_form: dict[str, list[int]] = {"raw": [], "feat": []}
                 for query, document in members:
-                    by_form[query_form].append(query)
-                    by_form[document_form].append(document)
-                tensors = vars(pack(members)) | {"read": torch.tensor(by_form["feat"]).long()}
+                    by_form[view.query].append(query)
+                    by_form[view.document].append(document)
+                tensors = dict(vars(pack(members)))
+                tensors["placeholder_inputs"] = torch.tensor(by_form["feat"]).long()
                 tensors["relevant"] = torch.full((len(members), 1), column == 1)
                 sets = [picture_sets[place] for place in by_form["raw"]]
-                batch.matching.append(Step(tensors, [n for n in sets if n is not None]))
+                batch.matching.append(MiniBatch(tensors, [n for n in sets if n is not None]))
     return batch
 
 
@@ -208,11 +212,11 @@ def arm(
         loss = CachedMultipleNegativesRankingLoss(model, scale=50.0, mini_batch_size=mini_batch)
         return lambda: loss([dict(column) for column in columns], None), None
     options: dict[str, Any] = {"gradient_cache": cached}
-    views: Sequence[str] = ["feat-feat"] if name == "feat" else VIEWS
+    views: Sequence[View] = [View.FEAT_FEAT] if name == "feat" else tuple(View)
     if name == "contrastive":
         views, options["w_qdm"], options["w_orth"] = (), 0, 0
     kind = {"naive": Naive, "naive_seen": NaiveSeen}.get(name, ReMatchLoss)
-    ours = kind(model, views=views or VIEWS, **options)
+    ours = kind(model, views=views or tuple(View), **options)
     if kind is ReMatchLoss:
         batch = Collator(model, views, tokens, reuse=name == "reuse")(rows)["batch"]
     else:
@@ -245,7 +249,7 @@ def growth(args: argparse.Namespace) -> dict[str, float]:
         first_step, _ = arm(args.arm, model, rows[:8], tokens, args.mini_batch)
         first_step().backward()  # allocates the gradients
         step, batch = arm(args.arm, model, rows, tokens, args.mini_batch)
-        vision = (ReMatchLoss(model).see(batch) if batch else None) or []
+        vision = (ReMatchLoss(model).picture_features(batch) if batch else None) or []
         features = sum(unit.nbytes for picture_set in vision for unit in picture_set.units) / 2**20
         del vision
         if args.device == "cuda":
@@ -411,10 +415,10 @@ def vision_share(model: ReMatch, rows: list[dict[str, Any]]) -> float:
     """The vision tower's share of the arithmetic of embedding a batch once."""
     batch, loss = Collator(model, (), 1_000_000)(rows)["batch"], ReMatchLoss(model)
     with torch.no_grad(), FlopCounterMode(display=False) as vision:
-        features = loss.see(batch)
+        passes = loss.passes(batch)
     with torch.no_grad(), FlopCounterMode(display=False) as language:
-        for step in batch.embedding:
-            loss.embed(step, batch, features)
+        for mini_batch, _ in passes.embedding:
+            loss.embed(mini_batch, passes)
     parts = [vision.get_total_flops(), language.get_total_flops()]
     return round(parts[0] / sum(parts), 2)
 
