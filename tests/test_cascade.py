@@ -50,8 +50,8 @@ def test_the_cascade_goes_from_stage_to_stage(searcher, library):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("feet:10", "Write STAGE:COUNT"),
-        ("feat", "Write STAGE:COUNT"),
+        ("feet:10", "write STAGE:COUNT"),
+        ("feat", "write STAGE:COUNT"),
         ("feat:10,raw:20", "Stage counts must decrease"),
         ("maxsim:10", "Build it with --tokens"),
         ("feat:10", "reads whole vectors only"),

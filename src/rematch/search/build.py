@@ -185,7 +185,7 @@ class Builder:
         index = self.index
         try:
             self.encode_corpus(corpus)
-            self.check_failures(is_end=True)
+            self.check_failures(final=True)
             if not keep:
                 self._delete_missing()
         except BaseException:
@@ -277,7 +277,8 @@ class Builder:
         number = id_hash(document.id)
         if number in self.corpus_ids:
             error = DataError(
-                f"{document.id}: the id occurs twice in the corpus; the first document has it."
+                f"{document.id}: the id occurs twice in the corpus; only the first document with "
+                "it is indexed."
             )
             self.fail(Unreadable(document.id, error))
             return None
@@ -367,18 +368,18 @@ class Builder:
         # the error counts inputs in a batch of the document's own
         self.report.failures[document.id] = str(document.error).removeprefix("input 0: ")
 
-    def check_failures(self, *, is_end: bool = False) -> None:
+    def check_failures(self, *, final: bool = False) -> None:
         """Stop the run if too many documents fail.
 
         Args:
-            is_end: Whether there are no more documents; then it also stops if all of them failed.
+            final: Whether this was the last document; then it also stops if all of them failed.
 
         Raises:
             DataError: If too many documents fail.
         """
         failed, total = len(self.report.failures), self.report.documents
         too_many = total >= _MIN_DOCUMENTS and failed > self.max_failures * total
-        if too_many or (is_end and 0 < failed == total):
+        if too_many or (final and 0 < failed == total):
             self._flush()
             document_id, reason = next(iter(self.report.failures.items()))
             raise DataError(

@@ -94,8 +94,8 @@ def _parse_stage(text: str, settings: IndexSettings, width: int) -> Stage:
     if not count.isdigit() or name not in _STAGES:
         names = ", ".join(name for name in _STAGES if name)
         raise RematchError(
-            f"--rerank {text}: is not a stage. Write STAGE:COUNT, where STAGE is one of {names}; "
-            "for example feat:100,raw:10."
+            f"--rerank {text}: not a stage; write STAGE:COUNT, where STAGE is one of {names}; for "
+            "example feat:100,raw:10."
         )
     by = _STAGES[name]
     if by == "maxsim" and not settings.tokens:
