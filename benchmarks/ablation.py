@@ -41,7 +41,7 @@ from rematch.data.picto_tasks import TASKS, Draw, evaluation_tasks
 from rematch.encoding.encoder import Encoder
 from rematch.evaluate.run import evaluate, summary
 from rematch.files import write_json
-from rematch.matching import VIEWS
+from rematch.matching import View
 from rematch.model import ReMatch
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
 from rematch.train.build import build_collator, build_loss, build_model
@@ -117,10 +117,9 @@ def abilities(model: ReMatch) -> dict[str, Any]:
     query_vectors = list(model.encode_query(queries, show_progress_bar=False))
     document_vectors = list(model.encode_document(documents, show_progress_bar=False))
     matching = {}
-    for view in VIEWS:
-        query_form, document_form = view.split("-")
-        query_inputs = queries if query_form == "raw" else query_vectors
-        document_inputs = documents if document_form == "raw" else document_vectors
+    for view in View:
+        query_inputs = queries if view.query == "raw" else query_vectors
+        document_inputs = documents if view.document == "raw" else document_vectors
         yes = model.match(query_inputs, document_inputs, view) > 0.5
         matching[view] = percent(yes == np.tile([True, False], len(yes) // 2))
     return {"vqa_exact": percent(exact), "matching": matching}
@@ -279,7 +278,7 @@ COLUMNS = {
     "replace": lambda row: row["composition"]["replace"],
     "swap": lambda row: row["composition"]["swap"],
     "add": lambda row: row["composition"]["add or leave out"],
-    **{view: lambda row, view=view: row["matching"][view] for view in VIEWS},
+    **{view: lambda row, view=view: row["matching"][view] for view in View},
     "VQA": lambda row: row["vqa_exact"],
 }
 

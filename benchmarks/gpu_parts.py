@@ -39,12 +39,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
-from rematch.backbone.module import resolve
+from rematch.backbone.loading import resolve
 from rematch.encoding.encoder import Encoder
 from rematch.model import ReMatch
+from rematch.train.build import build_collator, build_loss, build_model
 from rematch.train.estimate import GB, RESERVED, estimate
 from rematch.train.recipe import Recipe
-from rematch.train.run import build_collator, build_loss, build_model
 from rematch.train.shape import load_shape
 from rematch.train.trainer import PEAK_TFLOPS
 
@@ -361,7 +361,7 @@ def flex(bench: Bench) -> dict[str, Any]:
         vectors = vectors.to(bench.device)
 
         def match(loss: Any = loss, batch: Any = batch, vectors: Tensor = vectors) -> Tensor:
-            return loss.match(batch.matching[0], batch, loss.see(batch), vectors)
+            return loss.match(batch.matching[0], loss.passes(batch), vectors)
 
         # on a CPU FlexAttention has no backward pass, and compiling it takes a minute
         if bench.device == "cpu":

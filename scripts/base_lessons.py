@@ -12,7 +12,7 @@ from transformers import LlavaProcessor
 from rematch import prompts
 from rematch.data import picto, picto_tasks
 from rematch.data.schema import Item
-from rematch.matching import Segment, lay_out, pack, unified_mask
+from rematch.matching import Question, Segment, View, lay_out, pack, unified_mask
 
 IMAGE = "<image>"
 PATCHES = 36
@@ -248,13 +248,15 @@ class Lessons(Dataset[dict[str, Tensor]]):
             q = {"raw": self.segment(prompts.MATCH_QUERY, query)}
             d = [{"raw": self.segment(prompts.MATCH_DOCUMENT, document)} for document in documents]
             rows.append(
-                lay_out(prompt, q, d, slot, [("raw", i, "raw") for i in range(len(d))], gap)
+                lay_out(
+                    prompt, q, d, slot, [Question(View.RAW_RAW, i) for i in range(len(d))], gap
+                )
             )
         packed = pack(rows, self.tokenizer.pad_token_id)
         return {
             "ids": packed.input_ids,
             "positions": packed.position_ids[0],
-            "mask": unified_mask(packed.owner, packed.visible),
+            "mask": unified_mask(packed.segments, packed.attends),
             "slots": packed.slots,
             "relevant": pad([[int(fits) for fits in true] for _, _, true in items], -1),
         }
