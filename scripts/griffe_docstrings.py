@@ -9,7 +9,7 @@ from typing import Any
 
 from griffe import Extension, Object
 
-ROLE = re.compile(r":\w+:`~?([\w.]+)`")
+ROLE = re.compile(r":\w+:`(~?)([\w.]+)`")
 DOCTEST = re.compile(r"^([ ]*)>>> .*(?:\n(?!\s*$).*)*", re.MULTILINE)
 
 
@@ -19,9 +19,9 @@ def to_markdown(docstring: str) -> str:
     """
 
     def reference(role: re.Match[str]) -> str:
-        target = role[1]
-        label = f"<code>{target.rpartition('.')[2]}</code>"
-        return f'<autoref identifier="{target}" optional>{label}</autoref>'
+        short, target = role.groups()
+        label = target.rpartition(".")[2] if short else target
+        return f'<autoref identifier="{target}" optional><code>{label}</code></autoref>'
 
     def fence(doctest: re.Match[str]) -> str:
         indent = doctest[1]
