@@ -179,12 +179,15 @@ def _p_yes(
     view: View,
 ) -> list[list[float]]:
     """P(yes) of each query with each document of its list."""
-    raw_query, raw_document = view.query == "raw", view.document == "raw"
-    shown_queries = inputs.queries if raw_query else list(inputs.query_vectors)
-    shown_documents = inputs.documents if raw_document else list(inputs.document_vectors)
+    query_source: list[Any] | NDArray[np.float32] = inputs.queries
+    document_source: list[Any] | NDArray[np.float32] = inputs.documents
+    if view.query == "feat":
+        query_source = inputs.query_vectors
+    if view.document == "feat":
+        document_source = inputs.document_vectors
     margins = model.score_lists(
-        [shown_queries[query] for query in queries],
-        [[shown_documents[j] for j in documents] for documents in document_lists],
+        [query_source[query] for query in queries],
+        [[document_source[j] for j in documents] for documents in document_lists],
         view,
     )
     return [probability(values).tolist() for values in margins]

@@ -101,8 +101,8 @@ def _run_estimate(recipe: Recipe, options: TrainOptions) -> None:
     if options.tflops:
         hours = recipe.train.steps * result.seconds(options.tflops) / 3600
         _print(
-            f"{recipe.train.steps:,} steps: {hours:.1f} h at {options.tflops:g} TFLOP/s on each "
-            f"of {options.gpus} GPUs"
+            f"{recipe.train.steps:,} steps: {hours:.1f} h at {options.tflops:g} TFLOP/s per GPU, "
+            f"number of GPUs: {options.gpus}"
         )
     memory = options.gpu_memory
     if memory is None:

@@ -105,14 +105,13 @@ def _load_pool(data: Path, corpus: Path | None) -> Pool:
     """The distinct queries and documents of the data and the corpus."""
     queries: dict[str, Item] = {}
     documents: dict[str, Item] = {}
-    positives: dict[str, list[str]] = defaultdict(list)
+    positives: dict[str, dict[str, None]] = defaultdict(dict)  # distinct, in order
     triplets = load_triplets(data)
     for triplet in triplets:
         query, positive = _content_key(triplet.query), _content_key(triplet.positive)
         queries.setdefault(query, triplet.query)
         documents.setdefault(positive, triplet.positive)
-        if positive not in positives[query]:
-            positives[query].append(positive)
+        positives[query][positive] = None
         if triplet.negative is not None:
             documents.setdefault(_content_key(triplet.negative), triplet.negative)
     further = documents_of(corpus) if corpus else []
