@@ -65,8 +65,9 @@ class ReMatchLoss(MiniBatchedLoss):
         self.temperature = temperature
         self.log_temperature: nn.Parameter | None = None
         if learn_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
-            self.log_temperature.register_hook(mean_over_processes)  # type: ignore[no-untyped-call]
+            log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+            log_temperature.register_hook(mean_over_processes)  # type: ignore[no-untyped-call]
+            self.log_temperature = log_temperature
         self.w_orth = w_orth
         self.w_qdm = w_qdm
         self.views = [View(view) for view in views]
