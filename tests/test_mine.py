@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from rematch.data.images import Checked, Encoded, Zipped, load_image
+from rematch.data.images import CheckedPicture, EncodedPicture, ZippedPicture, load_image
 from rematch.data.schema import Item
 from rematch.data.triplets import load_triplets
-from rematch.encoding.encoder import look_at_picture
+from rematch.encoding.inputs import inspect_picture
 from rematch.errors import DataError, ImageError
 from rematch.matching import View
 from rematch.train import mine as module
@@ -226,9 +226,9 @@ def test_a_picture_is_the_same_wherever_it_lies(tmp_path):
     path = tmp_path / "a.png"
     same = [
         path,
-        Encoded("e", content),
-        Zipped(tmp_path / "z.zip", "a.png"),
-        Checked(path, *look_at_picture(path)),
+        EncodedPicture("e", content),
+        ZippedPicture(tmp_path / "z.zip", "a.png"),
+        CheckedPicture(path, *inspect_picture(path)),
     ]
     assert len({_content_key(Item("text", picture)) for picture in same}) == 1
     assert _content_key(Item("text", same[0])) != _content_key(Item("other", same[0]))
@@ -239,7 +239,7 @@ def test_a_picture_is_the_same_wherever_it_lies(tmp_path):
     assert cells[1] == cells[2]
     assert (tmp_path / cells[1]["image"][0]).read_bytes() == content
     with pytest.raises(ImageError, match="not a picture"):
-        _content_key(Item("", Encoded("e", b"text")))
+        _content_key(Item("", EncodedPicture("e", b"text")))
 
 
 def test_feat_views_read_vectors_alone(model, data, tmp_path):

@@ -10,6 +10,7 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
+from rematch.backbone.pixels import limit_pixels
 from rematch.errors import ImageError, RecipeError, RematchError, TooLongError
 from rematch.matching import Matching, View
 from rematch.model import ReMatch
@@ -46,7 +47,7 @@ def build_model(recipe: Recipe) -> ReMatch:
     )
     model.backbone.document_instructions = recipe.data.document_instructions
     model.backbone.matching = recipe.loss.matching
-    model.backbone.limit_pixels(settings.min_pixels, settings.max_pixels)
+    limit_pixels(model.backbone.processor, settings.min_pixels, settings.max_pixels)
     if lora is None and not settings.train_vision:
         model.backbone.freeze_vision()
     if settings.liger:
