@@ -24,6 +24,8 @@ IRRELEVANT = {
     "matching": "masks and positions of questions",
     "scoring": "scores from vectors and from the matching head",
     "backbone/questions": "questions",
+    "backbone/checks": "errors about unusable models",
+    "backbone/fingerprint": "which base an adapter belongs to",
     "backbone/memory": "default size of a batch, which an option can change too",
     "encoding/vector_store": "where vectors are stored",
 }

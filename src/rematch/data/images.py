@@ -181,10 +181,11 @@ def load_image(source: PictureSource | str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if isinstance(source, PictureFile):
-                picture: Image.Image = Image.open(io.BytesIO(source.read_bytes()))
+            if isinstance(source, Image.Image):
+                picture = source
             else:
-                picture = source if isinstance(source, Image.Image) else Image.open(source)
+                file = source if isinstance(source, PictureFile) else Path(source)
+                picture = Image.open(io.BytesIO(file.read_bytes()))
             picture.load()
     except FileNotFoundError:
         raise ImageError(

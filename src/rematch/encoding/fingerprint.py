@@ -21,8 +21,9 @@ from xxhash import xxh3_128
 FINGERPRINT_FORMAT = "2:"  # begins every fingerprint; those before it ignored the configuration
 # modules that turn an input into a vector; an edit of any other one leaves stored vectors valid
 VECTOR_MODULES = (
-    "prompts tokens model backbone/module backbone/reading backbone/turns backbone/pictures "
-    "backbone/key_values backbone/lora data/images data/inputs encoding/encoder encoding/inputs"
+    "prompts tokens model backbone/module backbone/loading backbone/reading backbone/turns "
+    "backbone/pictures backbone/key_values backbone/lora data/images data/inputs "
+    "encoding/encoder encoding/inputs"
 ).split()
 _PACKAGE = Path(__file__).parents[1]
 _LIBRARIES = ("torch", "transformers", "sentence-transformers", "pillow")
