@@ -14,7 +14,7 @@ from PIL import Image
 from rematch.data.images import CheckedPicture, EncodedPicture, ZippedPicture, load_image
 from rematch.data.schema import Item
 from rematch.data.triplets import load_triplets
-from rematch.encoding.encoder import look_at_picture
+from rematch.encoding.inputs import inspect_picture
 from rematch.errors import DataError, ImageError
 from rematch.matching import View
 from rematch.train import mine as module
@@ -228,7 +228,7 @@ def test_a_picture_is_the_same_wherever_it_lies(tmp_path):
         path,
         EncodedPicture("e", content),
         ZippedPicture(tmp_path / "z.zip", "a.png"),
-        CheckedPicture(path, *look_at_picture(path)),
+        CheckedPicture(path, *inspect_picture(path)),
     ]
     assert len({_content_key(Item("text", picture)) for picture in same}) == 1
     assert _content_key(Item("text", same[0])) != _content_key(Item("other", same[0]))
