@@ -51,7 +51,7 @@ from rematch.files import write_json
 from rematch.matching import Question, View
 from rematch.model import ReMatch
 from rematch.train.batch import Batch, MiniBatch
-from rematch.train.collator import Collator, content_key, split
+from rematch.train.collator import Collator, input_key, split
 from rematch.train.gradient_cache import Passes
 from rematch.train.loss import ReMatchLoss
 
@@ -120,7 +120,7 @@ def naive_batch(model: ReMatch, rows: list[dict[str, Any]], tokens: int) -> Batc
         for column, place in zip(COLUMNS, places, strict=True):
             if place not in readings:
                 readings[place] = reader.read(row[column])
-            content = content_key(row[column])
+            content = input_key(row[column])
             if readings[place].vision:  # sets are numbered in the order of their first appearance
                 numbers.setdefault(content, len(numbers))
             picture_sets[place] = numbers.get(content)

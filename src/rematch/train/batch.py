@@ -48,7 +48,7 @@ class Batch:
 
     Attributes:
         inputs: The number of the distinct input in each place, (B, C).
-        keys: A content key for each distinct input, (N,), int64.
+        keys: A number for each distinct input, equal where inputs are equal, (N,), int64.
         embedding: Mini-batches that embed the distinct inputs in order.
         matching: Mini-batches of questions; none in ``reuse`` mode, where the embedding pass
             answers them. Beside the fields of :class:`~rematch.matching.Packed` their tensors

@@ -203,7 +203,7 @@ class Collator:
         inputs = []
         limit = self.reader.tokenizer.model_max_length
         for column in columns:
-            content, task = content_key(row[column]), TASKS[column]
+            content, task = input_key(row[column]), TASKS[column]
             if content not in readings:
                 reading = self.reader.read(row[column], number)
                 if len(reading.ids) + self.model.fusion.num_tokens > limit:
@@ -407,7 +407,7 @@ def _places(keys: list[int], rows: list[list[int]]) -> Tensor:
     return torch.tensor([[place[key] for key in row] for row in rows])
 
 
-def content_key(value: Any) -> int:
+def input_key(value: Any) -> int:
     """A number that two inputs share if they have the same text and pictures.
 
     Pictures in files count by their path.
