@@ -79,4 +79,5 @@ def post(url: str, body: dict, seconds: float = 60) -> tuple[int, dict, dict]:
         with urllib.request.urlopen(request, timeout=seconds) as response:
             return response.status, dict(response.headers), json.load(response)
     except urllib.error.HTTPError as error:
-        return error.code, dict(error.headers), json.load(error)
+        with error:
+            return error.code, dict(error.headers), json.load(error)

@@ -224,6 +224,10 @@ def test_equal_vectors_nan_and_chance_are_flagged(make_model, monkeypatch):
     assert result.scores["hit@10"] == 0
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The fill_missing parameter is deprecated:DeprecationWarning",
+    "ignore:The `get_sentence_embedding_dimension` method:FutureWarning",
+)
 def test_mteb_runs_a_model_through_its_own_wrapper(model):
     """The scores are those of our evaluator on the same data; in float64, so that rounding decides
     no rank.

@@ -20,20 +20,20 @@ def test_killed_and_started_again(saved_model, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     answers = []
     for stop in (signal.SIGKILL, signal.SIGTERM):
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        address = process.stdout.readline().split(" on ")[1].split(";")[0]
-        for _ in range(100):
-            try:
-                body = {"text": "a red card", "rerank": "feat:3"}
-                _, _, content = post(f"{address}/v1/search", body, seconds=30)
-                answers.append([hit["id"] for hit in content["hits"]])
-                break
-            except urllib.error.URLError:
-                time.sleep(0.1)
-        process.send_signal(stop)
-        process.wait(30)
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
+            address = process.stdout.readline().split(" on ")[1].split(";")[0]
+            for _ in range(100):
+                try:
+                    body = {"text": "a red card", "rerank": "feat:3"}
+                    _, _, content = post(f"{address}/v1/search", body, seconds=30)
+                    answers.append([hit["id"] for hit in content["hits"]])
+                    break
+                except urllib.error.URLError:
+                    time.sleep(0.1)
+            process.send_signal(stop)
+            process.wait(30)
     assert answers[0] == answers[1]
     assert len(answers[0]) == 6
 

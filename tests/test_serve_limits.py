@@ -254,3 +254,4 @@ def test_pictures_by_url(monkeypatch):
     with pytest.raises(ClientError, match="has more than 100 bytes"):
         fetch(f"{base}/a.png", Limits(hosts=("good.test",), remote_bytes=100))
     server.shutdown()
+    server.server_close()

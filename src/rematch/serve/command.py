@@ -46,31 +46,31 @@ def run_server(options: ServeOptions) -> None:
             empty, or the port is in use.
     """
     keys = _load_keys(options.api_keys)
-    listener = _listen(options.host, options.port)
-    engine = Engine(options.target, options.model)
-    hosts = tuple(host.strip().lower() for host in options.image_hosts.split(",") if host.strip())
-    if options.host not in _LOOPBACK and not keys:
-        say(
-            f"other machines can reach {options.host}, and no API key is required. Consider "
-            "--api-keys."
+    with _listen(options.host, options.port) as listener:
+        engine = Engine(options.target, options.model)
+        if options.host not in _LOOPBACK and not keys:
+            say(
+                f"other machines can reach {options.host}, and no API key is required. Consider "
+                "--api-keys."
+            )
+        hosts = [host.strip().lower() for host in options.image_hosts.split(",")]
+        app = create_app(
+            engine,
+            Limits(hosts=tuple(host for host in hosts if host)),
+            keys,
+            batch_tokens=options.batch_tokens,
+            waiting=options.waiting,
+            timeout=options.timeout,
+            batching=options.batching,
         )
-    app = create_app(
-        engine,
-        Limits(hosts=hosts),
-        keys,
-        batch_tokens=options.batch_tokens,
-        waiting=options.waiting,
-        timeout=options.timeout,
-        batching=options.batching,
-    )
-    print(_banner(options, listener.getsockname()[1], engine), flush=True)  # noqa: T201
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        timeout_graceful_shutdown=int(options.timeout) + 1,
-        server_header=False,
-    )
-    uvicorn.Server(config).run(sockets=[listener])
+        print(_banner(options, listener.getsockname()[1], engine), flush=True)  # noqa: T201
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            timeout_graceful_shutdown=int(options.timeout) + 1,
+            server_header=False,
+        )
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 def _banner(options: ServeOptions, port: int, engine: Engine) -> str:
