@@ -120,7 +120,7 @@ def test_the_evaluation_page_from_top_to_bottom(tmp_path, monkeypatch, capfd):
     assert "NIGHTS" in Path("mmeb-partial/report.html").read_text()
     leaderboard = json.loads(Path("mmeb-partial/leaderboard.json").read_text())
     assert len(leaderboard["metrics"]["image"]) == 35
-    assert "published figures" in Path("mmeb-scores/report.html").read_text()
+    assert "published scores" in Path("mmeb-scores/report.html").read_text()
     own_tasks = json.loads(Path("own-scores/scores.json").read_text())["tasks"]
     assert list(own_tasks) == ["shop", "colours"]
     assert len(json.loads(Path("zeroshot-scores/scores.json").read_text())["tasks"]) == 15

@@ -2,15 +2,11 @@
 
 from typing import Any
 
+from lancedb.index import HnswSq, IvfFlat, IvfPq, IvfRq, IvfSq
+
 from rematch.errors import DataError
 
-KINDS = {
-    "float": "IVF_FLAT",
-    "int8": "IVF_SQ",
-    "binary": "IVF_RQ",
-    "pq": "IVF_PQ",
-    "hnsw": "IVF_HNSW_SQ",
-}
+KINDS = {"float": IvfFlat, "int8": IvfSq, "binary": IvfRq, "pq": IvfPq, "hnsw": HnswSq}
 EXACT_UP_TO = 100_000  # documents; a scan of fewer takes no time that a person notices
 _MIN_DOCUMENTS = 256  # that LanceDB can cluster
 
@@ -45,9 +41,7 @@ def build(table: Any, kind: str) -> str:
             f"--ann {kind}: there are {documents} documents, and an approximate index needs "
             f"{_MIN_DOCUMENTS}. Leave --ann out; a scan of so few is exact and fast."
         )
-    table.create_index(
-        metric="cosine", vector_column_name="vector", index_type=KINDS[kind], replace=True
-    )
+    table.create_index("vector", config=KINDS[kind](distance_type="cosine"), replace=True)
     return kind
 
 
@@ -66,12 +60,11 @@ def kind_of(table: Any) -> str:
     types = list(_types_by_name(table).values())
     if not types:
         return "none"
-    kinds = {_normalized(index_type): kind for kind, index_type in KINDS.items()}
-    return kinds.get(_normalized(types[0]), types[0])
-
-
-def _normalized(index_type: str) -> str:
-    return index_type.replace("_", "").lower()
+    name = types[0].replace("_", "").lower().removeprefix("ivf")  # IVF_HNSW_SQ is HnswSq
+    for kind, config in KINDS.items():
+        if config.__name__.lower().removeprefix("ivf") == name:
+            return kind
+    return types[0]
 
 
 def _types_by_name(table: Any) -> dict[str, str]:

@@ -16,7 +16,7 @@ def exists(uri: str | Path) -> bool:
     """Whether there is an index at this directory or URI."""
     if is_local(str(uri)):
         return (Path(uri) / f"{TABLE}.lance").is_dir()
-    return TABLE in lancedb.connect(str(uri)).table_names()
+    return TABLE in lancedb.connect(str(uri)).list_tables().tables
 
 
 def is_local(uri: str) -> bool:
