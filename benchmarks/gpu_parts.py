@@ -450,14 +450,13 @@ def rerank(bench: Bench) -> dict[str, Any]:
     model = bench.model(bench.recipe()).eval()
     query = bench.rows[0]["query"]
     documents = [row["positive"] for row in samples(4 if bench.small else 64)]
-    queries = [query] * len(documents)
     single = documents[: max(1, len(documents) // 4)]
     seconds = bench.interleaved(
         {
-            "raw-raw": lambda: model.match(queries, documents, "raw-raw"),
-            "feat-feat": lambda: model.match(queries, documents, "feat-feat"),
+            "raw-raw": lambda: model.score(query, documents, "raw-raw"),
+            "feat-feat": lambda: model.score(query, documents, "feat-feat"),
             "one_by_one": lambda: [
-                model.match([query], [document], "raw-raw") for document in single
+                model.score(query, [document], "raw-raw") for document in single
             ],
         },
         2,

@@ -43,6 +43,7 @@ from rematch.data.picto_tasks import evaluation_tasks
 from rematch.encoding.encoder import Encoder
 from rematch.files import write_json
 from rematch.model import ReMatch
+from rematch.scoring import probability
 from rematch.search.build import build
 from rematch.search.index import Index
 
@@ -91,11 +92,9 @@ def rerank(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
             2, lambda q=query, ds=documents: [model.match([q], [d])[0] for d in ds]
         )
         packed, packed_scores = best_of(
-            5, lambda q=query, ds=documents: model.match([q] * len(ds), ds)
+            5, lambda q=query, ds=documents: probability(model.score(q, ds))
         )
-        feat, _ = best_of(
-            5, lambda q=vector, ds=vectors: model.match([q] * len(ds), ds, "feat-feat")
-        )
+        feat, _ = best_of(5, lambda q=vector, ds=vectors: model.score(q, ds, "feat-feat"))
         worst = max(worst, float(np.abs(np.array(single_scores) - packed_scores).max()))
         kinds[name] = {
             "single_s": round(single, 3),

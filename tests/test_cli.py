@@ -286,14 +286,14 @@ def test_bad_mining_input(fails, pairs, tmp_path):
         "mine", "rematch-tiny", tmp_path / "none.jsonl", "--output", output
     )
     for option in ("--view", "--views"):
-        assert "view 'raw' is unknown" in fails(
+        assert "--views raw is unknown; choose from raw-raw" in fails(
             "mine", "rematch-tiny", pairs, "--output", output, option, "raw"
         )
     assert "extension .jsonl" in fails(
         "mine", "rematch-tiny", pairs, "--output", tmp_path / "mined"
     )
     assert "exists already" in fails("mine", "rematch-tiny", pairs, "--output", pairs)
-    assert "no ReMatch checkpoint" in fails("mine", tmp_path, pairs, "--output", output)
+    assert "not a ReMatch checkpoint" in fails("mine", tmp_path, pairs, "--output", output)
     assert "no such folder or file" in fails(
         "mine", "rematch-tiny", pairs, "--output", output, "--corpus", tmp_path / "none.jsonl"
     )
@@ -347,8 +347,8 @@ def test_bad_checkpoints(fails, make_model, tmp_path):
     Image.new("RGB", (30, 30)).save(tmp_path / "corpus/ok.png")
     search = lambda path: fails("index", path, tmp_path / "corpus", "--output", tmp_path / "idx")  # noqa: E731
     (tmp_path / "empty").mkdir()
-    assert "no ReMatch checkpoint" in search(tmp_path / "empty")
-    assert "no ReMatch checkpoint" in search("no-such/model")
+    assert "not a ReMatch checkpoint" in search(tmp_path / "empty")
+    assert "not a ReMatch checkpoint" in search("no-such/model")
 
     make_model(dtype=torch.float32, lora=LoraConfig(r=2)).save_pretrained(str(tmp_path / "a"))
     shutil.copytree(tmp_path / "a", tmp_path / "lost")

@@ -24,8 +24,8 @@ search evaluate train
 demo serve
 cli
 """
-LIGHT = ("cli", "errors", "prompts", "data.schema")
-HEAVY = {"torch", "transformers", "sentence_transformers", "datasets", "peft"}
+LIGHT = ("cli", "errors", "prompts", "data.schema", "train.recipe", "matching")
+HEAVY = {"torch", "transformers", "sentence_transformers", "datasets", "peft", "lancedb"}
 
 
 def trees():
@@ -74,7 +74,8 @@ def test_light_modules_import_nothing_heavy_at_the_top(name):
     names = [node.names for node in body if isinstance(node, ast.Import)]
     imported = {alias.name for aliases in names for alias in aliases}
     imported |= {node.module for node in body if isinstance(node, ast.ImportFrom) and node.module}
-    assert not {module.partition(".")[0] for module in imported} & HEAVY
+    allowed = {"torch"} if name == "matching" else set()
+    assert not {module.partition(".")[0] for module in imported} & HEAVY - allowed
 
 
 def test_test_files_do_not_import_each_other():

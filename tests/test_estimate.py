@@ -243,7 +243,7 @@ def test_command_refuses_what_it_cannot_estimate(monkeypatch, capsys, tmp_path):
     assert "config.json cannot be read" in err
     code, _, err = run(monkeypatch, capsys, recipe, "--gpus", 8)
     assert code == 2
-    assert "go with --estimate" in err
+    assert "need --estimate" in err
     backbone = f"model.backbone={PUBLISHED / 'qwen2-vl-2b'}"
     code, _, err = run(
         monkeypatch, capsys, recipe, backbone, "model.max_pixels=null", "--estimate"

@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from rematch.errors import RematchError
 from rematch.matching import Question, View, block_mask, unified_mask
+from rematch.scoring import MatchingHead
 from rematch.tokens import fuse
 from rematch.train.collator import Collator
 from rematch.train.loss import ReMatchLoss
@@ -285,6 +286,27 @@ def test_forward_passes_of_scoring_keep_to_their_budget(model, triplets, monkeyp
     assert margins == pytest.approx(expected, abs=1e-6)
     assert len(sizes) > 5
     assert max(sizes) <= 500
+
+
+@pytest.mark.parametrize("matching", ["unified", "reuse"])
+def test_a_list_fills_its_rows_evenly(model, triplets, monkeypatch, matching):
+    """Every row but the last holds as many documents as fit, not the first row alone."""
+    model.backbone.matching = matching
+    sizes = []
+    score_batch = MatchingHead._score_batch
+
+    def recorded(head, rows):
+        sizes.extend(len(row.numbers) for row in rows)
+        return score_batch(head, rows)
+
+    monkeypatch.setattr(MatchingHead, "_score_batch", recorded)
+    documents = ["a dog above a pizza"] * 16
+    overhead, per_document = model.backbone.questions.overhead()
+    query_length = len(model.backbone.reader.read("a dog").ids)
+    document_length = len(model.backbone.reader.read(documents[0]).ids)
+    budget = overhead + query_length + 7 * (per_document + document_length)
+    model.score("a dog", documents, batch_tokens=budget)
+    assert sizes == [7, 7, 2]
 
 
 def test_padding_attends_to_itself(model, triplets):

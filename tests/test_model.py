@@ -106,7 +106,7 @@ def test_a_picture_and_too_long_a_text_is_an_error(model):
 
 
 def test_a_rematch_model_is_no_backbone():
-    with pytest.raises(ModelError, match="is a ReMatch model already"):
+    with pytest.raises(ModelError, match="is already a ReMatch model"):
         ReMatch.from_backbone("rematch-tiny")
 
 

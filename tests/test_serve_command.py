@@ -54,4 +54,4 @@ def test_errors_of_the_command(monkeypatch, capfd, tmp_path, saved_model):
     (tmp_path / "keys").write_text("\n")
     assert "cannot be read" in serve(saved_model, "--api-keys", tmp_path / "none")
     assert "has no key" in serve(saved_model, "--api-keys", tmp_path / "keys")
-    assert "no ReMatch checkpoint" in serve(tmp_path, "--port", 0)
+    assert "not a ReMatch checkpoint" in serve(tmp_path, "--port", 0)

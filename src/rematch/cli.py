@@ -3,12 +3,15 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rematch import __version__
 from rematch.errors import RematchError
+
+if TYPE_CHECKING:
+    from rematch.matching import View
 
 app = typer.Typer(
     help="Multimodal retrieval from a multimodal LLM: train, evaluate, search.",
@@ -49,9 +52,7 @@ def demo(
         ),
     ] = None,
 ) -> None:
-    """Fine-tune the tiny base in two ways, evaluate, search, and write an HTML report; under five
-    minutes on two cores.
-    """
+    """Fine-tune the tiny base in two ways, evaluate, search, report; in under five minutes."""
     from rematch.demo.command import DemoOptions, run_demo
 
     run_demo(DemoOptions(output=output, steps=steps))
@@ -159,7 +160,10 @@ def mine(
     ] = "feat-feat",
 ) -> None:
     """Find hard negatives for your own data; the matching head drops false negatives."""
-    from rematch.matching import View
+    if not data.is_file():
+        raise RematchError(
+            f"{data}: no such file. Give a .jsonl or .parquet file with query and positive."
+        )
     from rematch.train.command import MineOptions, run_mine
 
     run_mine(
@@ -172,7 +176,7 @@ def mine(
             candidates=candidates,
             yes=yes,
             margin=margin,
-            view=View(view),
+            view=_views(view, "--views")[0],
         )
     )
 
@@ -244,12 +248,7 @@ def evaluate(
 ) -> None:
     """Score a model on a benchmark: Hit@1 per task, per meta-task, in and out of distribution."""
     from rematch.evaluate.command import EvaluateOptions, run
-    from rematch.matching import View
 
-    view_names = [name.strip() for name in views.split(",")]
-    for name in view_names:
-        if name not in list(View):
-            raise RematchError(f"--views {name} is unknown; choose from {', '.join(View)}.")
     run(
         EvaluateOptions(
             model=model,
@@ -261,7 +260,7 @@ def evaluate(
             skip_missing=skip_missing,
             document_instructions=document_instructions,
             rerank=rerank,
-            views=tuple(View(name) for name in view_names),
+            views=_views(views, "--views") if rerank else _views("raw-raw", "--views"),
             maxsim=maxsim,
             cache=cache,
             save_vectors=save_vectors,
@@ -357,10 +356,14 @@ def search(
     exact: Annotated[
         bool, typer.Option(help="Scan all vectors even if there is an approximate index.")
     ] = False,
-    model: Annotated[str | None, typer.Option(help="The index's model, if it has moved.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Name or directory of the index's model, if it has moved.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
     """Search an index by text, by picture, or by both."""
+    if not text and not image:
+        raise RematchError("no query. Give --text, --image, or both.")
     from rematch.search.command import SearchOptions, run_search
 
     run_search(
@@ -390,12 +393,12 @@ def serve(
         str, typer.Option(help="Address to listen on; by default this machine only.")
     ] = "127.0.0.1",
     model: Annotated[
-        str | None, typer.Option(help="Where the index's model lies now, if it was moved.")
+        str | None, typer.Option(help="Name or directory of the index's model, if it has moved.")
     ] = None,
     api_keys: Annotated[
         Path | None,
         typer.Option(
-            help="File with one API key a line; or set REMATCH_API_KEYS, with commas between."
+            help="File with one API key per line; or set REMATCH_API_KEYS, separated by commas."
         ),
     ] = None,
     image_hosts: Annotated[
@@ -454,6 +457,17 @@ def export(
 
     export_picto(directory, layout, samples=samples)
     typer.echo(f"Written: {directory}")
+
+
+def _views(names: str, option: str) -> "tuple[View, ...]":
+    """Views from their names, separated by commas."""
+    from rematch.matching import View
+
+    views = [name.strip() for name in names.split(",")]
+    for name in views:
+        if name not in list(View):
+            raise RematchError(f"{option} {name} is unknown; choose from {', '.join(View)}.")
+    return tuple(View(name) for name in views)
 
 
 def main() -> None:

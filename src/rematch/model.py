@@ -83,16 +83,17 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             or not isinstance(self[1], MultiTokenFusion)
         ):
             raise ModelError(
-                f"{model_name_or_path}: a SentenceTransformer, but no ReMatch model. Load it with "
-                "SentenceTransformer."
+                f"{model_name_or_path}: is a SentenceTransformer, but not a ReMatch model. Load "
+                "it with SentenceTransformer."
             )
 
     def _load_default_modules(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
-        """Without ``modules.json`` the library would put mean pooling on any backbone; that is no
-        ReMatch model.
+        """Refuse a directory without ``modules.json``.
+
+        sentence-transformers would put mean pooling on it, which is not a ReMatch model.
         """
         raise ModelError(
-            f"{model_name_or_path}: no ReMatch checkpoint (modules.json is not there). Give the "
+            f"{model_name_or_path}: not a ReMatch checkpoint: modules.json is missing. Give the "
             "output directory of a finished `rematch train`, or build a model from a backbone "
             "with ReMatch.from_backbone."
         )
@@ -108,7 +109,7 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         model_kwargs: dict[str, Any] | None = None,
         device: str | None = None,
     ) -> "ReMatch":
-        """A retriever-to-be from any Hugging Face image-text-to-text model.
+        """An untrained retriever from any Hugging Face image-text-to-text model.
 
         Args:
             name_or_path: Hub name or directory of the backbone; ``rematch-base`` is a packaged
@@ -117,7 +118,7 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             lora: Train an adapter of this rank, alpha and dropout on the language model's linear
                 layers (``target_modules`` and ``trainable_token_indices`` are filled in unless
                 set); ``None`` leaves every weight trainable.
-            lora_vision: Let the adapter reach the vision tower too.
+            lora_vision: Whether the vision tower gets an adapter too.
             model_kwargs: For ``from_pretrained``, such as ``{"dtype": torch.bfloat16}``.
             device: As for ``SentenceTransformer``.
 
@@ -130,7 +131,7 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             or (Path(resolve(name_or_path)) / "modules.json").exists()
         ):
             raise ModelError(
-                f"{name_or_path}: is a ReMatch model already. Load it with ReMatch(path)."
+                f"{name_or_path}: is already a ReMatch model. Load it with ReMatch(path)."
             )
         names = [query_token(i) for i in range(num_tokens)] + [
             document_token(i) for i in range(num_tokens)
@@ -232,6 +233,9 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         batch_tokens: int | None = None,
     ) -> NDArray[np.float32]:
         """P(yes) of pairs: how likely the model finds each document relevant to its query.
+
+        Every pair is computed by itself. For several documents of one query, :meth:`score` and
+        :meth:`score_lists` are faster: they compute the query once.
 
         Args:
             queries: N queries, as for :meth:`encode`; for the feat form also vectors, (N, D).

@@ -188,22 +188,32 @@ class MatchingHead:
         if self.view.document == "feat":
             documents = self._vectors(documents, "document")
         margins = np.empty(len(documents), np.float32)
-        short_lists: list[tuple[Any, range]] = []
-        for query, list_numbers in zip(queries, numbers, strict=True):
+        short_lists: list[tuple[int, range]] = []
+        for query_number, list_numbers in enumerate(numbers):
             if self.reuse or len(list_numbers) <= 2 * _DOCUMENTS_PER_SEQUENCE:
-                short_lists.append((query, list_numbers))
+                short_lists.append((query_number, list_numbers))
             else:
                 list_documents = [documents[i] for i in list_numbers]
-                margins[list_numbers] = self._score_long_list(query, list_documents)
-        for rows in self._batches(self._rows(short_lists, documents)):
+                margins[list_numbers] = self._score_long_list(
+                    queries[query_number], list_documents, query_number
+                )
+        for rows in self._batches(self._rows(short_lists, queries, documents)):
             for row, row_margins in zip(rows, self._score_rows(rows), strict=True):
                 margins[row.numbers] = row_margins
         return np.split(margins, ends[:-1])
 
     # ---- few documents: packed with their query -------------------------------------------------
 
-    def _rows(self, lists: list[tuple[Any, range]], documents: Sequence[Any]) -> Iterator[_Row]:
-        """Rows of a query and at most eight of its documents, read one after the other."""
+    def _rows(
+        self, lists: list[tuple[int, range]], queries: Sequence[Any], documents: Sequence[Any]
+    ) -> Iterator[_Row]:
+        """Rows of a query and at most eight of its documents, read one after the other.
+
+        Args:
+            lists: For each list the number of its query and the numbers of its documents.
+            queries: The queries.
+            documents: The documents.
+        """
         reader = self.backbone.reader
         query_overhead, document_overhead = self.backbone.questions.overhead()
         recent: dict[int, Reading] = {}  # documents that several queries share are read once
@@ -218,19 +228,19 @@ class MatchingHead:
                 del recent[next(iter(recent))]
             return reading
 
-        for query_number, (query, numbers) in enumerate(lists):
-            query_reading = None
+        for query_number, numbers in lists:
+            query, query_reading = queries[query_number], None
             if self.view.query == "raw" and len(numbers):
                 query_reading = reader.read(query, query_number)
             length = _length(query_reading)
-            row = empty = _Row(query, query_reading, query_overhead + length, length)
+            row = _Row(query, query_reading, query_overhead + length, length)
             for number in numbers:
                 reading = read_document(number)
                 tokens = document_overhead + _length(reading)
                 too_long = row.tokens + tokens > self.batch_tokens
                 if row.numbers and (too_long or len(row.numbers) == _DOCUMENTS_PER_SEQUENCE):
                     yield row
-                    row = replace(empty, numbers=[], documents=[], readings=[])
+                    row = _Row(query, query_reading, query_overhead + length, length)
                 row.add(number, documents[number], reading, tokens)
             if row.numbers:
                 yield row
@@ -338,9 +348,9 @@ class MatchingHead:
 
     # ---- many documents: behind a query that is computed once -----------------------------------
 
-    def _score_long_list(self, query: Any, documents: Sequence[Any]) -> Floats:
+    def _score_long_list(self, query: Any, documents: Sequence[Any], query_number: int) -> Floats:
         reader, packer = self.backbone.reader, self.backbone.questions
-        query_reading = reader.read(query) if self.view.query == "raw" else None
+        query_reading = reader.read(query, query_number) if self.view.query == "raw" else None
         packed, prefix = packer.pack_prefix(query_reading)
         readings = [query_reading] if query_reading else []
         projected = self._project(query[None]) if query_reading is None else None

@@ -79,11 +79,10 @@ class MultiTokenFusion(Module):  # type: ignore[misc]  # sentence-transformers s
         states, attended = features["token_embeddings"], features["attention_mask"]
         k = max(1, self.num_tokens)
         length = attended.shape[1]
-        end = length - attended.flip(1).argmax(
-            1
-        )  # (B,): one past the last attended position, for either padding side
-        where = end[:, None] - k + torch.arange(k, device=states.device)  # (B, K)
-        multi_vector = states.gather(1, where[..., None].expand(-1, -1, states.shape[-1]))
+        # (B,): one past the last attended position, for either padding side
+        end = length - attended.flip(1).argmax(1)
+        places = end[:, None] - k + torch.arange(k, device=states.device)  # (B, K)
+        multi_vector = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
         multi_vector = multi_vector.to(torch.promote_types(multi_vector.dtype, torch.float32))
         features["multi_vector"] = multi_vector
         if self.flat_output:

@@ -112,8 +112,8 @@ def load_model_with_adapter(
     model, base_print = load_model(base, config, **kwargs)
     if fingerprint and fingerprint != base_print:
         raise ModelError(
-            f"{directory}: this adapter was trained on another base than {base} (its fingerprint "
-            f"is {base_print}, the adapter's base had {fingerprint}). Point "
+            f"{directory}: this adapter was trained on another base than {base}, whose "
+            f"fingerprint is {base_print}; that of the adapter's base was {fingerprint}. Point "
             "base_model_name_or_path in its adapter_config.json to the base it was trained on."
         )
     resize_vocabulary(

@@ -183,10 +183,14 @@ def load_image(source: PictureSource | str) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(source, Image.Image):
                 picture = source
+                picture.load()
+            elif isinstance(source, PictureFile):
+                picture = Image.open(io.BytesIO(source.read_bytes()))
+                picture.load()
             else:
-                file = source if isinstance(source, PictureFile) else Path(source)
-                picture = Image.open(io.BytesIO(file.read_bytes()))
-            picture.load()
+                with Path(source).open("rb") as file:
+                    picture = Image.open(file)
+                    picture.load()
     except FileNotFoundError:
         raise ImageError(
             f"{name}: no such picture. Check the path; relative paths start at the data file's "

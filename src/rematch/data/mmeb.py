@@ -227,8 +227,8 @@ def _check_columns(record: dict[str, Any], columns: tuple[str, ...], place: str)
     missing = [column for column in columns if column not in record]
     if missing:
         raise DataError(
-            f"{place}: has no column {', '.join(missing)}; it has {', '.join(record)}. Is this a "
-            "file of MMEB's?"
+            f"{place}: has no column {', '.join(missing)}; it has {', '.join(record)}. Is this an "
+            "MMEB file?"
         )
 
 

@@ -54,11 +54,11 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """What came of a batch, by the keys of its inputs.
+    """The result of a batch, by the keys of its inputs.
 
     Attributes:
-        vectors: Of the inputs that can be read, each (D,) or (1 + K, D), in the batch's order.
-        errors: Of the others, why they cannot be read.
+        vectors: Vectors of the readable inputs, each (D,) or (1 + K, D), in the batch's order.
+        errors: Errors of the unreadable inputs.
     """
 
     vectors: dict[bytes, Floats]
@@ -233,6 +233,19 @@ class Encoder:
             {i: measured[number] for i, number in positions if number in measured},
             {i: errors[number] for i, number in positions if number in errors},
         )
+
+    def lengths(self, inputs: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Length of each input in tokens, estimated if it has pictures; they are not digested.
+
+        Args:
+            inputs: Dictionaries with ``text``, ``image`` (opened pictures), or both.
+        """
+        lengths = self._text_lengths([value.get("text") or "" for value in inputs])
+        for i, value in enumerate(inputs):
+            pictures = value.get("image") or []
+            for picture in pictures if isinstance(pictures, list) else [pictures]:
+                lengths[i] += self._tokens_of_picture(picture.width * picture.height)
+        return lengths
 
     def _text_lengths(self, texts: list[str]) -> list[int]:
         if not texts:

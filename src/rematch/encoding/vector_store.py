@@ -48,7 +48,7 @@ class VectorStore:
             self._open(description)
         except (OSError, sqlite3.OperationalError) as error:
             raise DataError(
-                f"{self.path}: cannot be written ({error}). Choose another --cache."
+                f"{self.path}: cannot be written ({error}). Choose another directory for it."
             ) from None
         except sqlite3.DatabaseError:
             self._start_over(description)
@@ -104,6 +104,10 @@ class VectorStore:
         self.database.execute("begin immediate")
         self.database.executemany("insert or replace into vectors values (?, ?, ?, ?)", rows)
         self.database.execute("commit")
+
+    def close(self) -> None:
+        """Close the file."""
+        self.database.close()
 
     def __len__(self) -> int:
         return int(self.database.execute("select count(*) from vectors").fetchone()[0])

@@ -31,6 +31,9 @@ class Reranking:
     top: int = 10
     views: tuple[View, ...] = (View.RAW_RAW,)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "views", tuple(View(view) for view in self.views))
+
 
 @dataclass(frozen=True)
 class Ranking:

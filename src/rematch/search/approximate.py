@@ -39,7 +39,7 @@ def build(table: Any, kind: str) -> str:
     if documents < _MIN_DOCUMENTS:
         raise DataError(
             f"--ann {kind}: there are {documents} documents, and an approximate index needs "
-            f"{_MIN_DOCUMENTS}. Leave --ann out; a scan of so few is exact and fast."
+            f"{_MIN_DOCUMENTS}. Leave out --ann: with so few documents, an exact scan is fast."
         )
     table.create_index("vector", config=KINDS[kind](distance_type="cosine"), replace=True)
     return kind

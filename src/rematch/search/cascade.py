@@ -42,6 +42,10 @@ class Stage:
     by: View | Literal["maxsim"]
     count: int
 
+    def __post_init__(self) -> None:
+        if self.by != "maxsim":
+            object.__setattr__(self, "by", View(self.by))  # also from its name
+
     def reads(self, column: Literal["vector", "tokens"]) -> bool:
         """Whether the stage reads this column of the documents."""
         if isinstance(self.by, View):
@@ -82,7 +86,7 @@ def parse_stages(spec: str, settings: IndexSettings, width: int) -> list[Stage]:
         if stages and stage.count > stages[-1].count:
             raise RematchError(
                 f"--rerank {spec}: {part.strip()} covers more documents than the stage before it. "
-                "Stage counts must decrease, e.g. maxsim:200,feat:100,raw:10."
+                "Counts must not increase, e.g. maxsim:200,feat:100,raw:10."
             )
         if stage.count:
             stages.append(stage)

@@ -173,8 +173,6 @@ def run_search(options: SearchOptions) -> None:
         query["text"] = options.text
     if options.image:
         query["image"] = options.image
-    if not query:
-        raise RematchError("no query. Give --text, --image, or both.")
     index = Index.open(options.index, options.model)
     if not len(index):
         raise DataError(f"{options.index}: the index is empty. Run `rematch index` first.")

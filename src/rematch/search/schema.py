@@ -66,7 +66,12 @@ def settings_of(schema: pa.Schema, uri: str) -> IndexSettings:
         raise DataError(
             f"{uri}: its table was not written by `rematch index`. Choose another directory."
         )
-    return IndexSettings(**json.loads(content))
+    try:
+        return IndexSettings(**json.loads(content))
+    except TypeError:
+        raise DataError(
+            f"{uri}: was written by another version of rematch. Index the corpus again."
+        ) from None
 
 
 def as_table(records: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:

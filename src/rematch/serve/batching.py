@@ -69,11 +69,7 @@ class Batcher:
         Raises:
             ClientError: 429 if the queue is full, 503 if the server is shutting down.
         """
-        if self._closing:
-            raise ClientError("the server is shutting down. Try again.", 503)
-        # an empty queue takes a request of any size, which could never be served otherwise
-        if self.queue and len(self.queue) + len(values) > self.waiting:
-            raise ClientError("too many requests are waiting. Try again in a second.", 429)
+        self.check_room(len(values))
         loop = asyncio.get_running_loop()
         if self._worker is None:
             self._worker = loop.create_task(self._work())
@@ -89,6 +85,18 @@ class Batcher:
         finally:  # if one call fails or the caller is cancelled, the others are dropped
             for call in calls:
                 call.result.cancel()
+
+    def check_room(self, calls: int) -> None:
+        """Check that calls can be queued.
+
+        Raises:
+            ClientError: 429 if the queue is full, 503 if the server is shutting down.
+        """
+        if self._closing:
+            raise ClientError("the server is shutting down. Try again.", 503)
+        # an empty queue takes a request of any size, which could never be served otherwise
+        if self.queue and len(self.queue) + calls > self.waiting:
+            raise ClientError("too many requests are waiting. Try again in a second.", 429)
 
     async def _work(self) -> None:
         while True:

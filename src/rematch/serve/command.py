@@ -117,5 +117,5 @@ def _load_keys(path: Path | None) -> list[str]:
         ) from None
     keys_in_file = [line.strip() for line in lines if line.strip()]
     if not keys_in_file:
-        raise RematchError(f"--api-keys {path}: has no key. Write one key a line.")
+        raise RematchError(f"--api-keys {path}: has no key. Write one key per line.")
     return keys + keys_in_file

@@ -62,8 +62,7 @@ class Engine:
             RematchError: If an input is longer than the model takes.
         """
         with self._measuring:
-            measured = self._measuring_encoder.measure(inputs, "document")
-        lengths = [measured_input.tokens for measured_input in measured]
+            lengths = self._measuring_encoder.lengths(inputs)
         limit = self.model.max_seq_length
         for length in lengths:
             if limit and length > limit:

@@ -1,4 +1,4 @@
-"""The search page: three files of the package, and no file of anyone else."""
+"""The search page: serves exactly three files of the package."""
 
 from importlib.resources import files
 

@@ -45,9 +45,15 @@ class Service:
     timeout: float
     metrics: Metrics
 
-    async def tokens(self, inputs: Sequence[Input]) -> list[int]:
-        """How many tokens each input has."""
-        return await run_in_threadpool(self.engine.measure, inputs)
+    async def tokens(self, request: Request, inputs: Sequence[Input]) -> list[int]:
+        """How many tokens each input of a request has.
+
+        Raises:
+            ClientError: 429 or 503, if the inputs could not be computed now anyway; 504.
+        """
+        self.batcher.check_room(1)
+        work = run_in_threadpool(self.engine.measure, inputs)
+        return await _until_timeout(request, work, self.timeout)
 
     async def compute(
         self,

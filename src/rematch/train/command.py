@@ -1,7 +1,6 @@
 """``rematch train`` and ``rematch mine``.
 
-Heavy modules are imported once the options are known to be valid, so that a mistake in a recipe is
-reported at once.
+Models and trainers are imported once the options are known to be valid.
 """
 
 from dataclasses import dataclass
@@ -79,7 +78,7 @@ def run_train(options: TrainOptions) -> None:
     defaults = TrainOptions(options.recipe)
     if any(getattr(options, name) != getattr(defaults, name) for name in _ESTIMATE_OPTIONS):
         raise RematchError(
-            "--gpus, --fsdp, --gpu-memory, --tflops and --pictures go with --estimate. Add it."
+            "--gpus, --fsdp, --gpu-memory, --tflops and --pictures need --estimate. Add it."
         )
     from rematch.train.run import train
 
@@ -150,11 +149,6 @@ def run_mine(options: MineOptions) -> dict[str, Any]:
     Raises:
         RematchError: If an option does not fit, or as for loading a model and mining.
     """
-    if not options.data.is_file():
-        raise RematchError(
-            f"{options.data}: no such file. Give a .jsonl or .parquet file with query and "
-            "positive."
-        )
     from rematch.model import ReMatch
     from rematch.train.candidates import Rules
     from rematch.train.mine import mine

@@ -13,7 +13,7 @@ Shapes: B samples, N distinct inputs, M documents of all processes, K learnable 
 A answer slots, V vocabulary.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -100,7 +100,7 @@ class Contrast:
         return contrast
 
 
-class MiniBatchedLoss(nn.Module):
+class MiniBatchedLoss(nn.Module, ABC):
     """Computes a loss in mini-batches; a subclass says what the loss is.
 
     Args:
@@ -174,9 +174,9 @@ class MiniBatchedLoss(nn.Module):
         backbone = self.backbone
         if backbone.trains_vision:
             return None
-        pictures, chunks, size = batch.pictures, [], 0
+        pictures, chunks, size = batch.pictures, list[range](), 0
         if pictures:
-            chunks = [pictures.take(chunk) for chunk in pictures.chunks(batch.batch_tokens)]
+            chunks = pictures.chunks(batch.batch_tokens)
             size = backbone.feature_bytes(sum(pictures.tokens))
         too_large = size > self.features_gb * 2**30
         count, too_large_anywhere = largest([len(chunks), int(too_large)], backbone.model.device)
@@ -185,8 +185,9 @@ class MiniBatchedLoss(nn.Module):
         features: list[PictureFeatures] = []
         idle = self.blank_picture if count > len(chunks) else None
         with torch.no_grad():
-            for chunk, weight in aligned(chunks, count, idle):
-                chunk_features = self.model(chunk, method="picture_features")
+            parts = [pictures.take(chunk) for chunk in chunks] if pictures else []
+            for part, weight in aligned(parts, count, idle):
+                chunk_features = self.model(part, method="picture_features")
                 features += chunk_features if weight else []
         return features
 

@@ -163,16 +163,16 @@ def _encode(model: ReMatch, pool: Pool, work: Path, progress: Progress) -> Input
         def vectors(name: str, inputs: Sequence[Any], task: str) -> NDArray[np.float32]:
             report = partial(progress, f"encoding {name}")
             report(0, len(inputs))
-            embeddings = Encoder(model, store, progress=report).encode(inputs, task)
+            encoded = Encoder(model, store, progress=report).encode(inputs, task)
             report(len(inputs), len(inputs))
-            return embeddings
+            return encoded
 
-        return Inputs(
-            queries,
-            documents,
+        embeddings = (
             vectors("queries", queries, "query"),
             vectors("documents", documents, "document"),
         )
+    store.close()
+    return Inputs(queries, documents, *embeddings)
 
 
 def _read_block(file: Path) -> list[JudgedQuery]:

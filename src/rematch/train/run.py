@@ -256,7 +256,9 @@ def _save(
 def _extend_model_card(card: Path, recipe: Recipe, history: list[dict[str, Any]]) -> None:
     """Describe the training run in the model card."""
     settings = recipe.model_dump(mode="json", exclude_defaults=True)
-    last_entry = [entry for entry in history if "loss" in entry][-1]
+    last_entry: dict[str, Any] = next(
+        (entry for entry in reversed(history) if "loss" in entry), {}
+    )
     names = ("loss", "contrastive", "matching")
     losses = {name: round(last_entry[name], 4) for name in last_entry if name in names}
     packages = ("torch", "transformers", "sentence-transformers", "peft", "rematch-mm")

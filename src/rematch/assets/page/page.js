@@ -23,7 +23,7 @@ async function call(path, body) {
   }
   if (!response.ok) {
     let message = "The server answered with status " + response.status + ".";
-    try { message = (await response.json()).error.message; } catch { /* not JSON: the status must do */ }
+    try { message = (await response.json()).error.message; } catch { /* not JSON: keep the status message */ }
     throw new Error(message);
   }
   return response;

@@ -38,7 +38,7 @@ async def embeddings(
     inputs = await run_in_threadpool(embedding_inputs, body, service.limits)
     if body.dimensions and body.dimensions > width:
         raise ClientError(f"dimensions {body.dimensions}: the vectors have {width}.")
-    tokens = await service.tokens(inputs)
+    tokens = await service.tokens(request, inputs)
     embed = engine.embed_queries if task == "query" else engine.embed_documents
     rows = await service.compute(request, ("embed", task), embed, inputs, tokens)
     vectors = truncate(np.stack(rows), body.dimensions or width)

@@ -26,7 +26,7 @@ async def rerank(
             f"{len(body.documents)} documents; this server takes {limits.inputs}.", 413
         )
     inputs = await run_in_threadpool(multimodal_inputs, [body.query, *body.documents], limits)
-    total = sum(await service.tokens(inputs))
+    total = sum(await service.tokens(request, inputs))
     query, *documents = inputs
     (scores,) = await service.compute(
         request, "match", engine.match, [(query, documents)], [total]

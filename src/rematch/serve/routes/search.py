@@ -33,7 +33,7 @@ async def search(
     engine = service.engine
     query = Multimodal(text=body.text, image=body.image)
     inputs = await run_in_threadpool(multimodal_inputs, [query], service.limits)
-    tokens = await service.tokens(inputs)
+    tokens = await service.tokens(request, inputs)
     key = ("search", body.top, body.filter, body.rerank)
     compute = partial(engine.search, top=body.top, filter=body.filter, rerank=body.rerank)
     (hits,) = await service.compute(request, key, compute, inputs, tokens)
@@ -87,7 +87,7 @@ async def attention(
         raise ClientError(
             "there is no picture to look at. Send one, or the id of a document that has one."
         )
-    tokens = await service.tokens(inputs)
+    tokens = await service.tokens(request, inputs)
     compute = partial(engine.attention_maps, task=task)
     (maps,) = await service.compute(request, ("attention", task), compute, inputs, tokens)
     together, *single = await run_in_threadpool(engine.overlays, inputs[0]["image"], maps)
