@@ -64,3 +64,12 @@ def test_invalid_stages_are_refused(spec, message):
 
 def test_a_number_alone_is_raw():
     assert parse_stages("10", settings(8), 32) == [Stage(View.RAW_RAW, 10)]
+
+
+def test_a_stage_takes_the_name_of_a_view():
+    stage = Stage("feat-feat", 3)
+    assert stage == Stage(View.FEAT_FEAT, 3)
+    assert stage.reads("vector")
+    assert not stage.reads("tokens")
+    with pytest.raises(RematchError, match="view 'feat' is unknown"):
+        Stage("feat", 3)
