@@ -149,10 +149,6 @@ class MatchingHead:
         self.device = backbone.model.device
         self.reuse = backbone.matching == Matching.REUSE
 
-    def score(self, query: Any, documents: Sequence[Any]) -> Floats:
-        """Margins of the documents of one query, (N,); see :meth:`score_lists`."""
-        return self.score_lists([query], [documents])[0]
-
     def score_lists(
         self, queries: Sequence[Any], document_lists: Sequence[Sequence[Any]]
     ) -> list[Floats]:

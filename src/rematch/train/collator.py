@@ -48,7 +48,7 @@ class Input:
 
 
 @dataclass
-class Triplet:
+class KeyTriplet:
     """Keys of a query and of two documents, and whether each document is the positive."""
 
     query: int
@@ -234,14 +234,14 @@ class Collator:
         std = np.atleast_1d(getattr(processor, "image_std", None) or 0.5)
         return pictures.compact(mean.tolist(), std.tolist(), self.model.backbone.model.dtype)
 
-    def triplet(self, samples: list[list[int]], i: int) -> Triplet:
+    def triplet(self, samples: list[list[int]], i: int) -> KeyTriplet:
         """A sample's query and its two documents, in an order that a resumed run repeats."""
         query, positive, *negatives = samples[i]
         negative = negatives[0] if negatives else next_other([keys[1] for keys in samples], i)
         documents = [positive, negative]
         if _hash(query, positive) % 2:
             documents.reverse()
-        return Triplet(query, documents, [document == positive for document in documents])
+        return KeyTriplet(query, documents, [document == positive for document in documents])
 
     # ---- mini-batches ---------------------------------------------------------------------------
 
@@ -257,7 +257,7 @@ class Collator:
         return mini_batches
 
     def question_mini_batches(
-        self, keys: list[int], triplets: list[Triplet], inputs: dict[int, Input]
+        self, keys: list[int], triplets: list[KeyTriplet], inputs: dict[int, Input]
     ) -> list[MiniBatch]:
         """Packed questions as mini-batches.
 
@@ -269,12 +269,12 @@ class Collator:
         query_is_raw = any(view.query == "raw" for view in self.views)
         documents_are_raw = any(view.document == "raw" for view in self.views)
 
-        def content_tokens(triplet: Triplet) -> int:
+        def content_tokens(triplet: KeyTriplet) -> int:
             raw = [triplet.query] if query_is_raw else []
             raw += triplet.documents if documents_are_raw else []
             return sum(len(inputs[key].reading.content.ids) for key in raw)
 
-        def pack(members: list[Triplet]) -> tuple[Packed, list[Reading]]:
+        def pack(members: list[KeyTriplet]) -> tuple[Packed, list[Reading]]:
             rows = [
                 (inputs[t.query].reading, [inputs[key].reading for key in t.documents])
                 for t in members
@@ -295,7 +295,7 @@ class Collator:
         return mini_batches
 
     def reuse_mini_batches(
-        self, samples: list[list[int]], triplets: list[Triplet], inputs: dict[int, Input]
+        self, samples: list[list[int]], triplets: list[KeyTriplet], inputs: dict[int, Input]
     ) -> tuple[list[int], list[MiniBatch], Tensor]:
         """Mini-batches of whole samples: their inputs to embed, and the questions about them.
 
@@ -339,7 +339,7 @@ class Collator:
         return keys, mini_batches, places
 
     def _tensors(
-        self, packed: Packed, keys: list[int], triplets: list[Triplet]
+        self, packed: Packed, keys: list[int], triplets: list[KeyTriplet]
     ) -> dict[str, Tensor]:
         """Packed questions with the inputs in their placeholders, and the answers.
 
