@@ -18,7 +18,7 @@ def embed(model, inputs, task):
 
 def one_question(model, query, document, query_z, document_z, view, shifted=False):
     """P(answer) logits of one question in a forward of its own, written out plainly: no segments,
-    no packing.
+    no packing. If the model is joint, it is an ordinary causal chat, without a mask.
 
     ``shifted`` puts it where it stands beside the raw query; but for rounding in float32 rotary
     tables it is the same.
@@ -33,35 +33,32 @@ def one_question(model, query, document, query_z, document_z, view, shifted=Fals
     q = raw_query if query_view == "raw" else tokens(MATCH_QUERY) + placeholder
     d = raw_document if document_view == "raw" else tokens(MATCH_DOCUMENT) + placeholder
     slot = tokens(MATCH_QUESTION + backbone.reader.suffix)
-    # a document sees a prompt right before where Z_q stands or would stand, a raw query one of its
-    # own
-    feat_query = tokens(MATCH_QUERY) + placeholder
-    ids = torch.tensor([prompt + prompt + q + d + slot])
     n = len(prompt)
-    end_q, end_d = 2 * n + len(q), 2 * n + len(q) + len(d)
-    before_document = len(q) - len(feat_query)
-    position = [
-        *range(before_document, before_document + n),
-        *range(n),
-        *range(n, n + len(q) + len(d) + len(slot)),
-    ]
+    if backbone.joint:
+        ids, mask = torch.tensor([prompt + q + d + slot]), None
+        end_q = n + len(q)
+        position = list(range(ids.shape[1]))
+    else:
+        # a document sees a prompt right before where Z_q stands or would stand, a raw query one
+        # of its own
+        feat_query = tokens(MATCH_QUERY) + placeholder
+        ids = torch.tensor([prompt + prompt + q + d + slot])
+        end_q = 2 * n + len(q)
+        before_document = len(q) - len(feat_query)
+        position = [
+            *range(before_document, before_document + n),
+            *range(n),
+            *range(n, n + len(q) + len(d) + len(slot)),
+        ]
+        mask = isolated_mask([n, n, len(q), len(d), len(slot)])
     if shifted:
         position = [place + len(raw_query) - len(q) for place in position]
-    parts = [0] * n + [1] * n + [2] * len(q) + [3] * len(d) + [4] * len(slot)
-    sees = {0: {0}, 1: {1}, 2: {1, 2}, 3: {0, 3}, 4: {1, 2, 3, 4}}
-    mask = torch.full(
-        (1, 1, ids.shape[1], ids.shape[1]), torch.finfo(torch.float64).min, dtype=torch.float64
-    )
-    for row in range(ids.shape[1]):
-        for column in range(row + 1):
-            if parts[column] in sees[parts[row]]:
-                mask[0, 0, row, column] = 0.0
     embeds = backbone.model.get_input_embeddings()(ids)[0]
     rows = list(embeds)
     if query_view == "feat":
         rows[end_q - 1] = query_z
     if document_view == "feat":
-        rows[end_d - 1] = document_z
+        rows[end_q + len(d) - 1] = document_z
     embeds = torch.stack(rows)[None]
     pictures = [
         x["image"]
@@ -80,6 +77,19 @@ def one_question(model, query, document, query_z, document_z, view, shifted=Fals
         inputs_embeds=embeds, attention_mask=mask, position_ids=torch.tensor([position])
     ).last_hidden_state
     return backbone.model.lm_head(out[0, -1])
+
+
+def isolated_mask(lengths):
+    """The mask of the documents' prompt, the query's prompt, query, document and slot."""
+    parts = [part for part, length in enumerate(lengths) for _ in range(length)]
+    sees = {0: {0}, 1: {1}, 2: {1, 2}, 3: {0, 3}, 4: {1, 2, 3, 4}}
+    size = len(parts)
+    mask = torch.full((1, 1, size, size), torch.finfo(torch.float64).min, dtype=torch.float64)
+    for row in range(size):
+        for column in range(row + 1):
+            if parts[column] in sees[parts[row]]:
+                mask[0, 0, row, column] = 0.0
+    return mask
 
 
 def answer(model, rows, questions, z=None):
@@ -115,7 +125,10 @@ def packed_and_separate(model, rows):
     z_documents = torch.stack([model.fusion.projector(d) for d in documents], 1)
     questions = [Question(view, i) for view in View for i in (0, 1)]
     sequences = [(r["query"], [r["positive"], r["negative"]]) for r in rows]
-    z = torch.cat([z_query[:, None], z_documents], 1).flatten(0, 1)
+    shown = [0, 1]
+    if model.backbone.joint:
+        shown = [i for view, i in questions if view.document == "feat"]
+    z = torch.cat([z_query[:, None], z_documents[:, shown]], 1).flatten(0, 1)
     together = answer(model, sequences, [questions] * len(rows), z)
     separate = torch.stack(
         [

@@ -79,11 +79,13 @@ def test_matching_loss_is_its_formula():
     assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-12)
 
 
-def test_training_computes_rematch_loss(model, triplets):
+@pytest.mark.parametrize("joint", [False, True])
+def test_training_computes_rematch_loss(model, triplets, joint):
     """In value and gradient: embedding one input at a time, and eight separate questions.
 
     Rows alone have other positions than padded ones, and the rotary tables are float32.
     """
+    model.backbone.set_matching("unified", joint)
     rows = triplets[:4]
     yes, no = model.backbone.answer_ids
 

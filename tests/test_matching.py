@@ -16,8 +16,12 @@ from rematch.tokens import fuse
 from rematch.train.collator import Collator
 from rematch.train.loss import ReMatchLoss
 
+JOINT = pytest.mark.parametrize("joint", [False, True])
 
-def test_one_forward_equals_eight_in_logits_and_gradients(model, triplets):
+
+@JOINT
+def test_one_forward_equals_eight_in_logits_and_gradients(model, triplets, joint):
+    model.backbone.set_matching("unified", joint)
     rows = [triplets[i] for i in MIXED]
     torch.manual_seed(0)
     weights = torch.randn(
@@ -40,7 +44,9 @@ def test_one_forward_equals_eight_in_logits_and_gradients(model, triplets):
         assert ((gradient - gradients[1][name]) / scale).abs().max() <= 1e-10, name
 
 
-def test_gradient_flows_through_z_into_the_embedding(model, triplets):
+@JOINT
+def test_gradient_flows_through_z_into_the_embedding(model, triplets, joint):
+    model.backbone.set_matching("unified", joint)
     batch = Collator(model, ["feat-feat"])([triplets[i] for i in MIXED])["batch"]
     loss = ReMatchLoss(model, views=["feat-feat"])
     vectors = torch.randn(len(batch.keys), 32, dtype=torch.float64, requires_grad=True)
@@ -51,10 +57,12 @@ def test_gradient_flows_through_z_into_the_embedding(model, triplets):
 
 
 @pytest.mark.parametrize("view", View)
-def test_no_slot_attends_to_another_document(model, triplets, view):
+@JOINT
+def test_no_slot_attends_to_another_document(model, triplets, view, joint):
     """Replacing the second document by another of the same length leaves the logits of the first
     equal to the bit.
     """
+    model.backbone.set_matching("unified", joint)
     row = triplets[0]
     others = [{"text": "a dog above a pizza"}, {"text": "a fox below a taco"}]
     assert len({len(model.backbone.reader.read(other).ids) for other in others}) == 1
@@ -71,8 +79,10 @@ def test_no_slot_attends_to_another_document(model, triplets, view):
     assert not torch.equal(logits[0][1], logits[1][1])
 
 
-def test_the_order_of_the_documents_reveals_nothing(model, triplets):
+@JOINT
+def test_the_order_of_the_documents_reveals_nothing(model, triplets, joint):
     """Both documents have the same positions: exchanging them exchanges their scores."""
+    model.backbone.set_matching("unified", joint)
     row = triplets[2]
     questions = [Question(View.RAW_RAW, 0), Question(View.RAW_RAW, 1)]
     scores = []
@@ -103,7 +113,9 @@ def test_without_hard_negatives_another_samples_document_serves(model, triplets)
             }
 
 
-def test_match_equals_the_plain_question(model, triplets):
+@JOINT
+def test_match_equals_the_plain_question(model, triplets, joint):
+    model.backbone.set_matching("unified", joint)
     row = triplets[1]
     yes, no = model.backbone.answer_ids
     with torch.no_grad():
@@ -130,8 +142,10 @@ def test_match_takes_vectors_as_arrays_or_lists(model, triplets):
     )
 
 
-def test_short_and_long_lists_are_scored_as_single_pairs_are(model, triplets):
+@JOINT
+def test_short_and_long_lists_are_scored_as_single_pairs_are(model, triplets, joint):
     """Lists that share sequences with their query, and one behind a query computed once."""
+    model.backbone.set_matching("unified", joint)
     queries = [t["query"] for t in triplets[:4]]
     documents = [t[side] for side in ("positive", "negative") for t in triplets[:10]]
     lists = [documents, documents[:10], documents[10:11], []]
@@ -153,8 +167,10 @@ def test_short_and_long_lists_are_scored_as_single_pairs_are(model, triplets):
 
 @pytest.mark.parametrize("long_list", [False, True])
 @pytest.mark.parametrize("view", View)
-def test_scores_are_the_answers_of_training(model, triplets, view, long_list):
+@JOINT
+def test_scores_are_the_answers_of_training(model, triplets, view, long_list, joint):
     """The questions of a training batch, all views in one sequence, against one view at a time."""
+    model.backbone.set_matching("unified", joint)
     rows = [triplets[i] for i in MIXED]
     loss = ReMatchLoss(model)
     batch = Collator(model)(rows)["batch"]
@@ -169,7 +185,7 @@ def test_scores_are_the_answers_of_training(model, triplets, view, long_list):
             logits = model.answer(
                 features | {"embeddings": vectors[features["placeholder_inputs"]]}
             )
-            places = features["placeholder_inputs"].view(-1, 3)
+            places = features["placeholder_inputs"].view(len(logits), -1)[:, :3]
             trained += [
                 (*map(int, place), answers) for place, answers in zip(places, logits, strict=True)
             ]
@@ -239,9 +255,13 @@ def test_margins_are_those_of_the_logits(make_model, triplets, lora):
     torch.testing.assert_close(margins, logits[..., yes] - logits[..., no], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("matching", ["unified", "reuse"])
-def test_scoring_halves_a_pass_that_runs_out_of_memory(model, triplets, monkeypatch, matching):
-    model.backbone.matching = matching
+@pytest.mark.parametrize(
+    ("matching", "joint"), [("unified", False), ("unified", True), ("reuse", False)]
+)
+def test_scoring_halves_a_pass_that_runs_out_of_memory(
+    model, triplets, monkeypatch, matching, joint
+):
+    model.backbone.set_matching(matching, joint)
     documents = [t[side] for side in ("positive", "negative") for t in triplets]
     queries = [t["query"] for t in (triplets[0], *triplets)]
     lists = [documents[:20], *(documents[i : i + 2] for i in range(0, 24, 2))]
@@ -288,10 +308,12 @@ def test_forward_passes_of_scoring_keep_to_their_budget(model, triplets, monkeyp
     assert max(sizes) <= 500
 
 
-@pytest.mark.parametrize("matching", ["unified", "reuse"])
-def test_a_list_fills_its_rows_evenly(model, triplets, monkeypatch, matching):
+@pytest.mark.parametrize(
+    ("matching", "joint"), [("unified", False), ("unified", True), ("reuse", False)]
+)
+def test_a_list_fills_its_rows_evenly(model, triplets, monkeypatch, matching, joint):
     """Every row but the last holds as many documents as fit, not the first row alone."""
-    model.backbone.matching = matching
+    model.backbone.set_matching(matching, joint)
     sizes = []
     score_batch = MatchingHead._score_batch
 

@@ -175,7 +175,7 @@ def test_an_unfinished_run_with_another_model_is_refused(
         elif part == "token rows":
             judged.backbone.model.get_input_embeddings().weight[-1, -1] += 1
         elif part == "matching":
-            judged.backbone.matching = "reuse"
+            judged.backbone.set_matching("reuse")
         else:
             judged.backbone.model.config.text_config.rms_norm_eps *= 2
     with pytest.raises(DataError, match="holds an unfinished run with another model"):

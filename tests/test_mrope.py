@@ -77,14 +77,16 @@ def text_segment(backbone, *ids):
     return Segment(ids, backbone.reader._positions({"input_ids": ids}))
 
 
-def test_segment_positions_join_to_those_of_the_whole_sequence(backbone):
+@pytest.mark.parametrize("joint", [False, True])
+def test_segment_positions_join_to_those_of_the_whole_sequence(backbone, joint):
     prompt, slot = text_segment(backbone, 10, 11), text_segment(backbone, 12, 13)
     query, _, grid_q = picture_segment(backbone, [20], 2, 3, [21, 22])
     document, _, grid_d = picture_segment(backbone, [30, 31], 3, 2, [32])
-    segments = lay_out(
-        prompt, {"raw": query}, [{"raw": document}], slot, [Question(View.RAW_RAW, 0)], 1
-    )
-    packed = pack([segments[1:]], 0)  # without the documents' prompt, an ordinary sequence
+    questions = [Question(View.RAW_RAW, 0)]
+    segments = lay_out(prompt, {"raw": query}, [{"raw": document}], slot, questions, 1, joint)
+    if not joint:
+        segments = segments[1:]  # without the documents' prompt, an ordinary sequence
+    packed = pack([segments], 0)
     ids = packed.input_ids
     whole, _ = backbone.base.get_rope_index(
         ids, (ids == IMAGE).int(), image_grid_thw=torch.stack([grid_q, grid_d])
@@ -92,7 +94,8 @@ def test_segment_positions_join_to_those_of_the_whole_sequence(backbone):
     assert torch.equal(packed.position_ids, whole)
 
 
-def test_packed_documents_equal_one_at_a_time(backbone):
+@pytest.mark.parametrize("joint", [False, True])
+def test_packed_documents_equal_one_at_a_time(backbone, joint):
     torch.manual_seed(1)
     prompt, slot = text_segment(backbone, 10, 11), text_segment(backbone, 12, 13)
     query, *query_picture = picture_segment(backbone, [20], 2, 2, [21])
@@ -110,6 +113,7 @@ def test_packed_documents_equal_one_at_a_time(backbone):
             slot,
             [Question(View.RAW_RAW, i) for i in range(len(chosen))],
             1,
+            joint,
         )
         pictures = [query_picture, *[(pixels, grid) for _, pixels, grid in chosen]]
         visions = [

@@ -165,7 +165,7 @@ def test_reuse_without_hard_negatives_finds_another_document(model, triplets):
 
 @pytest.mark.parametrize("view", View)
 def test_match_answers_as_training_asked(model, triplets, view):
-    model.backbone.matching = "reuse"
+    model.backbone.set_matching("reuse")
     queries, documents = [t["query"] for t in triplets[:4]], [t["positive"] for t in triplets[:4]]
     yes, no = model.backbone.answer_ids
     with torch.no_grad():
@@ -178,6 +178,6 @@ def test_match_answers_as_training_asked(model, triplets, view):
 
 
 def test_the_way_of_matching_is_saved(model, tmp_path):
-    model.backbone.matching = "reuse"
+    model.backbone.set_matching("reuse")
     model.save_pretrained(str(tmp_path))
     assert ReMatch(tmp_path).backbone.matching == "reuse"

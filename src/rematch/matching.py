@@ -13,10 +13,12 @@ and documents, so each of these is laid out once, as a **segment** of one packed
 So the eight questions ``{q, Z_q} × {d+, Z_d+, d-, Z_d-}`` share one forward pass, and each has the
 logits, up to rounding, of a forward pass of its own. The paper leaves two choices open:
 
-- A document does not attend to the query. One document segment then serves both forms of the
-  query.
+- Whether a document attends to the query. **Isolated** documents do not, as above: one document
+  segment serves both forms of the query, and the answer slot alone compares. **Joint** documents
+  attend to the query and its prompt as well. A question is then an ordinary chat of prompt, query,
+  document and answer slot, and each question has a document segment of its own.
 - Positions. A document starts where its query ends; an answer slot starts where its document ends.
-  A raw query and ``Z_q`` end at the same position, and a prompt stands right before each;
+  A raw query and ``Z_q`` end at the same position, and a prompt stands right before each; isolated
   documents attend to the prompt of ``Z_q``. What else is in the sequence therefore only shifts a
   question's positions by a constant, which rotary embeddings do not notice: a question has the
   same score from vectors alone as beside the raw inputs of training. Both documents have the
@@ -253,6 +255,7 @@ def lay_out(
     slot: Segment,
     questions: Sequence[Question],
     placeholder_extent: int,
+    joint: bool = False,
 ) -> list[Segment]:
     """The segments of one sequence, with the positions and visibility of the module docstring.
 
@@ -263,33 +266,51 @@ def lay_out(
         slot: The question and the start of the assistant's turn.
         questions: What each answer slot asks, in order.
         placeholder_extent: Positions that a query spans as ``feat``, even if it is only ``raw``.
+        joint: Whether documents attend to the query.
+
+    Returns:
+        The query's forms with their prompts come first. Isolated documents follow in order, each
+        with all its forms, and then the answer slots. Joint documents follow in the order of
+        ``questions``, each with its answer slot behind it.
     """
     query_end = prompt.extent + max(placeholder_extent, *(s.extent for s in query.values()))
-    segments = [replace(prompt, start=query_end - placeholder_extent - prompt.extent)]
+    segments: list[Segment] = []
 
     def add(segment: Segment, start: int, *attends_to: int) -> int:
         segments.append(replace(segment, attends_to=attends_to, start=start))
         return len(segments) - 1
 
-    prompts, queries = {"feat": 0}, {}
+    prompts: dict[Form, int] = {}
+    if not joint:
+        prompts["feat"] = add(prompt, query_end - placeholder_extent - prompt.extent)
+    queries: dict[Form, tuple[int, int]] = {}  # form → the query's prompt and the query
     for form, segment in query.items():
         start = query_end - segment.extent
-        if form == "raw":
-            prompts["raw"] = add(prompt, start - prompt.extent)
-        queries[form] = add(segment, start, prompts[form])
-    places = [
-        {form: add(segment, query_end, 0) for form, segment in forms.items()}
-        for forms in documents
-    ]
+        if form not in prompts:
+            prompts[form] = add(prompt, start - prompt.extent)
+        queries[form] = prompts[form], add(segment, start, prompts[form])
+    places: list[dict[Form, int]] = []
+    if not joint:
+        for forms in documents:
+            places.append({f: add(s, query_end, prompts["feat"]) for f, s in forms.items()})
     for view, number in questions:
-        document = places[number][view.document]
-        attends_to = prompts[view.query], queries[view.query], document
+        if joint:
+            segment = documents[number][view.document]
+            document = add(segment, query_end, *queries[view.query])
+        else:
+            document = places[number][view.document]
+        attends_to = *queries[view.query], document
         add(replace(slot, is_slot=True), segments[document].end, *attends_to)
     return segments
 
 
 def lay_out_prefix(
-    prompt: Segment, query: Segment, head: Segment, placeholder_extent: int, form: Form
+    prompt: Segment,
+    query: Segment,
+    head: Segment,
+    placeholder_extent: int,
+    form: Form,
+    joint: bool = False,
 ) -> list[Segment]:
     """What all questions about one query share: prompt, query, the documents' prompt, their head.
 
@@ -299,13 +320,15 @@ def lay_out_prefix(
         head: The tokens before the content of a document ("Document:").
         placeholder_extent: As for :func:`lay_out`.
         form: The form of the query; ``Z_q`` shares the prompt of the documents.
+        joint: Whether documents attend to the query; they then share its prompt in either form.
     """
     query = replace(query, attends_to=(0,), start=prompt.extent)
     segments = [prompt, query]
-    if form == "raw":
+    attended = [0, 1] if joint else [0]
+    if form == "raw" and not joint:
         segments.append(replace(prompt, start=query.end - placeholder_extent - prompt.extent))
-    documents_prompt = len(segments) - 1 if form == "raw" else 0
-    return [*segments, replace(head, attends_to=(documents_prompt,), start=query.end)]
+        attended = [2]
+    return [*segments, replace(head, attends_to=tuple(attended), start=query.end)]
 
 
 def lay_out_behind(

@@ -56,6 +56,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         document_instructions: Whether documents had their instruction in training; evaluation
             follows it.
         matching: How the model was trained to answer questions; scoring follows it.
+        joint: Whether documents attended to the query; scoring follows it.
         kwargs: Further arguments of sentence-transformers' ``Transformer``.
 
     Attributes:
@@ -66,7 +67,8 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
     Raises:
         ModelError: If the model cannot be loaded; has no chat template, reads no pictures, or
             splits Yes or No into several tokens; reads other tokens in training than in
-            ``encode``; or if the checkpoint lacks its adapter or belongs to another base.
+            ``encode``; is joint in ``reuse`` mode; or if the checkpoint lacks its adapter or
+            belongs to another base.
     """
 
     config_keys = [
@@ -76,6 +78,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         "answer_ids",
         "document_instructions",
         "matching",
+        "joint",
     ]
 
     def __init__(
@@ -87,6 +90,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         answer_ids: list[int] | None = None,
         document_instructions: bool = True,
         matching: Matching | str = Matching.UNIFIED,
+        joint: bool = False,
         **kwargs: Any,
     ) -> None:
         path = resolve(str(model_name_or_path))
@@ -112,7 +116,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         self.questions = QuestionPacker(self.reader)
         self.check_reading(model_name_or_path)
         self.document_instructions = document_instructions
-        self.matching = Matching(matching)
+        self.set_matching(matching, joint)
         self.answer_ids = checks.answer_token_ids(self.tokenizer)
         if answer_ids is not None and answer_ids != self.answer_ids:
             raise ModelError(
@@ -139,6 +143,34 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
             return features
 
         checks.check_reading(self.reader, encode, name)
+
+    def set_matching(self, matching: Matching | str, joint: bool = False) -> None:
+        """Choose how the model answers questions.
+
+        Args:
+            matching: The mode of matching.
+            joint: Whether documents attend to the query.
+
+        Raises:
+            ModelError: If documents should attend to the query in ``reuse`` mode.
+        """
+        if joint and matching == Matching.REUSE:
+            raise ModelError(
+                "joint documents attend to the query, but reuse mode takes their keys and values "
+                "from the embedding pass, which has no query. Choose joint=False, or matching "
+                "unified or feat."
+            )
+        self._matching, self.questions.joint = Matching(matching), joint
+
+    @property
+    def matching(self) -> Matching:
+        """The mode of matching."""
+        return self._matching
+
+    @property
+    def joint(self) -> bool:
+        """Whether documents attend to the query."""
+        return self.questions.joint
 
     # ---- loading and saving ---------------------------------------------------------------------
 

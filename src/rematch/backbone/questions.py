@@ -29,10 +29,14 @@ class QuestionPacker:
 
     Args:
         reader: Tokenizes inputs for the backbone.
+
+    Attributes:
+        joint: Whether documents attend to the query.
     """
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
+        self.joint = False
 
     def pack(
         self,
@@ -46,7 +50,8 @@ class QuestionPacker:
             questions: The questions of each sequence.
 
         Returns:
-            The packed sequences, and the readings whose pictures they show, in reading order.
+            The packed sequences, and the readings whose pictures they show, in reading order. A
+            joint document occurs as often as questions show it raw.
         """
         text_segment = self.reader.text_segment
         prompt, query_head, document_head = self._prompt_and_heads()
@@ -61,8 +66,6 @@ class QuestionPacker:
             segments: dict[Form, Segment] = {}
             if "raw" in forms and reading is not None:
                 segments["raw"] = self.reader.prepend(head, reading.content)
-                if reading.vision:
-                    readings_with_pictures.append(reading)
             if "feat" in forms:
                 segments["feat"] = placeholder
             return segments
@@ -79,8 +82,26 @@ class QuestionPacker:
                 )
             extent = query_placeholder.extent
             sequences.append(
-                lay_out(prompt, query_segments, document_segments, slot, row_questions, extent)
+                lay_out(
+                    prompt,
+                    query_segments,
+                    document_segments,
+                    slot,
+                    row_questions,
+                    extent,
+                    self.joint,
+                )
             )
+            raw_readings = [query] if "raw" in query_forms else []
+            if self.joint:
+                raw_readings += [documents[j] for v, j in row_questions if v.document == "raw"]
+            else:
+                raw_readings += [
+                    document
+                    for document, segments in zip(documents, document_segments, strict=True)
+                    if "raw" in segments
+                ]
+            readings_with_pictures += [r for r in raw_readings if r and r.vision]
         return self._packed(sequences), readings_with_pictures
 
     def pack_prefix(self, query: Reading | None) -> tuple[Packed, list[Segment]]:
@@ -96,7 +117,9 @@ class QuestionPacker:
         placeholder = self.reader.text_segment(MATCH_QUERY, placeholder=True)
         form: Form = "feat" if query is None else "raw"
         segment = placeholder if query is None else self.reader.prepend(query_head, query.content)
-        segments = lay_out_prefix(prompt, segment, document_head, placeholder.extent, form)
+        segments = lay_out_prefix(
+            prompt, segment, document_head, placeholder.extent, form, self.joint
+        )
         packed = self._packed([segments])
         numbers = torch.arange(packed.input_ids.shape[1])
         parts = torch.split(numbers, [len(s.ids) for s in segments])
@@ -163,14 +186,15 @@ class QuestionPacker:
         return self._packed(sequences)
 
     def overhead(self) -> tuple[int, int]:
-        """Count the tokens of a packed sequence besides the contents.
+        """Count the tokens of a packed sequence of one view, besides the contents.
 
         Returns:
             Tokens for the query, and tokens for each document with its question.
         """
         prompt, query_head, document_head = (len(s.ids) for s in self._prompt_and_heads())
         slot = len(self.reader.text_segment(MATCH_QUESTION + self.reader.suffix).ids)
-        return 2 * prompt + query_head, document_head + slot
+        prompts = 1 if self.joint else 2
+        return prompts * prompt + query_head, document_head + slot
 
     def _prompt_and_heads(self) -> list[Segment]:
         prompt = self.reader.text_segment(self.reader.prefix + MATCH_TASK, opening=True)

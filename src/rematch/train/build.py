@@ -46,7 +46,7 @@ def build_model(recipe: Recipe) -> ReMatch:
         model_kwargs=_loading_options(recipe),
     )
     model.backbone.document_instructions = recipe.data.document_instructions
-    model.backbone.matching = recipe.loss.matching
+    model.backbone.set_matching(recipe.loss.matching, recipe.loss.joint)
     limit_pixels(model.backbone.processor, settings.min_pixels, settings.max_pixels)
     if lora is None and not settings.train_vision:
         model.backbone.freeze_vision()
@@ -92,7 +92,7 @@ def precision_of(recipe: Recipe) -> Precision:
 
 def build_loss(recipe: Recipe, model: ReMatch) -> ReMatchLoss:
     """The loss of a recipe."""
-    options = recipe.loss.model_dump(exclude={"matching", "views"})
+    options = recipe.loss.model_dump(exclude={"matching", "joint", "views"})
     return ReMatchLoss(
         model, views=_views(recipe), features_gb=recipe.train.features_gb, **options
     )

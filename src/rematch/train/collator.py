@@ -10,7 +10,7 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from rematch.backbone.pictures import Pictures
 from rematch.backbone.reading import Reading, too_long_error
 from rematch.errors import DataError, RematchError
-from rematch.matching import Packed, Question, View, token_numbers
+from rematch.matching import Form, Packed, Question, View, token_numbers
 from rematch.model import ReMatch
 from rematch.train.batch import Batch, MiniBatch
 
@@ -89,6 +89,7 @@ class Collator:
         self.reader, self.packer = model.backbone.reader, model.backbone.questions
         self.views = [View(view) for view in views]
         self.questions = [Question(view, document) for view in self.views for document in (0, 1)]
+        self.shown = {form: self.places_of(form) for form in get_args(Form)}
         self.batch_tokens = batch_tokens
         self.reuse = reuse and bool(views)
         self.skip = skip
@@ -121,6 +122,12 @@ class Collator:
             skipped,
         )
         return {"batch": batch}
+
+    def places_of(self, form: Form) -> list[int]:
+        """Which inputs of a triplet a sequence shows in a form, in its order; 0 is the query."""
+        places = [0] if any(view.query == form for view in self.views) else []
+        documents = [1 + q.document for q in self.questions if q.view.document == form]
+        return places + (documents if self.packer.joint else sorted(set(documents)))
 
     # ---- samples --------------------------------------------------------------------------------
 
@@ -266,12 +273,9 @@ class Collator:
             triplets: The samples' triplets.
             inputs: The distinct inputs by key.
         """
-        query_is_raw = any(view.query == "raw" for view in self.views)
-        documents_are_raw = any(view.document == "raw" for view in self.views)
 
         def content_tokens(triplet: KeyTriplet) -> int:
-            raw = [triplet.query] if query_is_raw else []
-            raw += triplet.documents if documents_are_raw else []
+            raw = [triplet.keys[place] for place in self.shown["raw"]]
             return sum(len(inputs[key].reading.content.ids) for key in raw)
 
         def pack(members: list[KeyTriplet]) -> tuple[Packed, list[Reading]]:
@@ -348,13 +352,10 @@ class Collator:
             keys: Keys of the embedded inputs, in the order of their embeddings.
             triplets: The triplets.
         """
-        query_is_feat = any(view.query == "feat" for view in self.views)
-        documents_are_feat = any(view.document == "feat" for view in self.views)
-        is_feat = torch.tensor([query_is_feat, documents_are_feat, documents_are_feat])
         places = _places(keys, [triplet.keys for triplet in triplets])  # (b, 3)
         return {
             **vars(packed),
-            "placeholder_inputs": places[:, is_feat].flatten(),
+            "placeholder_inputs": places[:, self.shown["feat"]].flatten(),
             "relevant": torch.tensor([triplet.relevant for triplet in triplets]),
         }
 

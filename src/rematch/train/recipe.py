@@ -127,6 +127,9 @@ class Loss(_Section):
         description="unified: read raw inputs again; feat: show embeddings only; reuse: keys and "
         "values of the embedding pass",
     )
+    joint: bool = Field(
+        False, description="let documents attend to the query when questions are answered"
+    )
     gradient_cache: bool = Field(
         False,
         description="bound activation memory by a mini-batch, for one more forward pass",
@@ -214,6 +217,12 @@ class Recipe(_Section):
                 "loss.matching=reuse reads keys and values that train.gradient_checkpointing "
                 "discards; switch one of them off (loss.gradient_cache with a smaller "
                 "train.mini_batch_tokens saves memory too)"
+            )
+        if self.loss.joint and self.loss.matching == Matching.REUSE:
+            raise ValueError(
+                "loss.joint lets documents attend to the query, but loss.matching=reuse takes "
+                "their keys and values from the embedding pass, which has no query; switch one of "
+                "them off"
             )
         if self.loss.learn_temperature and isinstance(self.data.source, list):
             for source in self.data.source:
