@@ -98,10 +98,18 @@ def test_limits_of_pixels_are_those_of_the_checkpoint(measurements, family):
 
 
 @pytest.mark.parametrize("family", WORKING)
-def test_family_answers_packed_questions_as_single_ones(measurements, family):
-    for view, (packed, single) in measurements[family]["match"].items():
+@pytest.mark.parametrize("matching", ["match", "match jointly"])
+def test_family_answers_packed_questions_as_single_ones(measurements, family, matching):
+    for view, (packed, single) in measurements[family][matching].items():
         np.testing.assert_allclose(packed, single, atol=1e-5, err_msg=view)
         assert len(set(packed)) == 3, view  # no two documents are equal in any view
+
+
+@pytest.mark.parametrize("family", WORKING)
+def test_a_joint_question_is_an_ordinary_chat(measurements, family):
+    """Mask and positions are those that the model itself gives an ordinary chat."""
+    packed, _ = measurements[family]["match jointly"]["raw-raw"]
+    np.testing.assert_allclose(packed, measurements[family]["chats"], atol=1e-5)
 
 
 @pytest.mark.parametrize("family", WORKING)

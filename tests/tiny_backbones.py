@@ -11,6 +11,7 @@ process of the other tests must do without.
 
 import json
 import sys
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from PIL import Image
 from tiny_families import FAMILIES
 
 from rematch import ReMatch
+from rematch.backbone.pictures import Pictures
 from rematch.errors import RematchError
 from rematch.matching import Question, View
 from rematch.train.collator import Collator
@@ -191,6 +193,24 @@ def match(model, query, documents):
     return probabilities
 
 
+def chat_probability(model, query, document):
+    """P(yes) by the model's own forward pass of a joint question: no mask, no positions."""
+    backbone = model.backbone
+    readings = [backbone.reader.read(value) for value in (query, document)]
+    packed, shown = backbone.questions.pack(
+        [(readings[0], readings[1:])], [[Question(View.RAW_RAW, 0)]]
+    )
+    pictures = Pictures.collect([r.vision for r in shown], [r.visual_tokens for r in shown])
+    features = dict(pictures.values, input_ids=packed.input_ids)
+    features["mm_token_type_ids"] = (packed.input_ids == backbone.reader.picture_token_id).int()
+    parameters = signature(backbone.model.forward).parameters
+    with torch.no_grad():
+        accepted = {name: value for name, value in features.items() if name in parameters}
+        logits = backbone.model(**accepted).logits[0, -1]
+    yes, no = backbone.answer_ids
+    return torch.sigmoid(logits[yes] - logits[no]).item()
+
+
 def measure(path, directory):
     """Train an adapter, load it, encode and match; return what test_backbones.py checks."""
     trained, losses = train_adapter(path, directory)
@@ -208,7 +228,7 @@ def measure(path, directory):
     def difference(others):
         return float(np.abs(vectors - others).max())
 
-    return losses | {
+    measurements = losses | {
         "loaded": difference(trained.encode_query(inputs)),
         "alone": difference(alone),
         "features": difference(training_vectors(model, inputs)),
@@ -216,10 +236,13 @@ def measure(path, directory):
         "question": question(model, "the red cat", {"text": "a dog", "image": pictures[0]}),
         "control": control_tokens(model),
         "visual_tokens": visual_tokens(path, trained, model),
-        "match": match(
-            model, inputs[1], ["a dog", {"image": pictures[0]}, {"image": pictures[1]}]
-        ),
     }
+    documents = ["a dog", {"image": pictures[0]}, {"image": pictures[1]}]
+    measurements["match"] = match(model, inputs[1], documents)
+    model.backbone.set_matching("unified", joint=True)
+    measurements["match jointly"] = match(model, inputs[1], documents)
+    measurements["chats"] = [chat_probability(model, inputs[1], d) for d in documents]
+    return measurements
 
 
 def main(output, names):

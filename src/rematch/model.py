@@ -312,8 +312,9 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
 
         Args:
             features: Inputs of the backbone. Pictures come as ``pixel_values``, or as
-                ``picture_features`` or ``pictures`` of the sets in reading order.
-                ``idle_pictures`` pass the vision tower and are used nowhere.
+                ``picture_features`` or ``pictures`` of the sets in reading order. With
+                ``picture_order``, ``pictures`` are distinct sets, and it numbers them in reading
+                order. ``idle_pictures`` pass the vision tower and are used nowhere.
             kwargs: As for ``SentenceTransformer.forward``.
         """
         inputs, features_in_order, idle = self._with_picture_features(features)
@@ -373,5 +374,7 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             sums = [unit.sum() for picture_set in idle_features for unit in picture_set.units]
             idle = 0.0 * torch.stack(sums).sum()
         if "pictures" in inputs:
-            return inputs, self.picture_features(inputs.pop("pictures")), idle
+            distinct = self.picture_features(inputs.pop("pictures"))
+            order = inputs.pop("picture_order", range(len(distinct)))
+            return inputs, [distinct[number] for number in order], idle
         return inputs, inputs.pop("picture_features", []), idle

@@ -10,7 +10,7 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +89,6 @@ class Collator:
         self.reader, self.packer = model.backbone.reader, model.backbone.questions
         self.views = [View(view) for view in views]
         self.questions = [Question(view, document) for view in self.views for document in (0, 1)]
-        self.shown = {form: self.places_of(form) for form in get_args(Form)}
         self.batch_tokens = batch_tokens
         self.reuse = reuse and bool(views)
         self.skip = skip
@@ -122,12 +121,6 @@ class Collator:
             skipped,
         )
         return {"batch": batch}
-
-    def places_of(self, form: Form) -> list[int]:
-        """Which inputs of a triplet a sequence shows in a form, in its order; 0 is the query."""
-        places = [0] if any(view.query == form for view in self.views) else []
-        documents = [1 + q.document for q in self.questions if q.view.document == form]
-        return places + (documents if self.packer.joint else sorted(set(documents)))
 
     # ---- samples --------------------------------------------------------------------------------
 
@@ -273,10 +266,10 @@ class Collator:
             triplets: The samples' triplets.
             inputs: The distinct inputs by key.
         """
+        raw = self._shown("raw")
 
         def content_tokens(triplet: KeyTriplet) -> int:
-            raw = [triplet.keys[place] for place in self.shown["raw"]]
-            return sum(len(inputs[key].reading.content.ids) for key in raw)
+            return sum(len(inputs[triplet.keys[i]].reading.content.ids) for i in raw)
 
         def pack(members: list[KeyTriplet]) -> tuple[Packed, list[Reading]]:
             rows = [
@@ -342,6 +335,14 @@ class Collator:
             keys += member_keys
         return keys, mini_batches, places
 
+    def _shown(self, form: Form) -> list[int]:
+        """The inputs of a triplet that its sequence shows in a form, in order; 0 is the query."""
+        query = [0] if any(view.query == form for view in self.views) else []
+        documents = [1 + q.document for q in self.questions if q.view.document == form]
+        if self.reuse or not self.packer.joint:  # each is shown once
+            documents = sorted(set(documents))
+        return query + documents
+
     def _tensors(
         self, packed: Packed, keys: list[int], triplets: list[KeyTriplet]
     ) -> dict[str, Tensor]:
@@ -355,7 +356,7 @@ class Collator:
         places = _places(keys, [triplet.keys for triplet in triplets])  # (b, 3)
         return {
             **vars(packed),
-            "placeholder_inputs": places[:, self.shown["feat"]].flatten(),
+            "placeholder_inputs": places[:, self._shown("feat")].flatten(),
             "relevant": torch.tensor([triplet.relevant for triplet in triplets]),
         }
 

@@ -55,7 +55,13 @@ class Lengths:
         slots = 2 * len(recipe.loss.views)
         if recipe.loss.matching == Matching.REUSE:
             return cls(embedded, 3 + slots * SLOT, slots, PROMPT + sum(inputs))
-        return cls(embedded, 2 * PROMPT + sum(contents) + 6 * HEAD + slots * SLOT, slots)
+        raw, feat = 1, 1  # copies of each document
+        if recipe.loss.joint:
+            raw = sum(view.document == "raw" for view in recipe.loss.views)
+            feat = len(recipe.loss.views) - raw
+        documents = raw * sum(contents[1:]) + 2 * (raw + feat) * HEAD
+        query = 2 * PROMPT + contents[0] + 2 * HEAD
+        return cls(embedded, query + documents + slots * SLOT, slots)
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,7 @@ def estimate(
         f"tokens (the largest size); each has {TEXT} tokens of text; inputs have up to "
         f"{max(lengths.inputs):,} tokens, matching sequences {lengths.matching:,} with "
         f"{lengths.slots} answers; {loss.matching} matching"
+        f"{', joint documents' if loss.joint else ''}"
     )
     flop = _flop(recipe, shape, lengths, batch, picture_count, keeps_features)
     backward = "2 (4 for the adapter)" if recipe.model.lora else "4"

@@ -230,7 +230,9 @@ class MiniBatchedLoss(nn.Module, ABC):
         if passes.features is not None:
             inputs["picture_features"] = [passes.features[number] for number in numbers]
         elif numbers and passes.batch.pictures is not None:
-            inputs["pictures"] = passes.batch.pictures.take(numbers)
+            distinct = list(dict.fromkeys(numbers))
+            inputs["pictures"] = passes.batch.pictures.take(distinct)
+            inputs["picture_order"] = [distinct.index(number) for number in numbers]
         elif isinstance(self.model, FSDPModule):
             inputs["idle_pictures"] = self.blank_picture
         return inputs

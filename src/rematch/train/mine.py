@@ -141,6 +141,7 @@ def _claim(work: Path, model: ReMatch, pool: Pool, rules: Rules) -> None:
         "contents": pool.digest,
         "model": model_fingerprint(model),
         "matching": model.backbone.matching,
+        "joint": model.backbone.joint,
         "document_instructions": model.backbone.document_instructions,
     }
     file = work / "settings.json"
