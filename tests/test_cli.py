@@ -238,6 +238,8 @@ def test_bad_recipes(fails, tmp_path):
     assert "takes no 4-D masks" in fails(
         "train", RECIPES / "picto.yaml", "model.attention=flash_attention_2"
     )
+    joint_reuse = ("loss.joint=true", "loss.matching=reuse")
+    assert "switch one of them off" in fails("train", RECIPES / "picto.yaml", *joint_reuse)
 
 
 def test_bad_training_data(fails, backbone_path, pairs, tmp_path):

@@ -79,8 +79,10 @@ class Peak(TorchDispatchMode):
         self.now -= self.alive.pop(key)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_peak_of_a_whole_step(checkpointing):
+@pytest.mark.parametrize(
+    ("checkpointing", "joint"), [(False, False), (True, False), (False, True)]
+)
+def test_peak_of_a_whole_step(checkpointing, joint):
     """Picto's samples have fewer tokens than the estimate assumes, so passes are not full."""
     settings = [
         "model.lora.r=8",
@@ -89,6 +91,7 @@ def test_peak_of_a_whole_step(checkpointing):
         "train.batch_size=8",
     ]
     settings += [f"train.gradient_checkpointing={checkpointing}", "train.bf16=false"]
+    settings += [f"loss.joint={joint}"]
     recipe = load_recipe(ROOT / "recipes/picto.yaml", settings)
     model = build_model(recipe)
     rows = [training_triplet(0, i) for i in range(8)]
@@ -155,11 +158,21 @@ def test_settings_that_save_memory_or_time():
     assert (
         four_bit.memory["weights of the backbone"] < 0.4 * base.memory["weights of the backbone"]
     )
-    contrastive, feat, reuse = (
+    contrastive, feat, reuse, joint = (
         estimated("qwen2-vl-2b-80gb", override).step_flop / base.step_flop
-        for override in ("loss.w_qdm=0", "loss.matching=feat", "loss.matching=reuse")
+        for override in (
+            "loss.w_qdm=0",
+            "loss.matching=feat",
+            "loss.matching=reuse",
+            "loss.joint=true",
+        )
     )
-    assert contrastive < feat < reuse < 1
+    assert contrastive < feat < reuse < 1 < joint
+    raw_raw = [
+        estimated("qwen2-vl-2b-80gb", "loss.views=[raw-raw]", override).step_flop
+        for override in ("loss.joint=false", "loss.joint=true")
+    ]
+    assert raw_raw[0] == pytest.approx(raw_raw[1], rel=0.02)  # one copy of each document
     features = "features of the frozen tower"
     again = estimated("qwen2-vl-2b-80gb", "train.features_gb=1")
     assert base.memory[features] > 1

@@ -11,10 +11,12 @@ from rematch.train.collator import MIN_FULL, Collator, split
 from rematch.train.loss import ReMatchLoss
 
 
-def test_cached_equals_plain_in_value_and_gradient(model, triplets):
+@pytest.mark.parametrize("joint", [False, True])
+def test_cached_equals_plain_in_value_and_gradient(model, triplets, joint):
     """Text-only, picture-only and mixed columns; two batches accumulated; a loss scale as under
     fp16.
     """
+    model.backbone.set_matching("unified", joint)
     collator = Collator(model, batch_tokens=SMALL)
     batches = [collator(triplets[:6])["batch"], collator(triplets[6:])["batch"]]
     assert all(len(b.embedding) > 3 and len(b.matching) > 2 for b in batches)
@@ -115,7 +117,9 @@ def test_gradient_checkpointing_changes_nothing(make_model, triplets, cached):
     assert ran[1] > ran[0]  # layers did run again in the backward pass
 
 
-def test_a_frozen_tower_runs_once_on_each_distinct_picture(model, triplets):
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_frozen_tower_runs_once_on_each_distinct_picture(model, triplets, joint):
+    model.backbone.set_matching("unified", joint)
     model.backbone.freeze_vision()
     batch = Collator(model, batch_tokens=SMALL)([*triplets, *triplets])["batch"]
     loss = ReMatchLoss(model, gradient_cache=True)
@@ -137,6 +141,30 @@ def test_a_frozen_tower_runs_once_on_each_distinct_picture(model, triplets):
             return None
 
     assert_equal(gradients(model, RunsTowerEachTime(model), [batch]), once, 1e-9)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_tower_in_training_runs_once_on_each_distinct_picture_of_a_pass(model, triplets, joint):
+    """Although a joint document stands in the sequence once for each question."""
+    model.backbone.set_matching("unified", joint)
+    batch = Collator(model, batch_tokens=100_000)([*triplets, *triplets])["batch"]
+    passed = []
+    tower = model.backbone.base.vision_tower
+    handle = tower.register_forward_pre_hook(lambda _, args: passed.append(len(args[0])))
+    once = gradients(model, ReMatchLoss(model), [batch])
+    handle.remove()
+    shown = [step.picture_sets for step in (*batch.embedding, *batch.matching)]
+    assert passed == [len(set(numbers)) for numbers in shown if numbers]
+    assert sum(passed) < sum(map(len, shown))
+
+    class RunsTowerForEachCopy(ReMatchLoss):  # the obvious version
+        def _inputs(self, mini_batch, passes):
+            inputs = super()._inputs(mini_batch, passes)
+            if "pictures" in inputs:
+                inputs["pictures"] = inputs["pictures"].take(inputs.pop("picture_order"))
+            return inputs
+
+    assert_equal(gradients(model, RunsTowerForEachCopy(model), [batch]), once, 1e-9)
 
 
 def test_a_tower_in_training_switches_reuse_off(model, triplets):

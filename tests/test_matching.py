@@ -84,11 +84,43 @@ def test_the_order_of_the_documents_reveals_nothing(model, triplets, joint):
     """Both documents have the same positions: exchanging them exchanges their scores."""
     model.backbone.set_matching("unified", joint)
     row = triplets[2]
-    questions = [Question(View.RAW_RAW, 0), Question(View.RAW_RAW, 1)]
-    scores = []
-    for pair in ([row["positive"], row["negative"]], [row["negative"], row["positive"]]):
-        scores.append(answer(model, [(row["query"], pair)], [questions])[0])
-    assert (scores[0] - scores[1].flip(0)).abs().max() <= 1e-12
+    exchanged = row | {"positive": row["negative"], "negative": row["positive"]}
+    logits = [packed_and_separate(model, [pair])[0].view(4, 2, -1) for pair in (row, exchanged)]
+    assert (logits[0] - logits[1].flip(1)).abs().max() <= 1e-12
+
+
+@JOINT
+@pytest.mark.parametrize("view", View)
+def test_only_joint_documents_see_the_query(model, triplets, view, joint):
+    """The state of a document's last token, with one query and with another."""
+    model.backbone.set_matching("unified", joint)
+    read = model.backbone.reader.read
+    queries = [read("a dog above a pizza"), read("a fox below a taco")]
+    assert len(queries[0].ids) == len(queries[1].ids)
+    z = torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    states = []
+    for query, z_query in zip(queries, z[:2], strict=True):
+        packed, _ = model.backbone.questions.pack(
+            [(query, [read("a cat")])], [[Question(view, 0)]]
+        )
+        vectors = [z_query] if view.query == "feat" else []
+        vectors += [z[2]] if view.document == "feat" else []
+        before_slot = int((packed.segments[0] < packed.segments[0].max()).sum()) - 1
+        out = model.backbone.run_packed(vars(packed), torch.stack(vectors) if vectors else None)
+        states.append(out[0, before_slot])
+    assert torch.equal(*states) == (not joint)
+
+
+@JOINT
+@pytest.mark.parametrize("views", [list(View), ["raw-raw"], ["feat-raw", "raw-feat"]])
+def test_mini_batches_of_questions_keep_to_the_budget(model, triplets, views, joint):
+    model.backbone.set_matching("unified", joint)
+    batch = Collator(model, views, batch_tokens=1500)(triplets)["batch"]
+    rows = [len(step.tensors["slots"]) for step in batch.matching]
+    assert max(rows) > 1
+    assert all(
+        step.tokens <= 1500 or count == 1 for step, count in zip(batch.matching, rows, strict=True)
+    )
 
 
 def test_the_collator_puts_the_positive_first_half_of_the_time(model):

@@ -161,7 +161,7 @@ def test_an_unfinished_run_with_other_rules_is_refused(judged, data, tmp_path, m
         run(judged, data, output, negatives=3)
 
 
-@pytest.mark.parametrize("part", ["projector", "token rows", "matching", "configuration"])
+@pytest.mark.parametrize("part", ["projector", "token rows", "matching", "joint", "configuration"])
 def test_an_unfinished_run_with_another_model_is_refused(
     judged, data, tmp_path, monkeypatch, part
 ):
@@ -176,6 +176,8 @@ def test_an_unfinished_run_with_another_model_is_refused(
             judged.backbone.model.get_input_embeddings().weight[-1, -1] += 1
         elif part == "matching":
             judged.backbone.set_matching("reuse")
+        elif part == "joint":
+            judged.backbone.set_matching("unified", joint=True)
         else:
             judged.backbone.model.config.text_config.rms_norm_eps *= 2
     with pytest.raises(DataError, match="holds an unfinished run with another model"):

@@ -1,16 +1,20 @@
 """Matching from the keys and values of the embedding pass, against an explicit slow version."""
 
+import json
+
 import pytest
 import torch
 from shared_gradients import SMALL, assert_equal, both, gradients
 from transformers import DynamicCache
 
 from rematch import ReMatch
+from rematch.errors import ModelError
 from rematch.matching import View
 from rematch.prompts import MATCH_DOCUMENT, MATCH_QUERY, MATCH_TASK
 from rematch.tokens import fuse
 from rematch.train.collator import Collator
 from rematch.train.loss import ReMatchLoss
+from rematch.train.recipe import Recipe
 
 
 def embed_with_cache(model, value, task):
@@ -177,7 +181,27 @@ def test_match_answers_as_training_asked(model, triplets, view):
     )
 
 
-def test_the_way_of_matching_is_saved(model, tmp_path):
-    model.backbone.set_matching("reuse")
+@pytest.mark.parametrize(("matching", "joint"), [("reuse", False), ("feat", True)])
+def test_the_way_of_matching_is_saved(model, tmp_path, matching, joint):
+    model.backbone.set_matching(matching, joint)
     model.save_pretrained(str(tmp_path))
-    assert ReMatch(tmp_path).backbone.matching == "reuse"
+    loaded = ReMatch(tmp_path).backbone
+    assert (loaded.matching, loaded.joint) == (matching, joint)
+
+
+def test_a_checkpoint_of_before_is_isolated(model, tmp_path):
+    model.backbone.set_matching("unified", joint=True)
+    model.save_pretrained(str(tmp_path))
+    file = tmp_path / "sentence_bert_config.json"
+    settings = json.loads(file.read_text())
+    assert settings.pop("joint")
+    file.write_text(json.dumps(settings))
+    assert not ReMatch(tmp_path).backbone.joint
+
+
+def test_joint_documents_cannot_be_reused(model, tmp_path):
+    with pytest.raises(ModelError, match="embedding pass, which has no query"):
+        model.backbone.set_matching("reuse", joint=True)
+    assert (model.backbone.matching, model.backbone.joint) == ("unified", False)
+    with pytest.raises(ValueError, match=r"loss\.joint .* loss\.matching=reuse"):
+        Recipe.model_validate({"loss": {"joint": True, "matching": "reuse"}})

@@ -9,6 +9,7 @@ import yaml
 from shared_training import small_recipe, step_logs, write_rows
 from transformers import TrainerCallback
 
+from rematch import ReMatch
 from rematch.errors import RecipeError, TrainingError
 from rematch.train.recipe import Recipe
 from rematch.train.run import train
@@ -66,6 +67,22 @@ def test_the_card_has_the_recipe_as_plain_yaml(backbone_path, tmp_path):
     assert "matching: reuse\n" in text
     assert "- feat-raw\n" in text
     assert Recipe.model_validate(yaml.safe_load(text)) == settings
+
+
+def test_a_joint_model_is_trained_and_loaded(backbone_path, tmp_path):
+    output = tmp_path / "model"
+    changes = {"steps": 2, "save_every": 0}
+    trained = train(
+        small_recipe(backbone_path, output, loss={"joint": True}, train=changes), quiet=True
+    )
+    loaded = ReMatch(output)
+    assert trained.backbone.joint
+    assert loaded.backbone.joint
+    pair = ["a dog"], ["a cat"]
+    joint = loaded.match(*pair)
+    assert joint == pytest.approx(trained.match(*pair), abs=1e-6)
+    loaded.backbone.set_matching("unified")
+    assert abs(loaded.match(*pair) - joint) > 1e-4
 
 
 def test_validation_needs_checkpoints(backbone_path, tmp_path):
