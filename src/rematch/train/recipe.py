@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from rematch.errors import RecipeError
 from rematch.matching import Matching, View
+from rematch.prompts import TokenInit
 
 
 class _Section(BaseModel):
@@ -34,6 +35,12 @@ class Model(_Section):
 
     backbone: str = Field("rematch-base", description="hub name, directory, or packaged model")
     num_tokens: int = Field(16, ge=0, description="K learnable tokens; 0 pools the last token")
+    token_init: TokenInit = Field(
+        "random",
+        description="start of the learnable tokens; random: noise at the scale of the word "
+        "embeddings; small: at a tenth of it; last, mean: small noise around the template's last "
+        "token or the mean of the vocabulary",
+    )
     lora: Lora | None = Field(None, description="LoRA adapter; null: full fine-tuning")
     dtype: Literal["auto", "float32", "bfloat16"] | None = Field(
         None,
