@@ -10,6 +10,7 @@ from shared_training import small_recipe, step_logs, write_rows
 from transformers import TrainerCallback
 
 from rematch.errors import RecipeError, TrainingError
+from rematch.train.build import build_model
 from rematch.train.recipe import Recipe
 from rematch.train.run import train
 
@@ -66,6 +67,16 @@ def test_the_card_has_the_recipe_as_plain_yaml(backbone_path, tmp_path):
     assert "matching: reuse\n" in text
     assert "- feat-raw\n" in text
     assert Recipe.model_validate(yaml.safe_load(text)) == settings
+
+
+def test_the_seed_decides_how_learnable_tokens_start(backbone_path, tmp_path):
+    def rows(seed):
+        changes = {"model": {"token_init": "last"}, "train": {"seed": seed}}
+        model = build_model(small_recipe(backbone_path, tmp_path, **changes))
+        return model.backbone.model.get_input_embeddings().weight
+
+    assert torch.equal(rows(1), rows(1))
+    assert not torch.equal(rows(1), rows(2))
 
 
 def test_validation_needs_checkpoints(backbone_path, tmp_path):

@@ -169,6 +169,11 @@ class Train(_Section):
         16_384, gt=0, description="tokens per forward pass, pictures and padding included"
     )
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate (cosine schedule)")
+    scale_learning_rates: bool = Field(
+        True,
+        description="multiply the learning rate of learnable tokens and projector by their scale "
+        "relative to the other weights",
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps that warm up")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     bf16: bool | Literal["auto"] = Field(
