@@ -1,6 +1,7 @@
 """Small training runs on the tiny backbone, and what they log."""
 
 import json
+import socket
 
 import torch
 from transformers import TrainerCallback
@@ -42,6 +43,13 @@ def write_rows(path, rows):
     """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def free_port():
+    """A TCP port that nothing listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 class Interrupt(TrainerCallback):

@@ -202,6 +202,30 @@ def test_no_learnable_tokens_means_the_last_token(make_model):
     assert torch.equal(features["multi_vector"][:, 0], features["token_embeddings"][:, -1])
 
 
+@pytest.mark.parametrize("init", ["random", "small", "last", "mean"])
+def test_learnable_tokens_start_as_chosen(make_model, init):
+    model, plain = make_model(token_init=init), make_model(0)
+    names = [f"<|{kind}_emb_{i}|>" for kind in ("query", "doc") for i in range(4)]
+    ids = model.backbone.tokenizer.convert_tokens_to_ids(names)
+    rows = model.backbone.model.get_input_embeddings().weight.detach()[ids].float()
+    vocabulary = plain.backbone.model.get_input_embeddings().weight.detach().float()
+    words = vocabulary[: len(plain.backbone.tokenizer)]
+    scale = words.pow(2).mean().sqrt()
+    last = plain.preprocess(["a dog"])["input_ids"][0, -1]
+    centers = {"last": words[last], "mean": words.mean(0)}
+    noise = (rows - centers.get(init, 0)) / scale
+    assert noise.std().item() == pytest.approx(1.0 if init == "random" else 0.1, rel=0.15)
+    cosines = torch.nn.functional.cosine_similarity(noise[:, None], noise, dim=-1)
+    assert cosines.fill_diagonal_(0).abs().max() < 0.7, "each token has noise of its own"
+    again = make_model(token_init=init).backbone.model.get_input_embeddings().weight[ids]
+    assert torch.equal(again.float(), rows), "the seed decides"
+
+
+def test_an_unknown_start_of_learnable_tokens_is_an_error(make_model):
+    with pytest.raises(ModelError, match="token_init='zero' is unknown; choose one of random, sm"):
+        make_model(token_init="zero")
+
+
 def test_public_names():
     import rematch
 

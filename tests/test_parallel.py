@@ -5,7 +5,6 @@ and reuse.
 import gc
 import json
 import os
-import socket
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -20,6 +19,7 @@ from conftest import build_model
 from PIL import Image
 from safetensors.torch import load_file
 from shared_gradients import SMALL
+from shared_training import free_port
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -117,12 +117,6 @@ def counted(reductions):
         return future.then(lambda f: f.value()[0] / 2)
 
     return hook
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

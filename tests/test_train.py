@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from rematch import ReMatch
 from rematch.errors import RecipeError, TrainingError
+from rematch.train.build import build_model
 from rematch.train.recipe import Recipe
 from rematch.train.run import train
 
@@ -83,6 +84,16 @@ def test_a_joint_model_is_trained_and_loaded(backbone_path, tmp_path):
     assert joint == pytest.approx(trained.match(*pair), abs=1e-6)
     loaded.backbone.set_matching("unified")
     assert abs(loaded.match(*pair) - joint) > 1e-4
+
+
+def test_the_seed_decides_how_learnable_tokens_start(backbone_path, tmp_path):
+    def rows(seed):
+        changes = {"model": {"token_init": "last"}, "train": {"seed": seed}}
+        model = build_model(small_recipe(backbone_path, tmp_path, **changes))
+        return model.backbone.model.get_input_embeddings().weight
+
+    assert torch.equal(rows(1), rows(1))
+    assert not torch.equal(rows(1), rows(2))
 
 
 def test_validation_needs_checkpoints(backbone_path, tmp_path):

@@ -23,9 +23,9 @@ from rematch.backbone.module import Backbone
 from rematch.backbone.pictures import PictureFeatures, Pictures, feature_inputs
 from rematch.errors import ModelError, RematchError
 from rematch.matching import View
-from rematch.prompts import document_token, query_token
+from rematch.prompts import TokenInit, document_token, query_token
 from rematch.scoring import MatchingHead, embed_and_answer
-from rematch.tokens import MultiTokenFusion, add_tokens_to_template
+from rematch.tokens import MultiTokenFusion, add_tokens_to_template, initial_rows
 
 _CARD = """---
 library_name: sentence-transformers
@@ -104,6 +104,7 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         name_or_path: str,
         num_tokens: int = 16,
         *,
+        token_init: TokenInit = "random",
         lora: LoraConfig | None = None,
         lora_vision: bool = False,
         model_kwargs: dict[str, Any] | None = None,
@@ -115,6 +116,8 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             name_or_path: Hub name or directory of the backbone; ``rematch-base`` is a packaged
                 tiny one.
             num_tokens: K, learnable tokens per query and per document; 0 pools the last token.
+            token_init: How the embeddings of the learnable tokens start: see
+                :func:`~rematch.tokens.initial_rows`.
             lora: Train an adapter of this rank, alpha and dropout on the language model's linear
                 layers (``target_modules`` and ``trainable_token_indices`` are filled in unless
                 set); ``None`` leaves every weight trainable.
@@ -123,7 +126,8 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             device: As for ``SentenceTransformer``.
 
         Raises:
-            ModelError: If the backbone cannot be used; the message says why.
+            ModelError: If the backbone cannot be used, or ``token_init`` is unknown; the message
+                says why.
         """
         backbone = Backbone(name_or_path, model_kwargs=model_kwargs)
         if (
@@ -133,6 +137,7 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             raise ModelError(
                 f"{name_or_path}: is already a ReMatch model. Load it with ReMatch(path)."
             )
+        last = int(backbone.reader.read("a").ids[-1])
         names = [query_token(i) for i in range(num_tokens)] + [
             document_token(i) for i in range(num_tokens)
         ]
@@ -141,16 +146,16 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         embedding = backbone.model.get_input_embeddings().weight
         words = embedding.detach()[: len(backbone.tokenizer) - len(names)]
         resize_vocabulary(backbone.model, len(backbone.tokenizer))
-        scale = words.float().pow(2).mean().sqrt().item()
         with torch.no_grad():
             embedding = backbone.model.get_input_embeddings().weight
-            embedding[ids] = (torch.randn(len(ids), embedding.shape[1]) * scale).to(embedding)
+            embedding[ids] = initial_rows(words, last, len(ids), token_init).to(embedding)
         backbone.processor.chat_template = add_tokens_to_template(
             backbone.processor.chat_template, num_tokens
         )
         backbone.check_reading(name_or_path)  # again, with the learnable tokens
         if lora is not None:
             inject(backbone.model, lora, ids, lora_vision)
+        scale = words.float().pow(2).mean().sqrt().item()
         fusion = MultiTokenFusion(num_tokens, backbone.width, scale)
         return cls(modules=[backbone, fusion], device=device)
 

@@ -5,6 +5,10 @@ The paper does not print its matching prompt; the wording here is ours. The back
 template goes around it ("MVQDM++").
 """
 
+from typing import Literal
+
+TokenInit = Literal["random", "small", "last", "mean"]  # how learnable tokens start
+
 YES, NO = "Yes", "No"
 
 # One user turn: TASK, QUERY, DOCUMENT, QUESTION; the assistant answers with one token. What all

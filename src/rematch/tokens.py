@@ -9,7 +9,7 @@
 Shapes: B inputs, T tokens, K learnable tokens, D width.
 """
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from sentence_transformers.base.modules import Module
 from torch import Tensor, nn
 
 from rematch.errors import ModelError
-from rematch.prompts import document_token, query_token
+from rematch.prompts import TokenInit, document_token, query_token
 
 
 def add_tokens_to_template(template: str, num_tokens: int) -> str:
@@ -32,6 +32,35 @@ def add_tokens_to_template(template: str, num_tokens: int) -> str:
     for_query = f"{{% if task == 'query' %}}{queries}"
     for_document = f"{{% elif task == 'document' %}}{documents}{{% endif %}}"
     return template + for_query + for_document
+
+
+def initial_rows(words: Tensor, last: int, count: int, init: TokenInit) -> Tensor:
+    """Embeddings that learnable tokens start from; torch's seed decides the noise.
+
+    Args:
+        words: Embeddings of the vocabulary, (V, D).
+        last: Index in ``words`` of the last token of a rendered turn.
+        count: Number of learnable tokens.
+        init: ``random`` is normal noise at the RMS of the words, ``small`` at a tenth of it;
+            ``last`` and ``mean`` add ``small`` noise to the last token's embedding or to the mean
+            of the words.
+
+    Returns:
+        Embeddings in float32, (count, D).
+
+    Raises:
+        ModelError: If ``init`` is unknown.
+    """
+    if init not in get_args(TokenInit):
+        raise ModelError(
+            f"token_init={init!r} is unknown; choose one of {', '.join(get_args(TokenInit))}."
+        )
+    words = words.float()
+    noise = torch.randn(count, words.shape[1]).to(words.device) * words.pow(2).mean().sqrt()
+    if init == "random":
+        return noise
+    center = {"small": torch.zeros_like(words[0]), "last": words[last], "mean": words.mean(0)}
+    return center[init] + 0.1 * noise
 
 
 class Projector(nn.Module):

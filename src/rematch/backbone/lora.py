@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -43,6 +44,29 @@ def _train_in_float32(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+def learnable_rows(model: PreTrainedModel) -> nn.ParameterDict | None:
+    """The rows of the learnable tokens by adapter, or ``None`` if no adapter trains them."""
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, TrainableTokensWrapper):
+        return None
+    rows: nn.ParameterDict = embedding.token_adapter.trainable_tokens_delta
+    return rows
+
+
+def linear_layers(part: nn.Module) -> list[nn.Linear]:
+    """The linear layers of a part of the model, without those that an adapter adds."""
+    return [
+        layer
+        for name, layer in part.named_modules()
+        if isinstance(layer, nn.Linear) and "lora_" not in name
+    ]
+
+
+def adapters(part: nn.Module) -> list[LoraLayer]:
+    """The layers of a part of the model that have an adapter."""
+    return [layer for layer in part.modules() if isinstance(layer, LoraLayer)]
 
 
 def load(model: PreTrainedModel, directory: Path) -> list[str]:

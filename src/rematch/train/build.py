@@ -41,6 +41,7 @@ def build_model(recipe: Recipe) -> ReMatch:
     model = ReMatch.from_backbone(
         settings.backbone,
         settings.num_tokens,
+        token_init=settings.token_init,
         lora=lora,
         lora_vision=settings.lora is not None and settings.lora.vision,
         model_kwargs=_loading_options(recipe),

@@ -79,6 +79,12 @@ class ReMatchLoss(MiniBatchedLoss):
         self._correct: list[Tensor] = []  # answers, (b, views, 2): d+ and d-
         self._cosines: list[Tensor] = []  # mean |cosine| between the token vectors of an input
 
+    @property
+    def shows_embeddings(self) -> bool:
+        """Whether any question shows an embedding, so that the projector has a gradient."""
+        forms = {form for view in self.views for form in (view.query, view.document)}
+        return self.w_qdm > 0 and "feat" in forms
+
     def passes(self, batch: Batch) -> Passes:
         return super().passes(batch if self.w_qdm else replace(batch, matching=[]))
 

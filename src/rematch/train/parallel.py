@@ -48,6 +48,21 @@ def largest(counts: Sequence[int], device: torch.device) -> list[int]:
     return maxima
 
 
+def of_first_process(values: Sequence[float], device: torch.device) -> list[float]:
+    """What the first process passed.
+
+    Args:
+        values: Numbers, as many in every process.
+        device: Device of the model, as for :func:`largest`.
+    """
+    if get_world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.broadcast(tensor, 0)
+    shared: list[float] = tensor.tolist()
+    return shared
+
+
 def aligned(steps: Sequence[T], count: int, idle: T | None = None) -> list[tuple[T, float]]:
     """Weighted forward passes, as many in every process; the surplus has weight 0.
 

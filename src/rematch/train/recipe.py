@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from rematch.errors import RecipeError
 from rematch.matching import Matching, View
+from rematch.prompts import TokenInit
 
 
 class _Section(BaseModel):
@@ -34,6 +35,12 @@ class Model(_Section):
 
     backbone: str = Field("rematch-base", description="hub name, directory, or packaged model")
     num_tokens: int = Field(16, ge=0, description="K learnable tokens; 0 pools the last token")
+    token_init: TokenInit = Field(
+        "random",
+        description="start of the learnable tokens; random: noise at the scale of the word "
+        "embeddings; small: at a tenth of it; last, mean: small noise around the template's last "
+        "token or the mean of the vocabulary",
+    )
     lora: Lora | None = Field(None, description="LoRA adapter; null: full fine-tuning")
     dtype: Literal["auto", "float32", "bfloat16"] | None = Field(
         None,
@@ -165,6 +172,11 @@ class Train(_Section):
         16_384, gt=0, description="tokens per forward pass, pictures and padding included"
     )
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate (cosine schedule)")
+    scale_learning_rates: bool = Field(
+        True,
+        description="multiply the learning rate of learnable tokens and projector by their scale "
+        "relative to the other weights",
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps that warm up")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     bf16: bool | Literal["auto"] = Field(

@@ -28,6 +28,7 @@ from rematch.train.checkpoints import (
 )
 from rematch.train.precision import device_type
 from rematch.train.recipe import Recipe
+from rematch.train.scale import measure, rate_factors
 from rematch.train.sources import build_dataset, build_validation
 from rematch.train.trainer import StopOnSignal, Trainer
 
@@ -69,15 +70,22 @@ def train(
     collator = build_collator(recipe, model)
     if _is_first_process():
         _prepare_directory(recipe, partial, checkpoint)
+    # joins the other processes, if there are any
+    arguments = _arguments(recipe, partial, validate=validation is not None, quiet=quiet)
+    scales = measure(model)
+    factors = rate_factors(scales) if recipe.train.scale_learning_rates else {}
+    if _is_first_process() and not quiet:
+        sys.stderr.write(_scale_line(recipe, scales, factors))
     stop = StopOnSignal()
     with _tensorboard_directory(partial / "tensorboard"):
         trainer = Trainer(
             model=model,
-            args=_arguments(recipe, partial, validate=validation is not None, quiet=quiet),
+            args=arguments,
             train_dataset=dataset,
             eval_dataset=validation,
             loss=loss,
             data_collator=collator,
+            factors=factors,
             callbacks=[stop, *callbacks],
         )
     if quiet:
@@ -85,7 +93,8 @@ def train(
     _run(trainer, stop, checkpoint)
     model = _trained_model(trainer, model, recipe)
     if _is_first_process():
-        history = [{"step": 0} | arithmetic, *trainer.state.log_history]
+        start = {"step": 0} | arithmetic | {"rms": scales, "rate_factors": factors}
+        history = [start, *trainer.state.log_history]
         _save(model, recipe, history, partial, output)
     return model
 
@@ -134,6 +143,14 @@ def _arithmetic(recipe: Recipe, model: ReMatch) -> dict[str, str]:
         "precision": "bfloat16 autocast" if precision_of(recipe).bf16 else "float32",
         "attention": config._attn_implementation,
     }
+
+
+def _scale_line(recipe: Recipe, scales: dict[str, float], factors: dict[str, float]) -> str:
+    """The scale of words, tokens and projector, and their learning rates, as one line."""
+    rate = recipe.train.learning_rate
+    rms = ", ".join(f"{name} {scale:.3g}" for name, scale in scales.items())
+    rates = [f"{name} {rate * factor:.3g}" for name, factor in factors.items()]
+    return f"RMS of weights: {rms}; learning rates: {', '.join([*rates, f'the rest {rate:g}'])}\n"
 
 
 def _prepare_directory(recipe: Recipe, partial: Path, checkpoint: Path | None) -> None:

@@ -23,10 +23,12 @@ from rematch.backbone.lora import restore
 from rematch.errors import TrainingError
 from rematch.train.batch import Batch
 from rematch.train.checkpoints import check_checkpoint, mark_complete
+from rematch.train.scale import Movement, ScaledSteps, scaled_parts
 
 logger = logging.get_logger("rematch")
 SAMPLES_NAMED = 20  # samples that a message names at most
-GUESSING_AFTER = 400  # steps after which Yes/No answers should be better than guesses
+WARNING_AFTER = 400  # steps after which a run should have learned something
+LEAST_MOVEMENT = 0.01  # of learnable tokens and projector in a run, relative to their size
 PEAK_TFLOPS = {  # dense bfloat16, from the vendors' data sheets
     "H200": 989,
     "H100": 989,
@@ -43,17 +45,36 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # untyped libr
 
     Besides each loss and the gradient norm, it logs the accuracy of Yes and No for each view with
     d+ and with d-, the mean |cosine| between the token vectors of an input, samples and tokens per
-    second, the number of samples skipped so far, peak memory, and on GPUs in ``PEAK_TFLOPS`` the
-    share of peak arithmetic (MFU). A loss that is not finite stops the run; the error names the
-    step and the samples.
+    second, how far weights have moved (:class:`~rematch.train.scale.Movement`), the number of
+    samples skipped so far, peak memory, and on GPUs in ``PEAK_TFLOPS`` the share of peak
+    arithmetic (MFU). A loss that is not finite stops the run; the error names the step and the
+    samples.
+
+    Args:
+        args: Arguments of ``SentenceTransformerTrainer``.
+        factors: What the learning rates of :func:`~rematch.train.scale.scaled_parts` are
+            multiplied by; no factor means 1.
+        kwargs: Further arguments of ``SentenceTransformerTrainer``.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, factors: dict[str, float], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._factors = factors
+        self._movement = Movement(self.model, trains_projector=self.loss.shows_embeddings)
+        self._warned_of_standstill = False
         self._tokens = self._samples = 0  # since the last log entry
         self._last_log = time.monotonic()
         self._skipped: set[str] = set()
         self._warned_of_guessing = False
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if is_new:
+            parts = scaled_parts(self.model)
+            factors = [(r, factor) for name, factor in self._factors.items() for r in parts[name]]
+            ScaledSteps(optimizer, factors)
+        return optimizer
 
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[Any], None]:
         return [inputs["batch"]], None
@@ -100,6 +121,11 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # untyped libr
             return self.compute_loss(model, inputs).detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs or "train_loss" in logs:  # the latter is in the last entry
+            moved = self._movement.shares()
+            logs = logs | {name: round(share, 6) for name, share in moved.items()}
+            if self.state.global_step >= min(WARNING_AFTER, self.state.max_steps):
+                self._warn_of_standstill(moved)
         if "loss" in logs:
             metrics = self._metrics()
             self._warn_of_guessing(metrics)
@@ -131,7 +157,7 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # untyped libr
     def _warn_of_guessing(self, metrics: dict[str, float]) -> None:
         """Warn once if Yes/No answers are still no better than guesses."""
         accuracies = [metrics[name] for name in metrics if name.startswith("match_accuracy")]
-        if self._warned_of_guessing or not accuracies or self.state.global_step < GUESSING_AFTER:
+        if self._warned_of_guessing or not accuracies or self.state.global_step < WARNING_AFTER:
             return
         mean = sum(accuracies) / len(accuracies)
         if 46 < mean < 54:
@@ -141,6 +167,21 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # untyped libr
                 "no better than guessing. Matching helps only if the backbone can answer such "
                 "questions. Check the hard negatives of the data, or use a stronger backbone."
             )
+
+    def _warn_of_standstill(self, moved: dict[str, float]) -> None:
+        """Warn once if learnable tokens or projector are nearly what they were at the start."""
+        names = {"moved_tokens": "learnable tokens", "moved_projector": "projector"}
+        still = [name for name in names if moved.get(name, 1) < LEAST_MOVEMENT]
+        if self._warned_of_standstill or not still:
+            return
+        self._warned_of_standstill = True
+        shares = ", ".join(f"{names[name]}: {moved[name]:.2%}" for name in still)
+        logger.warning(
+            f"step {self.state.global_step}: how far weights have moved, relative to their size: "
+            f"{shares}, rest of the model: {moved['moved_model']:.2%}. What hardly moves stays as "
+            "it was initialized and has learned next to nothing. Train for more steps, raise "
+            "train.learning_rate, and leave train.scale_learning_rates on."
+        )
 
     def _build_dataloader(
         self, dataset: Any, batch_size: int, dataset_kind: str
