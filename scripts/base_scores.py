@@ -26,7 +26,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
 def evaluate(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, per_task: int
 ) -> dict[str, float]:
-    """Scores on held-out combinations, in percent, in and out of distribution.
+    """Scores on held-out combinations, in percent, in the training styles and the unseen one.
 
     - ``vqa``: exact answers by greedy generation.
     - ``match``: Yes/No accuracy on "does this text / picture match that picture?", where half of
@@ -39,12 +39,14 @@ def evaluate(
     model.eval()
     lessons = Lessons(processor, 0, 0, 0, 0)
     scores: dict[str, float] = {}
-    for ood in (False, True):
-        styles = (picto.OOD_STYLE,) if ood else picto.TRAIN_STYLES
-        suffix = "/ood" if ood else ""
+    for unseen_style in (False, True):
+        styles = (picto.UNSEEN_STYLE,) if unseen_style else picto.TRAIN_STYLES
+        suffix = "/unseen" if unseen_style else ""
         vqa, near_miss = [], {}
         for name, (meta_task, generate) in picto_tasks.TASKS.items():
-            draw = picto_tasks.Draw(random.Random(f"base-eval/{name}/{ood}"), True, styles, False)
+            draw = picto_tasks.Draw(
+                random.Random(f"base-eval/{name}/{unseen_style}"), True, styles, False
+            )
             samples = [generate(draw) for _ in range(per_task)]
             if meta_task == "vqa":
                 hits = [
@@ -59,7 +61,7 @@ def evaluate(
             scores[f"near_miss/{name}{suffix}"] = near_miss[name]
         statements = {}
         for kind in STATEMENTS:
-            rng = random.Random(f"base-eval/{kind}/{ood}")
+            rng = random.Random(f"base-eval/{kind}/{unseen_style}")
             items = []
             for _ in range(per_task):
                 scene = picto.sample_scene(rng, held_out=True)

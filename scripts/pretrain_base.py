@@ -82,10 +82,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     rng = random.Random(0)
     corpus = [*picto.objects(), *picto.categories(), *prompts.DOCUMENT_INSTRUCTIONS.values()]
     corpus += [prompts.MATCH_QUERY, prompts.MATCH_DOCUMENT, prompts.MATCH_QUESTION, "Yes", "No"]
+    tasks = list(picto_tasks.TASKS)
     for i in range(300):
         scene = picto.sample_scene(rng)
         corpus += [text for turn in turns(scene, rng, 30) for text in turn]
-        triplet = picto_tasks.training_triplet(0, i)
+        triplet = picto_tasks.training_triplet(0, i, tasks[i % len(tasks)])
         corpus += [triplet.query.as_input().get("text", ""), triplet.positive.text]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Lowercase()

@@ -150,9 +150,9 @@ def test_train_evaluate_and_search(rematch, backbone_path, pairs, tmp_path, monk
     )
     code, said = rematch("evaluate", output, "--limit", "20", "--output", tmp_path / "scores")
     assert code == 0, said
-    assert "Picto-Count-OOD" in said
+    assert "Picto-Count-Unseen" in said
     scores = json.loads((tmp_path / "scores/scores.json").read_text())
-    assert set(scores["tasks"]) == {"Picto-Count", "Picto-Count-OOD"}
+    assert set(scores["tasks"]) == {"Picto-Count", "Picto-Count-Unseen"}
     assert scores["chance"]["overall"] == 1.0
 
     code, said = rematch(

@@ -16,6 +16,7 @@ def test_the_demo_writes_both_reports(tmp_path, monkeypatch):
     names = ("Picto-Count", "Picto-HowMany", "Picto-I2T", "Picto-Grounding")
     tasks = {n: TASKS[n] for n in names}
     monkeypatch.setattr("rematch.data.picto_tasks.TASKS", tasks)
+    monkeypatch.setattr("rematch.data.picto_tasks.TRAINED_TASKS", names[2:])
     monkeypatch.setattr("rematch.demo.run.BATCH_SIZE", 4)
     page = run_demo(DemoOptions(tmp_path / "out", steps=2))
     report = json.loads((tmp_path / "out/report.json").read_text())
@@ -32,7 +33,9 @@ def test_the_demo_writes_both_reports(tmp_path, monkeypatch):
             "vqa",
             "retrieval",
             "grounding",
-            "ood_overall",
+            "ind",
+            "ood",
+            "style",
         }
         assert all(0 <= v <= 100 for v in scores.values())
     assert set(report["matching_accuracy"]) == {
@@ -43,6 +46,7 @@ def test_the_demo_writes_both_reports(tmp_path, monkeypatch):
     assert html.count("data:image/png;base64,") > 30
     assert not re.search(r'(?:src|href)="http', html)  # self-contained
     assert "prove no ranking" in html
+    assert "<th>overall<th>IND<th>OOD<th>style" in html
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "report.json"]
 
 

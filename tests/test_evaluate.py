@@ -1,15 +1,19 @@
 """Evaluation against independent computations: metrics, rankings, reranking, means, warnings."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import pytrec_eval
 import torch
 from shared_benchmarks import picto_tree
 
-from rematch.data.picto_tasks import evaluation_tasks
+from rematch.data.picto_tasks import TASKS, evaluation_tasks
 from rematch.data.schema import Item, RetrievalTask
 from rematch.encoding.encoder import Encoder
+from rematch.errors import DataError
 from rematch.evaluate import metrics
+from rematch.evaluate.benchmarks import load_benchmark
 from rematch.evaluate.command import EvaluateOptions, run
 from rematch.evaluate.metrics import ranks_of_relevant
 from rematch.evaluate.rerank import Reranking
@@ -92,6 +96,12 @@ def test_hits_on_an_mmeb_export_equal_an_independent_script_query_by_query(saved
     )
     rows = pq.read_table(tmp_path / "out/predictions.parquet").to_pylist()
     assert len(content["tasks"]) == 24
+    hits_at_1 = [scores["hit@1"] for scores in content["tasks"].values()]
+    assert content["scores"]["overall"] == pytest.approx(np.mean(hits_at_1), abs=0.01)
+    assert {"ind", "ood", "style"} < set(content["scores"])
+    report = (tmp_path / "out/report.html").read_text()
+    assert f">style {content['scores']['style']:.1f}</tr>" in report
+    assert report.count('<span class="small">OOD</span>') == 8  # four tasks in both sections
     decided = []
     for name, scores in content["tasks"].items():
         hits = hits_from_saved_vectors(tmp_path / f"out/arrays/{name}.npz")
@@ -132,8 +142,8 @@ def test_several_answers_and_whole_corpora():
     assert chance(task) == pytest.approx(100 * (2 / 5 + 1 / 5) / 2)
 
 
-def task(name, meta_task, ood=False):
-    return RetrievalTask(name, meta_task, [], [], [], ood=ood)
+def task(name, meta_task, ood=False, unseen_style=False):
+    return RetrievalTask(name, meta_task, [], [], [], ood=ood, unseen_style=unseen_style)
 
 
 def test_means_are_mmebs_and_pictos():
@@ -145,13 +155,55 @@ def test_means_are_mmebs_and_pictos():
         "ood": 20.0,
         "ind": 35.0,
     }
-    picto = [task("A", "vqa"), task("A-OOD", "vqa", ood=True), task("C", "grounding")]
-    assert task_means(picto, [10, 2, 60]) == {
-        "overall": 35.0,
-        "vqa": 10.0,
+    picto = [task(t.name, t.meta_task, t.ood, unseen_style=True) for t in mmeb]
+    assert task_means([*mmeb, *picto], [10, 20, 60, 1, 2, 6]) == {
+        "overall": 16.5,
+        "vqa": 15.0,
         "grounding": 60.0,
-        "ood_overall": 2.0,
+        "ood": 20.0,
+        "ind": 35.0,
+        "style": 3.0,
     }
+    assert task_means(picto, [1, 2, 6]) == {"overall": 3.0, "style": 3.0}
+    assert task_means([mmeb[1], picto[1]], [20, 2]) == {
+        "overall": 11.0,
+        "vqa": 20.0,
+        "style": 2.0,
+    }, "without tasks in distribution there is nothing to tell apart"
+
+
+def test_pictos_splits_are_benchmarks_with_mmebs_means(monkeypatch):
+    names = ("Picto-Background", "Picto-Count", "Picto-T2I")
+    monkeypatch.setattr("rematch.data.picto_tasks.TASKS", {name: TASKS[name] for name in names})
+    test, validation = (load_benchmark(n, limit=2) for n in ("picto", "picto-validation"))
+    assert (test.name, validation.name) == ("picto", "picto-validation")
+    for a, b in zip(test.tasks, validation.tasks, strict=True):
+        assert (a.name, len(a.queries)) == (b.name, 2)
+        images = [[q.image and q.image.tobytes() for q in t.queries] for t in (a, b)]
+        assert a.queries != b.queries
+        assert images[0] != images[1] or not any(images[0])
+    hits = [100.0 * (t.ood and not t.unseen_style) for t in test.tasks]
+    assert len(hits) == 6
+    means = task_means(test.tasks, hits)
+    assert (means["overall"], means["ind"], means["ood"], means["style"]) == (16.67, 0, 100, 0)
+    with pytest.raises(DataError, match=r"only Picto's test split is exported. Leave out --data"):
+        load_benchmark("picto-validation", Path("picto-eval"))
+
+
+def test_hits_are_those_of_each_query_in_order(make_model, monkeypatch):
+    """Queries and documents get vectors that make exactly the first and third query right."""
+    documents = [Item(text=str(i), key=str(i)) for i in range(3)]
+    queries = [Item(text=str(i)) for i in range(3)]
+    task = RetrievalTask("t", "vqa", queries, documents, [[0, 1, 2], [1, 2, 0], [2, 0, 1]])
+    encoder = Encoder(make_model(dtype=torch.float32), workers=0)
+    vectors = {
+        "query": np.eye(3, dtype=np.float32)[[0, 0, 2]],
+        "document": np.eye(3, dtype=np.float32),
+    }
+    monkeypatch.setattr(encoder, "encode", lambda _, side, **__: vectors[side])
+    result = evaluate_task(encoder, task)
+    assert result.hits.tolist() == [True, False, True]
+    assert 100 * result.hits.mean() == pytest.approx(result.scores["hit@1"])
 
 
 def test_maxsim_is_the_mean_of_best_cosines():

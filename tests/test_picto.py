@@ -15,7 +15,14 @@ from PIL import Image
 from rematch.data import picto
 from rematch.data.mmeb import MARKER, load_mmeb_eval, load_mmeb_train
 from rematch.data.mmeb_export import export_picto
-from rematch.data.picto_tasks import CANDIDATES, TASKS, evaluation_tasks, training_triplet
+from rematch.data.picto_tasks import (
+    CANDIDATES,
+    OOD_TASKS,
+    TASKS,
+    TRAINED_TASKS,
+    evaluation_tasks,
+    training_triplet,
+)
 from rematch.errors import DataError
 from rematch.evaluate.summary import baselines
 
@@ -33,7 +40,7 @@ def test_scenes_and_pictures_follow_from_their_seeds():
 
 
 def test_every_object_has_art_in_every_style():
-    for style in (*picto.TRAIN_STYLES, picto.OOD_STYLE):
+    for style in (*picto.TRAIN_STYLES, picto.UNSEEN_STYLE):
         sprites = picto._sprites(style)
         assert list(sprites) == list(picto.objects())
         assert all(np.asarray(s)[..., 3].any() for s in sprites.values())
@@ -108,10 +115,50 @@ def test_the_test_set_has_its_size_and_is_fixed():
     ]
     with pytest.raises(ValueError, match="blocks of 50"):
         evaluation_tasks(queries=60)
+    with pytest.raises(ValueError, match="split='train': Picto has the splits test and"):
+        evaluation_tasks(split="train")
+
+
+def pictures(tasks):
+    """The bytes of all pictures of some tasks."""
+    items = [item for task in tasks for item in (*task.queries, *task.documents)]
+    return [item.image.tobytes() for item in items if item.image is not None]
+
+
+@pytest.mark.parametrize("unseen_style", [False, True])
+def test_validation_and_test_have_the_same_shape_and_no_scene_in_common(unseen_style, monkeypatch):
+    scenes = {"test": [], "validation": []}
+    sample_scene, drawn = picto.sample_scene, []
+    monkeypatch.setattr(
+        picto,
+        "sample_scene",
+        lambda *args, **kwargs: drawn.append(sample_scene(*args, **kwargs)) or drawn[-1],
+    )
+    tasks = {}
+    for split in scenes:
+        drawn.clear()
+        tasks[split] = evaluation_tasks(split=split, unseen_style=unseen_style, queries=50)
+        scenes[split] = list(drawn)
+        assert all(picto.is_held_out(scene) for scene in scenes[split])
+    test, validation = tasks["test"], tasks["validation"]
+    for a, b in zip(test, validation, strict=True):
+        assert (a.name, a.meta_task, a.ood, a.unseen_style) == (
+            b.name,
+            b.meta_task,
+            b.ood,
+            b.unseen_style,
+        )
+        assert len(a.queries) == len(b.queries) == 50
+    assert len(pictures(test)) > 500
+    assert not set(pictures(test)) & set(pictures(validation))
+    # scenes of one kind of object are few, and some of them come up in both by chance
+    various = [{s for s in scenes[split] if len(set(s.objects)) > 2} for split in scenes]
+    assert len(various[0]) > 500
+    assert not various[0] & various[1]
 
 
 def test_no_task_is_won_by_the_commonest_answer():
-    floors = baselines([*evaluation_tasks(), *evaluation_tasks(ood=True)])
+    floors = baselines([*evaluation_tasks(), *evaluation_tasks(unseen_style=True)])
     assert floors["chance"]["overall"] == pytest.approx(1.0)
     assert floors["commonest"]["overall"] < 12
     for task in evaluation_tasks():
@@ -120,7 +167,7 @@ def test_no_task_is_won_by_the_commonest_answer():
         assert share <= 1.05 / len(answers) or share <= 0.05, task.name
 
 
-def test_ood_questions_are_drawn_in_the_unseen_style_only(monkeypatch):
+def test_queries_of_the_unseen_tasks_are_drawn_in_that_style_only(monkeypatch):
     styles = Counter()
     render = picto.render
     monkeypatch.setattr(
@@ -130,8 +177,10 @@ def test_ood_questions_are_drawn_in_the_unseen_style_only(monkeypatch):
             styles.update([style]) or render(s, style, seed, augment=augment)
         ),
     )
-    evaluation_tasks(ood=True, queries=50)
-    assert styles[picto.OOD_STYLE] > 0
+    tasks = evaluation_tasks(unseen_style=True, queries=50)
+    assert [task.name for task in tasks] == [f"{name}-Unseen" for name in TASKS]
+    assert all(task.unseen_style for task in tasks)
+    assert styles[picto.UNSEEN_STYLE] > 0
     assert (
         sum(styles[s] for s in picto.TRAIN_STYLES) == 100
     )  # the documents of the style-to-style task
@@ -139,6 +188,32 @@ def test_ood_questions_are_drawn_in_the_unseen_style_only(monkeypatch):
     for i in range(200):
         training_triplet(0, i)
     assert set(styles) == set(picto.TRAIN_STYLES)
+
+
+def test_eight_tasks_are_trained_and_four_are_not(monkeypatch):
+    assert OOD_TASKS == ("Picto-Count", "Picto-AboveBelow", "Picto-HowMany", "Picto-Style")
+    assert len(TRAINED_TASKS) == 8
+    assert {*TRAINED_TASKS, *OOD_TASKS} == set(TASKS)
+    for unseen_style in (False, True):
+        tasks = evaluation_tasks(unseen_style=unseen_style, queries=50)
+        ood = {task.name.removesuffix("-Unseen") for task in tasks if task.ood}
+        assert ood == set(OOD_TASKS)
+    made = Counter()
+
+    def counted(name, generate):
+        return lambda draw: made.update([name]) or generate(draw)
+
+    monkeypatch.setattr(
+        "rematch.data.picto_tasks.TASKS",
+        {name: (meta, counted(name, generate)) for name, (meta, generate) in TASKS.items()},
+    )
+    for i in range(400):
+        training_triplet(0, i)
+    assert set(made) == set(TRAINED_TASKS)
+    assert min(made.values()) > 25
+    for name in OOD_TASKS:
+        training_triplet(0, 0, name)
+    assert set(OOD_TASKS) < set(made)
 
 
 def test_training_triplets_follow_from_seed_and_index():
@@ -162,9 +237,10 @@ def test_export_in_mmeb_eval_layout_loads_as_the_same_test_set(tmp_path, monkeyp
     count = pq.read_table(tmp_path / "eval/Picto-Count/test-00000-of-00001.parquet").to_pylist()
     assert count[0]["qry_text"].startswith(MARKER)
     assert count[0]["tgt_img_path"] == [""] * 100
-    tasks = [*evaluation_tasks(), *evaluation_tasks(ood=True)]
+    tasks = [*evaluation_tasks(), *evaluation_tasks(unseen_style=True)]
     for task, loaded in zip(tasks, load_mmeb_eval(tmp_path / "eval")[0], strict=True):
-        assert (task.name, task.meta_task, task.ood) == (loaded.name, loaded.meta_task, loaded.ood)
+        for field in ("name", "meta_task", "ood", "unseen_style"):
+            assert getattr(task, field) == getattr(loaded, field)
         for i in (0, 123):
             assert task.queries[i].as_input().get("text") == loaded.queries[i].as_input().get(
                 "text"
@@ -193,10 +269,8 @@ def test_export_in_mmeb_train_layout_loads_as_the_same_samples(tmp_path):
         "neg_text",
         "neg_image_path",
     ]
-    assert [len(config) for config in load_mmeb_train(tmp_path / "train")] == [samples] * len(
-        TASKS
-    )
-    names = [name.replace("_", "-") for name in sorted(n.replace("-", "_") for n in TASKS)]
+    assert [len(config) for config in load_mmeb_train(tmp_path / "train")] == [samples] * 8
+    names = [name.replace("_", "-") for name in sorted(n.replace("-", "_") for n in TRAINED_TASKS)]
     triplets = [training_triplet(0, i, name) for name in names for i in range(samples)]
     loaded = [triplet for config in load_mmeb_train(tmp_path / "train") for triplet in config]
     for triplet, exported in zip(triplets, loaded, strict=True):

@@ -189,7 +189,8 @@ def evaluate(
     benchmark: Annotated[
         str,
         typer.Option(
-            help="picto, mmeb, zeroshot; or your own .yaml, .jsonl, .parquet or BEIR folder."
+            help="picto, picto-validation, mmeb, zeroshot; or your own .yaml, .jsonl, .parquet "
+            "or BEIR folder."
         ),
     ] = "picto",
     output: Annotated[

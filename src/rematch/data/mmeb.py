@@ -126,7 +126,15 @@ def _load_task(
     name: str, files: list[Path], pictures: "_PictureFinder", limit: int | None
 ) -> RetrievalTask:
     data_set = data_set_of(name)
-    task = RetrievalTask(name, data_set.meta_task, [], [], [], ood=data_set.ood)
+    task = RetrievalTask(
+        name,
+        data_set.meta_task,
+        [],
+        [],
+        [],
+        ood=data_set.ood,
+        unseen_style=name.endswith(picto_tasks.UNSEEN),
+    )
     document_numbers: dict[str, int] = {}
     records = ((f"{file}:{row}", record) for file in files for row, record in load_rows(file))
     for place, record in records:
@@ -188,10 +196,11 @@ def data_set_of(config: str) -> DataSet:
     """
     picto = {name.replace("-", "_"): name for name in picto_tasks.TASKS}
     picto |= {name: name for name in picto_tasks.TASKS}
-    base = config.removesuffix("-OOD")
+    base = config.removesuffix(picto_tasks.UNSEEN)
     if base in picto:
-        meta_task = picto_tasks.TASKS[picto[base]][0]
-        return DataSet(config, meta_task, "image+text", config.endswith("-OOD"))
+        name = picto[base]
+        meta_task, _ = picto_tasks.TASKS[name]
+        return DataSet(config, meta_task, "image+text", ood=name in picto_tasks.OOD_TASKS)
     if data_set := mmeb_table.find_data_set(config):
         return data_set
     names = ", ".join(data_set.name for data_set in mmeb_table.DATA_SETS)
@@ -203,8 +212,8 @@ def data_set_of(config: str) -> DataSet:
 def _table_order(name: str) -> tuple[bool, int]:
     """Sort key of a data set: its place in MMEB's or Picto's table."""
     order = [data_set.name for data_set in mmeb_table.DATA_SETS] + list(picto_tasks.TASKS)
-    base = name.removesuffix("-OOD")
-    return name.endswith("-OOD"), order.index(base) if base in order else len(order)
+    base = name.removesuffix(picto_tasks.UNSEEN)
+    return name.endswith(picto_tasks.UNSEEN), order.index(base) if base in order else len(order)
 
 
 def _parquet_files(directory: Path, pattern: str) -> list[Path]:

@@ -42,8 +42,9 @@ def export_picto(
     Args:
         directory: Directory to create; it is written under a temporary name and renamed when
             complete.
-        layout: ``"mmeb-train"`` (``samples`` training samples per task) or ``"mmeb-eval"`` (the
-            fixed test set, in and out of distribution).
+        layout: ``"mmeb-train"`` (``samples`` training samples of each trained task) or
+            ``"mmeb-eval"`` (the test split of all tasks, in the training styles and the unseen
+            one).
         samples: Number of training samples per task.
         seed: Seed of the training samples.
 
@@ -57,11 +58,12 @@ def export_picto(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     if layout == "mmeb-train":
-        for name in picto_tasks.TASKS:
+        for name in picto_tasks.TRAINED_TASKS:
             _write_train(partial, name, samples, seed)
     elif layout == "mmeb-eval":
-        for task in [*picto_tasks.evaluation_tasks(), *picto_tasks.evaluation_tasks(ood=True)]:
-            _write_eval(partial, task)
+        for unseen_style in (False, True):
+            for task in picto_tasks.evaluation_tasks(unseen_style=unseen_style):
+                _write_eval(partial, task)
     else:
         partial.rmdir()
         raise DataError(f"unknown format {layout!r}. Choose mmeb-train or mmeb-eval.")

@@ -21,7 +21,7 @@ from PIL import Image
 SIZE = 96  # pixels of a scene's edge
 CELL = SIZE // 2
 TRAIN_STYLES = ("noto", "twemoji")
-OOD_STYLE = "fluent"
+UNSEEN_STYLE = "fluent"  # of queries in the tests; never trained
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 COLOURS = {
     "red": (222, 92, 92),
@@ -35,7 +35,7 @@ COLOURS = {
     "gray": (150, 150, 154),
     "white": (248, 248, 248),
 }
-HELD_OUT_SHARE = 5  # one combination in five is held out for the test set
+HELD_OUT_SHARE = 5  # one combination in five is held out for validation and test
 
 _SPRITE = 64  # pixels of a sprite in the sheets
 _COLUMNS = 16
@@ -113,7 +113,7 @@ def caption(scene: Scene) -> str:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Return whether a scene's combination is held out for the test set.
+    """Return whether a scene's combination is held out for validation and test.
 
     The combination is the set of objects; in scenes with one kind of object it is the object, its
     count and the background. A checksum decides, so that the result is the same on every machine.
@@ -175,7 +175,8 @@ CHANGES = ("swap", "object", "count", "colour")
 
 
 def near_miss(scene: Scene, rng: random.Random, changes: tuple[str, ...] = CHANGES) -> Scene:
-    """Return a scene of the same split with exactly one change, and therefore another caption.
+    """Return a scene with exactly one change, and therefore another caption; it is held out if
+    ``scene`` is.
 
     The change is one of ``changes``: two objects swap places (swap), an object is replaced
     (object), an object is added or removed (count), the background gets another colour (colour).

@@ -1,16 +1,16 @@
-"""Picto's twelve tasks in MMEB's four meta-tasks: an endless stream of training triplets, and the
-fixed test set.
+"""Picto's twelve tasks in MMEB's four meta-tasks: an endless stream of training triplets, drawn
+from eight of them, and two fixed splits of all twelve, for validation and for the test.
 
 A task is a function that makes a :class:`Sample` from a random generator: a query, its positive
 and near-misses, which differ from the positive in **one property**. Training takes a near-miss as
-hard negative; the test set puts near-misses into every candidate list.
+hard negative; the splits put near-misses into every candidate list.
 """
 
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from PIL import Image
 
@@ -20,10 +20,12 @@ from rematch.data.schema import Item, RetrievalTask, Triplet
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
 
 T = TypeVar("T")
+Split = Literal["test", "validation"]
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 QUERIES, CANDIDATES, BLOCK = 200, 100, 50
-TEST_SEED = 20260101
+SPLIT_SEEDS: dict[Split, int] = {"test": 20260101, "validation": 20260102}
+UNSEEN = "-Unseen"  # suffix of a task whose queries are drawn in the unseen style
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Draw:
         styles: Styles that pictures are drawn in.
         augment: Whether pictures vary as in training (:func:`rematch.data.picto.render`).
         changes: The changes by which near-misses may differ.
-        turn: In the test set the number of the query, which makes the answers take turns.
+        turn: In the splits the number of the query, which makes the answers take turns.
     """
 
     rng: random.Random
@@ -47,7 +49,7 @@ class Draw:
     turn: int | None = None
 
     def pick(self, answers: Sequence[T]) -> T:
-        """Pick an answer: at random, or in the test set by turns."""
+        """Pick an answer: at random, or in the splits by turns."""
         return self.rng.choice(answers) if self.turn is None else answers[self.turn % len(answers)]
 
     def scene(self, count: int | None = None, repeats: int = 0, distinct: bool = False) -> Scene:
@@ -64,7 +66,7 @@ class Draw:
         )
 
     def other_style(self, style: str) -> str:
-        """Return another training style; the out-of-distribution style is never a document's."""
+        """Return another training style; the unseen style is never a document's."""
         return self.rng.choice([s for s in picto.TRAIN_STYLES if s != style])
 
 
@@ -257,6 +259,9 @@ TASKS: dict[str, tuple[str, Callable[[Draw], Sample]]] = {
     "Picto-Edit": ("retrieval", edit),
     "Picto-Grounding": ("grounding", grounding),
 }
+# as in MMEB, some tasks of most meta-tasks are evaluated only
+OOD_TASKS = ("Picto-Count", "Picto-AboveBelow", "Picto-HowMany", "Picto-Style")
+TRAINED_TASKS = tuple(name for name in TASKS if name not in OOD_TASKS)
 
 
 def training_triplet(seed: int, index: int, task: str | None = None) -> Triplet:
@@ -265,41 +270,54 @@ def training_triplet(seed: int, index: int, task: str | None = None) -> Triplet:
     Args:
         seed: Seed of the stream of samples.
         index: Number of the sample in the stream.
-        task: Name of a task; by default it is sampled, too.
+        task: Name of any of the twelve tasks; by default one of ``TRAINED_TASKS`` is sampled.
     """
     rng = random.Random(f"{seed}/{index}")
-    _, generate = TASKS[task or rng.choice(list(TASKS))]
+    _, generate = TASKS[task or rng.choice(TRAINED_TASKS)]
     sample = generate(Draw(rng, held_out=False, styles=picto.TRAIN_STYLES, augment=True))
     return Triplet(sample.query, sample.documents[0], sample.documents[1])
 
 
-def evaluation_tasks(*, ood: bool = False, queries: int = QUERIES) -> list[RetrievalTask]:
-    """Return the fixed test set: twelve tasks of 200 queries with 100 candidates each.
+def evaluation_tasks(
+    *, split: Split = "test", unseen_style: bool = False, queries: int = QUERIES
+) -> list[RetrievalTask]:
+    """Return a fixed split: twelve tasks of 200 queries with 100 candidates each.
 
     Every 50 queries share 100 documents, their positives and near-misses, so ``queries=50`` is a
     smaller test of the same difficulty.
 
     Args:
-        ood: Whether queries have pictures in the style that no training picture has.
+        split: ``"test"``, or ``"validation"``: other scenes of the same kind, to choose by.
+        unseen_style: Whether queries have pictures in the style that no training picture has.
         queries: Number of queries per task, a multiple of 50, at most 200.
 
     Raises:
-        ValueError: If ``queries`` is not such a multiple.
+        ValueError: If there is no such split, or ``queries`` is not such a multiple.
     """
+    if split not in SPLIT_SEEDS:
+        raise ValueError(f"split={split!r}: Picto has the splits {' and '.join(SPLIT_SEEDS)}.")
     if queries % BLOCK or not 0 < queries <= QUERIES:
         raise ValueError(
-            f"queries={queries}: Picto's test set comes in blocks of {BLOCK}, up to {QUERIES}."
+            f"queries={queries}: Picto's splits come in blocks of {BLOCK}, up to {QUERIES}."
         )
-    return [_test_task(name, ood, queries) for name in TASKS]
+    return [_evaluation_task(name, split, unseen_style, queries) for name in TASKS]
 
 
-def _test_task(name: str, ood: bool, n_queries: int) -> RetrievalTask:
+def _evaluation_task(name: str, split: Split, unseen_style: bool, n_queries: int) -> RetrievalTask:
     meta_task, generate = TASKS[name]
-    rng = random.Random(f"{TEST_SEED}/{name}/{ood}")
-    styles = (picto.OOD_STYLE,) if ood else picto.TRAIN_STYLES
+    rng = random.Random(f"{SPLIT_SEEDS[split]}/{name}/{unseen_style}")
+    styles = (picto.UNSEEN_STYLE,) if unseen_style else picto.TRAIN_STYLES
     # near-misses in colour and count would be too easy
     draw = Draw(rng, held_out=True, styles=styles, augment=True, changes=("swap", "object"))
-    task = RetrievalTask(name + ("-OOD" if ood else ""), meta_task, [], [], [], ood)
+    task = RetrievalTask(
+        name + (UNSEEN if unseen_style else ""),
+        meta_task,
+        [],
+        [],
+        [],
+        ood=name in OOD_TASKS,
+        unseen_style=unseen_style,
+    )
     if meta_task in ("classification", "vqa"):
         _fill_from_labels(task, draw, generate, n_queries)
     else:

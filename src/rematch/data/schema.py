@@ -63,8 +63,9 @@ class RetrievalTask:
         documents: Every distinct document of the task.
         candidates: For each query, the indices of its candidate documents; the **first is the
             positive**. Empty if every document is a candidate of every query.
-        ood: Whether the task is out of distribution.
+        ood: Whether the task is out of distribution, that is, not trained.
         answers: For each query, the indices of its positives, if there may be several.
+        unseen_style: Whether queries are drawn in a style that no training picture has (Picto).
     """
 
     name: str
@@ -74,6 +75,7 @@ class RetrievalTask:
     candidates: list[Sequence[int] | NDArray[np.int32]]
     ood: bool = False
     answers: list[Sequence[int]] | None = None
+    unseen_style: bool = False
 
     def pool(self, query: int) -> tuple[NDArray[np.int64], int]:
         """Return the candidates of a query.

@@ -100,7 +100,7 @@ def _example_queries(
         {"text": to_scene + picto.caption(scenes[3])},
         {
             "text": "Find an image that shows the same scene drawn in another style.",
-            "image": picto.render(with_two_objects, picto.OOD_STYLE, 99),
+            "image": picto.render(with_two_objects, picto.UNSEEN_STYLE, 99),
         },
         {
             "text": "Find a similar image with the described change: "

@@ -116,7 +116,10 @@ def demonstrate(progress: Progress, steps: int | None = None) -> DemoResults:
         steps: Training steps per model; by default as many as fit into five minutes.
     """
     bar = _Bar(progress)
-    tasks = [*evaluation_tasks(queries=BLOCK), *evaluation_tasks(ood=True, queries=BLOCK)]
+    tasks = [
+        *evaluation_tasks(queries=BLOCK),
+        *evaluation_tasks(unseen_style=True, queries=BLOCK),
+    ]
     bar.stage("evaluating rematch-tiny")
     tiny = ReMatch("rematch-tiny")
     evaluation_start = bar.elapsed

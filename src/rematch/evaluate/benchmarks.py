@@ -9,12 +9,12 @@ from rematch.data import picto_tasks
 from rematch.data.custom import load_custom
 from rematch.data.mmeb import download, load_mmeb_eval
 from rematch.data.mmeb_table import DATA_SETS
-from rematch.data.picto_tasks import BLOCK, QUERIES, evaluation_tasks
+from rematch.data.picto_tasks import BLOCK, QUERIES, UNSEEN, Split, evaluation_tasks
 from rematch.data.schema import RetrievalTask
 from rematch.data.zeroshot import load_zeroshot
 from rematch.errors import DataError
 
-NAMES = ("picto", "mmeb", "zeroshot")
+NAMES = ("picto", "picto-validation", "mmeb", "zeroshot")
 _MMEB_TASKS = [data_set.name for data_set in DATA_SETS]
 
 
@@ -43,8 +43,8 @@ def load_benchmark(
     """Load the tasks of a benchmark.
 
     Args:
-        name: ``"picto"``, ``"mmeb"``, ``"zeroshot"``, or the path of custom data
-            (:mod:`rematch.data.custom`).
+        name: ``"picto"``, ``"picto-validation"``, ``"mmeb"``, ``"zeroshot"``, or the path of
+            custom data (:mod:`rematch.data.custom`).
         data: Folder of the benchmark. Without it, Picto is generated and MMEB is downloaded.
         tasks: Names of the tasks to load; by default all.
         limit: Number of queries to load of each task; by default all.
@@ -54,7 +54,9 @@ def load_benchmark(
         DataError: If the benchmark or a task is unknown, or data is missing.
     """
     if name == "picto":
-        loaded, left_out = _load_picto(data, tasks, limit)
+        loaded, left_out = _load_picto("test", data, tasks, limit)
+    elif name == "picto-validation":
+        loaded, left_out = _load_picto("validation", data, tasks, limit)
     elif name == "mmeb":
         selected = _select(tasks, _MMEB_TASKS)
         loaded, left_out = load_mmeb_eval(data or download(selected), selected, limit)
@@ -74,15 +76,24 @@ def load_benchmark(
 
 
 def _load_picto(
-    data: Path | None, names: Sequence[str], limit: int | None
+    split: Split, data: Path | None, names: Sequence[str], limit: int | None
 ) -> tuple[list[RetrievalTask], dict[str, str]]:
-    available = [name + suffix for suffix in ("", "-OOD") for name in picto_tasks.TASKS]
+    available = [name + suffix for suffix in ("", UNSEEN) for name in picto_tasks.TASKS]
     selected = _select(names, available)
     if data is not None:
+        if split != "test":
+            raise DataError(
+                f"picto-{split}: --data {data} cannot hold it, because only Picto's test split is "
+                "exported. Leave out --data; the split is generated."
+            )
         return load_mmeb_eval(data, selected, limit)
     # queries are generated in whole blocks
     queries = min(QUERIES, -(-(limit or QUERIES) // BLOCK) * BLOCK)
-    tasks = [*evaluation_tasks(queries=queries), *evaluation_tasks(ood=True, queries=queries)]
+    tasks = [
+        task
+        for unseen_style in (False, True)
+        for task in evaluation_tasks(split=split, unseen_style=unseen_style, queries=queries)
+    ]
     for task in tasks:
         task.queries, task.candidates = task.queries[:limit], task.candidates[:limit]
     return [task for task in tasks if task.name in selected], {}

@@ -43,13 +43,14 @@ def write_report(path: Path, content: dict[str, Any], results: Sequence[TaskResu
     template = jinja2.Template(
         (files("rematch") / "assets/evaluation.html.jinja").read_text(), autoescape=True
     )
-    meta_tasks: dict[str, list[TaskResult]] = {}
+    sections: dict[str, list[TaskResult]] = {}  # named like the mean that they count in
     for result in results:
-        meta_tasks.setdefault(result.task.meta_task, []).append(result)
+        section = "style" if result.task.unseen_style else result.task.meta_task
+        sections.setdefault(section, []).append(result)
     worst = sorted(results, key=lambda result: result.scores["hit@1"])[:_WORST_TASKS]
     html = template.render(
         report=content,
-        meta_tasks=meta_tasks,
+        sections=sections,
         published=_published(content, results) if content["benchmark"] == "mmeb" else None,
         failures=[(r.task.name, r.scores["hit@1"], _failures(r)) for r in worst],
     )

@@ -15,6 +15,7 @@ from rematch.errors import DataError, ImageError, RematchError
 from rematch.evaluate.metrics import (
     Ranks,
     hit_at,
+    hits_at,
     mrr_at,
     ndcg_at,
     rank_candidates,
@@ -86,6 +87,13 @@ class TaskResult:
     def scores(self) -> dict[str, float]:
         """Scores by the embeddings alone, in percent."""
         return self.methods["embedding"].scores
+
+    @property
+    def hits(self) -> NDArray[np.bool_]:
+        """Whether the first candidate of each query is relevant, (Q,), in the order of the task's
+        queries; by the embeddings alone.
+        """
+        return hits_at(self.ranks, 1)
 
 
 def evaluate_task(

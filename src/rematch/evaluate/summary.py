@@ -16,25 +16,24 @@ def task_means(tasks: Sequence[RetrievalTask], values: Sequence[float]) -> dict[
         values: A value of each task, such as its Hit@1.
 
     Returns:
-        ``overall`` and each meta-task: means over their tasks. ``ind`` and ``ood``: means over
-        the tasks in and out of distribution, if there are both. Picto has each task twice, in and
-        out of distribution: there, ``overall`` and the meta-tasks are means over the tasks in
-        distribution, and ``ood_overall`` is the mean over the others.
+        ``overall``: the mean over all tasks. Each meta-task: the mean over its tasks. ``ind`` and
+        ``ood``: the means over the tasks in and out of distribution, if there are both.
+        ``style``: the mean over the tasks in an unseen style, if there are any; they count in
+        ``overall`` and in no other mean.
     """
-    is_picto = any(task.name.endswith("-OOD") for task in tasks)
-    pairs = list(zip(tasks, values, strict=True))
-    inside = [value for task, value in pairs if not task.ood]
-    outside = [value for task, value in pairs if task.ood]
-    overall = inside if is_picto else list(values)
-    by_meta_task: dict[str, list[float]] = {}
-    for task, value in pairs:
-        if not (is_picto and task.ood):
-            by_meta_task.setdefault(task.meta_task, []).append(value)
-    groups = ({"overall": overall} if overall else {}) | by_meta_task
-    if is_picto:
-        groups["ood_overall"] = outside
-    elif inside and outside:
-        groups |= {"ind": inside, "ood": outside}
+    groups: dict[str, list[float]] = {"overall": list(values)} if values else {}
+    by_distribution: dict[str, list[float]] = {"ind": [], "ood": []}
+    style: list[float] = []
+    for task, value in zip(tasks, values, strict=True):
+        if task.unseen_style:
+            style.append(value)
+        else:
+            groups.setdefault(task.meta_task, []).append(value)
+            by_distribution["ood" if task.ood else "ind"].append(value)
+    if all(by_distribution.values()):
+        groups |= by_distribution
+    if style:
+        groups["style"] = style
     return {name: round(float(np.mean(group)), 2) for name, group in groups.items()}
 
 
