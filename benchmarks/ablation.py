@@ -1,13 +1,17 @@
 """The paper's ablation ladder on Picto, from the tiny base: what each part of the method gives and
 costs, and what remains of the base's abilities.
 
-    python benchmarks/ablation.py time    # seconds per step of every arm; run this first
-    python benchmarks/ablation.py run --seeds 0 1 2    # resumable; several copies share the work
-    python benchmarks/ablation.py run --arms 6-all --set model.num_tokens=4 --name K4    # a sweep
-    python benchmarks/ablation.py report    # table, plot, and what has not been run
+    python benchmarks/ablation.py run experiments    # choices, on the validation split
+    python benchmarks/ablation.py time               # seconds per step of every arm of the ladder
+    python benchmarks/ablation.py run ladder         # three seeds, on the test split
+    python benchmarks/ablation.py run sweeps
+    python benchmarks/ablation.py report             # tables and figure of docs/ablation.md
+    python benchmarks/ablation.py list experiments   # what is planned, and what was predicted
 
-Each run writes one JSON file to benchmarks/results/ablation/. It holds Hit@1 on Picto's whole test
-set and, in percent, always on held-out combinations:
+A stage resumes where it stopped, and several copies of the script share its runs. Each run writes
+one JSON file to benchmarks/results/ablation/STAGE/, with Hit@1 of every task and of every query,
+so that arms are compared on the same queries. In percent, always on held-out combinations, it also
+holds:
 
 - ``matching``: Yes/No accuracy on right and nearly right documents, for each view;
 - ``vqa_exact``: exact answers by greedy generation; with ``raw-raw`` above, what remains of the
@@ -15,8 +19,8 @@ set and, in percent, always on held-out combinations:
 - ``composition``: how often a scene is nearer to its caption than to one in which an object is
   replaced, two are swapped, or one is added or left out (as in SugarCrepe); guessing gives 50.
 
-The arms named ``…-equal-time`` train for as many steps as fit into the time of ``5-multi-token``
-(contrastive losses alone, all else equal), by the seconds that ``time`` has measured.
+The arms named ``…-equal-time`` train for as many steps as fit into the time of
+``3-hard-negatives``, by the seconds that ``time`` has measured.
 """
 
 import argparse
@@ -28,6 +32,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +44,7 @@ from rich.table import Table
 from rematch.data import picto
 from rematch.data.picto_tasks import TASKS, Draw, evaluation_tasks
 from rematch.encoding.encoder import Encoder
+from rematch.evaluate.metrics import paired_interval
 from rematch.evaluate.run import evaluate, summary
 from rematch.files import write_json
 from rematch.matching import View
@@ -51,49 +57,134 @@ from rematch.train.sources import build_dataset
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "ablation"
-SECONDS = RESULTS.with_name("ablation-seconds.json")
+SECONDS = RESULTS / "seconds.json"
 PAGE = ROOT / "docs" / "ablation.md"
-START, END = "<!-- table -->", "<!-- end of table -->"
-STEPS = 1600
-REFERENCE = "5-multi-token"
-# arm: its recipe, and overrides of it
-ARMS: dict[str, tuple[str, list[str]]] = {
-    "5-multi-token": ("5-multi-token", []),
-    "6-all": ("6-all", []),
-    "6-all-reuse": ("6-all", ["loss.matching=reuse"]),
-    "6-all-equal-time": ("6-all", []),
-    "3-hard-negatives": ("3-hard-negatives", []),
-    "4-matching": ("4-matching", []),
-    "6-all-reuse-equal-time": ("6-all", ["loss.matching=reuse"]),
-    "6-all-feat": ("6-all", ["loss.matching=feat"]),
-    "2-target-instructions": ("2-target-instructions", []),
-    "1-last-token": ("1-last-token", []),
-}
+REFERENCE = "3-hard-negatives"
 BASE = "0-base"  # the untrained base, pooled by its last token
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A recipe of the ladder with overrides, and what was expected of it before it ran."""
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    prediction: str = ""
+
+
+def change(prediction: str, *overrides: str, recipe: str = "6-all") -> Arm:
+    """An experiment: the full method (or another rung) with overrides."""
+    return Arm(recipe, overrides, prediction)
+
+
+EXPERIMENTS = {
+    "last-token": change("The level to beat.", recipe="3-hard-negatives"),
+    "all": change("Within a point of last-token: rows move now, from random starts."),
+    "all-plain-rate": change(
+        "As all, -1: rows of RMS 0.1 move without scaled rates too, only less.",
+        "train.scale_learning_rates=false",
+    ),
+    "all-start-last": change(
+        "The best start, +1 over all: rows begin where the base reads its answers.",
+        "model.token_init=last",
+    ),
+    "all-start-small": change("As all.", "model.token_init=small"),
+    "all-start-mean": change("Between random and last.", "model.token_init=mean"),
+    "tokens": change(
+        "As last-token; matching is what separates it from all.", recipe="5-multi-token"
+    ),
+    "last-token-matching": change("OOD +1 over last-token, IND as it.", recipe="4-matching"),
+    "all-joint": change(
+        "As all in vectors; raw-raw accuracy ten points higher.", "loss.joint=true"
+    ),
+    "all-reuse": change("As all, and half a point less OOD.", "loss.matching=reuse"),
+    "all-k4": change("As all.", "model.num_tokens=4"),
+    "all-k8": change("As all.", "model.num_tokens=8"),
+    "all-no-orth": change("-0.5: tokens collapse to the same vector.", "loss.w_orth=0"),
+    "all-orth-0.1": change("As all.", "loss.w_orth=0.1"),
+    "all-qdm-0.3": change("+0.5 OOD.", "loss.w_qdm=0.3"),
+    "all-qdm-1": change("+1 OOD, -1 IND.", "loss.w_qdm=1"),
+    "all-lora": change(
+        "IND -3, OOD +2: adapters keep more of the base and learn less.",
+        "model.lora={}",
+        "train.learning_rate=1.0e-3",
+    ),
+    "last-token-lora": change(
+        "As all-lora.",
+        "model.lora={}",
+        "train.learning_rate=1.0e-3",
+        recipe="3-hard-negatives",
+    ),
+}
+LADDER = {
+    "1-last-token": Arm("1-last-token"),
+    "2-target-instructions": Arm("2-target-instructions"),
+    "3-hard-negatives": Arm("3-hard-negatives"),
+    "4-matching": Arm("4-matching"),
+    "5-multi-token": Arm("5-multi-token"),
+    "6-all": Arm("6-all"),
+    "7-all-reuse": Arm("6-all", ("loss.matching=reuse",)),
+}
+LADDER |= {f"{name}-equal-time": LADDER[name] for name in list(LADDER)[3:]}
+SWEEPS = (
+    {f"K-{k}": Arm("6-all", (f"model.num_tokens={k}",)) for k in (1, 2, 4, 8, 32)}
+    | {f"K-{k}-no-orth": Arm("6-all", (f"model.num_tokens={k}", "loss.w_orth=0")) for k in (4, 16)}
+    | {f"w_qdm-{w}": Arm("6-all", (f"loss.w_qdm={w}",)) for w in (0.03, 0.3, 1)}
+    | {f"only-{view}": Arm("6-all", (f"loss.views=[{view}]",)) for view in View}
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Runs that belong together.
+
+    Attributes:
+        arms: The arms by name.
+        seeds: Number of seeds.
+        split: The split of Picto that they are measured on.
+        steps: Training steps; ``None`` for those of the recipes.
+        queries: Queries per task.
+    """
+
+    arms: dict[str, Arm]
+    seeds: int
+    split: str
+    steps: int | None
+    queries: int
+
+
+STAGES = {
+    "experiments": Stage(EXPERIMENTS, 2, "validation", 400, 100),
+    "ladder": Stage({BASE: Arm("1-last-token")} | LADDER, 3, "test", None, 200),
+    "sweeps": Stage(SWEEPS, 1, "test", None, 200),
+}
 CHANGES = {"replace": "object", "swap": "swap", "add or leave out": "count"}
 PER_TASK, SCENES = 50, 200
 
 
-def recipe_of(arm: str, seed: int, steps: int, output: Path, overrides: list[str]) -> Recipe:
+def recipe_of(arm: Arm, seed: int, output: Path, steps: int | None = None) -> Recipe:
     """Load the recipe of an arm."""
-    name, changes = ARMS[arm]
-    settings = [f"train.seed={seed}", f"train.steps={steps}", f"train.output={output}"]
     # one process per run, so that several fit on a machine
-    settings += ["train.save_every=200", "train.workers=0"]
-    return load_recipe(ROOT / "recipes" / f"ladder-{name}.yaml", [*changes, *settings, *overrides])
+    settings = [f"train.seed={seed}", f"train.output={output}", "train.workers=0"]
+    settings.append("train.save_every=200")
+    if steps:
+        settings.append(f"train.steps={steps}")
+    path = ROOT / "recipes" / f"ladder-{arm.recipe}.yaml"
+    return load_recipe(path, [*arm.overrides, *settings])
 
 
-def steps_of(arm: str) -> int:
-    """Training steps of an arm: 1,600, or as many as take the reference's time."""
-    if not arm.endswith("-equal-time"):
-        return STEPS
+def steps_of(name: str, stage: Stage) -> int | None:
+    """Training steps of an arm: the stage's, or as many as take the reference's time."""
+    if not name.endswith("-equal-time"):
+        return stage.steps
     if not SECONDS.exists():
         raise SystemExit(
-            f"{arm}: the number of steps follows from measured seconds, and there are none. Run "
+            f"{name}: the number of steps follows from measured seconds, and there are none. Run "
             "`benchmarks/ablation.py time` first."
         )
     seconds = json.loads(SECONDS.read_text())["seconds_per_step"]
-    return int(STEPS * seconds[REFERENCE] / seconds[arm.removesuffix("-equal-time")])
+    steps = recipe_of(LADDER[REFERENCE], 0, ROOT).train.steps
+    return int(steps * seconds[REFERENCE] / seconds[name.removesuffix("-equal-time")])
 
 
 # ---- measurements ---------------------------------------------------------------------------
@@ -173,34 +264,45 @@ def percent(hits: Any) -> float:
     return round(100 * float(np.mean(hits)), 1)
 
 
-def run(arm: str, seed: int, args: argparse.Namespace) -> None:
+def run(stage_name: str, name: str, seed: int, work_dir: Path) -> None:
     """Train and measure one arm, unless its result exists or another copy is working on it."""
-    name = f"{args.name or arm}-seed{seed}"
-    target = RESULTS / f"{name}.json"
-    with claim(args.work_dir / f"{name}.lock") as claimed:
+    stage = STAGES[stage_name]
+    run_name = f"{name}-seed{seed}"
+    target = RESULTS / stage_name / f"{run_name}.json"
+    output = work_dir / stage_name / run_name
+    with claim(output.with_suffix(".lock")) as claimed:
         if target.exists() or not claimed:
             return
-        start, row = time.time(), {"arm": args.name or arm, "seed": seed}
-        if arm == BASE:
+        arm = stage.arms[name]
+        row: dict[str, Any] = {"arm": name, "seed": seed, "split": stage.split}
+        start = time.time()
+        if name == BASE:
             torch.manual_seed(seed)
             model = ReMatch.from_backbone("rematch-base", 0)
         else:
-            steps, output = args.steps or steps_of(arm), args.work_dir / name
-            recipe = recipe_of(arm, seed, steps, output, args.set)
+            recipe = recipe_of(arm, seed, output, steps_of(name, stage))
+            row |= {"overrides": list(arm.overrides), "steps": recipe.train.steps}
             model = ReMatch(output) if output.exists() else train(recipe, quiet=True)
-            row |= {"steps": steps, "overrides": [*ARMS[arm][1], *args.set]}
+            row["training"] = json.loads((output / "log.json").read_text())[-2:]
         model.eval()
-        tasks = evaluation_tasks() + evaluation_tasks(unseen_style=True)
+        tasks = [
+            task
+            for unseen in (False, True)
+            for task in evaluation_tasks(
+                split=stage.split, unseen_style=unseen, queries=stage.queries
+            )
+        ]
+        results = evaluate(Encoder(model), tasks)[0]
         row |= {
-            "scores": summary(evaluate(Encoder(model), tasks)[0]),
+            "scores": summary(results),
+            "hits": {r.task.name: "".join("01"[int(hit)] for hit in r.hits) for r in results},
             "composition": composition(model),
         } | abilities(model)
         write_json(target, row)
-        if arm != BASE:
+        if name != BASE:
             shutil.rmtree(output)
-        Console().print(
-            f"{name}: {row['scores']['overall']} after {(time.time() - start) / 60:.0f} minutes"
-        )
+        minutes = (time.time() - start) / 60
+        Console().print(f"{run_name}: {row['scores']['overall']} after {minutes:.0f} minutes")
 
 
 @contextmanager
@@ -218,10 +320,10 @@ def claim(path: Path) -> Iterator[bool]:
 
 def measure_seconds(args: argparse.Namespace) -> None:
     """Measure median seconds of a training step of each arm, interleaved, and of embedding."""
-    arms = [arm for arm in ARMS if not arm.endswith("-equal-time")]
+    arms = [arm for arm in LADDER if not arm.endswith("-equal-time")]
     ready = {}
     for arm in arms:
-        recipe = recipe_of(arm, 0, args.rounds + 1, args.work_dir / "none", [])
+        recipe = recipe_of(LADDER[arm], 0, args.work_dir / "none", args.rounds + 1)
         model = build_model(recipe).train()
         rows, collator = build_dataset(recipe), build_collator(recipe, model)
         size = recipe.train.batch_size
@@ -249,7 +351,7 @@ def measure_seconds(args: argparse.Namespace) -> None:
     setting = {"threads": torch.get_num_threads(), "rounds": args.rounds}
     write_json(SECONDS, result | setting)
     cost = {"encode_ms_per_scene": encoding(args.rounds)}
-    write_json(SECONDS.with_name("ablation-encoding.json"), cost | setting)
+    write_json(SECONDS.with_name("encoding.json"), cost | setting)
     Console().print(result, cost)
 
 
@@ -272,115 +374,148 @@ def encoding(rounds: int) -> dict[str, float]:
 
 # ---- report ------------------------------------------------------------------------------
 
-
-def style_score(scores: dict[str, float]) -> float:
-    """Hit@1 in the unseen style, which committed results still call ``ood_overall``."""
-    return scores["style"] if "style" in scores else scores["ood_overall"]
-
-
 COLUMNS = {
+    "IND": lambda row: row["scores"]["ind"],
+    "OOD": lambda row: row["scores"]["ood"],
+    "style": lambda row: row["scores"]["style"],
     "overall": lambda row: row["scores"]["overall"],
-    "style": lambda row: style_score(row["scores"]),
     "replace": lambda row: row["composition"]["replace"],
     "swap": lambda row: row["composition"]["swap"],
     "add": lambda row: row["composition"]["add or leave out"],
     **{view: lambda row, view=view: row["matching"][view] for view in View},
     "VQA": lambda row: row["vqa_exact"],
 }
+REFERENCES = {"experiments": "last-token", "ladder": REFERENCE, "sweeps": REFERENCE}
 
 
-def report(args: argparse.Namespace) -> None:
-    """Print means and standard errors, write them into docs/ablation.md, and plot them."""
+def read_rows(stage: str) -> dict[str, list[dict[str, Any]]]:
+    """The results of a stage by arm, in the order of the stage and of seeds."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        row = json.loads(path.read_text())
-        groups.setdefault(row["arm"], []).append(row)
-    table = Table("arm", "steps", "seeds", *COLUMNS)
-    lines = [
-        f"| arm | steps | seeds | {' | '.join(COLUMNS)} |",
-        "|---|--:|--:|" + "--:|" * len(COLUMNS),
+    for name in STAGES[stage].arms:
+        paths = sorted((RESULTS / stage).glob(f"{name}-seed*.json"))
+        rows = [json.loads(path.read_text()) for path in paths]
+        if rows:
+            groups[name] = rows
+    return groups
+
+
+def hits_of(rows: list[dict[str, Any]], seeds: list[int]) -> list[np.ndarray]:
+    """Hits of an arm for each task, (seeds, queries)."""
+    chosen = sorted((row for row in rows if row["seed"] in seeds), key=lambda row: row["seed"])
+    return [
+        np.array([[bit == "1" for bit in row["hits"][task]] for row in chosen])
+        for task in chosen[0]["hits"]
     ]
-    listed = [arm for arm in (BASE, *sorted(ARMS)) if arm in groups]
-    for arm in listed + [arm for arm in groups if arm not in listed]:
-        rows = groups[arm]
-        cells = [arm, f"{rows[0].get('steps', 0):,}", str(len(rows))]
+
+
+def difference(rows: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
+    """Difference of two arms over the seeds that both have, with its paired 95 % interval."""
+    seeds = sorted({row["seed"] for row in rows} & {row["seed"] for row in reference})
+    if not seeds:
+        return ""
+    interval = paired_interval(hits_of(rows, seeds), hits_of(reference, seeds))
+    return f"{interval.mean:+.1f} ({interval.low:+.1f} … {interval.high:+.1f})"
+
+
+def table_of(stage: str) -> list[str]:
+    """The results of a stage as lines of a Markdown table."""
+    groups = read_rows(stage)
+    reference = groups.get(REFERENCES[stage], [])
+    header = ["arm", "steps", "seeds", *COLUMNS, f"overall against {REFERENCES[stage]}"]
+    lines = [f"| {' | '.join(header)} |", "|---" + "|--:" * (len(header) - 1) + "|"]
+    console_table = Table(*header)
+    for name, rows in groups.items():
+        cells = [name, f"{rows[0].get('steps', 0):,}", str(len(rows))]
         cells += [mean_and_error([value(row) for row in rows]) for value in COLUMNS.values()]
-        table.add_row(*cells)
+        cells.append(difference(rows, reference) if rows is not reference else "")
+        console_table.add_row(*cells)
         lines.append(f"| {' | '.join(cells)} |")
-    Console(width=150).print(table)
-    Console().print("Not run:", ", ".join(arm for arm in ARMS if arm not in groups) or "nothing")
-    before, _, rest = PAGE.read_text().partition(START)
+    Console(width=200).print(console_table)
+    missing = [
+        f"{name} (seed {seed})"
+        for name in STAGES[stage].arms
+        for seed in range(STAGES[stage].seeds)
+        if seed not in [row["seed"] for row in groups.get(name, [])]
+    ]
+    Console().print("Not run:", ", ".join(missing) or "nothing")
+    return lines
+
+
+def report() -> None:
+    """Print every stage, write its table into docs/ablation.md, and plot the ladder."""
+    page = PAGE.read_text()
+    for stage in filter(read_rows, STAGES):
+        start, end = f"<!-- {stage} -->\n", f"<!-- end of {stage} -->"
+        before, _, rest = page.partition(start)
+        page = before + start + "\n".join(table_of(stage)) + "\n" + end + rest.partition(end)[2]
     scratch = PAGE.with_suffix(".tmp")
-    scratch.write_text(
-        before + START + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2]
-    )
+    scratch.write_text(page)
     scratch.replace(PAGE)
-    draw({arm: groups[arm] for arm in listed}, PAGE.with_suffix(".png"))
+    if groups := read_rows("ladder"):
+        draw(groups, PAGE.with_suffix(".png"))
 
 
 def draw(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Plot Hit@1 of every arm: a point for each seed, a bar for their mean."""
     import matplotlib.pyplot as plt
 
+    panels = {"ind": "trained tasks", "ood": "untrained tasks", "style": "unseen style"}
+    panels["overall"] = "overall"
     figure, axes = plt.subplots(
-        1, 2, figsize=(10, 0.42 * len(groups) + 1.4), sharey=True, layout="constrained"
+        1, len(panels), figsize=(13, 0.42 * len(groups) + 1.4), sharey=True, layout="constrained"
     )
     arms = list(groups)[::-1]
-    for axis, key, title in zip(
-        axes, ("overall", "style"), ("overall", "unseen style"), strict=True
-    ):
+    for axis, (key, title) in zip(axes, panels.items(), strict=True):
         for y, arm in enumerate(arms):
-            values = [COLUMNS[key](row) for row in groups[arm]]
-            axis.barh(
-                y,
-                statistics.mean(values),
-                color="#9db8d2" if "all" not in arm else "#3b6ea5",
-                height=0.62,
-            )
+            values = [row["scores"][key] for row in groups[arm]]
+            color = "#3b6ea5" if "all" in arm else "#9db8d2"
+            axis.barh(y, statistics.mean(values), color=color, height=0.62)
             axis.scatter(values, [y] * len(values), color="#222", s=14, zorder=3)
-        axis.set(
-            title=f"Hit@1, {title} (%)", yticks=range(len(arms)), yticklabels=arms, xlim=(0, 100)
-        )
+        axis.set(title=f"{title} (%)", yticks=range(len(arms)), yticklabels=arms, xlim=(0, 100))
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("Hit@1")
     figure.savefig(path, dpi=110)
 
 
 def mean_and_error(values: list[float]) -> str:
-    """Format a mean ± its standard error."""
+    """Format a mean ± its standard error over seeds."""
     if len(values) < 2:
         return f"{values[0]:.1f}"
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
 
 
 def main() -> None:
-    """Time, run or report."""
+    """Time, run, report or list."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("time", "run", "report"))
-    parser.add_argument("--arms", nargs="+", default=[*ARMS, BASE], choices=[*ARMS, BASE])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument(
-        "--steps", type=int, help=f"training steps, instead of {STEPS} or equal time"
-    )
-    parser.add_argument(
-        "--set", nargs="+", default=[], help="more overrides of the recipe, for sweeps"
-    )
-    parser.add_argument("--name", help="name of the results of a run with --set")
-    parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "ablation")
-    parser.add_argument("--rounds", type=int, default=15, help="measured steps of `time`")
+    commands = parser.add_subparsers(dest="command", required=True)
+    time_parser = commands.add_parser("time", help="measure seconds per step")
+    time_parser.add_argument("--rounds", type=int, default=15, help="measured steps of each arm")
+    run_parser = commands.add_parser("run", help="train and measure the arms of a stage")
+    run_parser.add_argument("stage", choices=STAGES)
+    run_parser.add_argument("--arms", nargs="+", help="only these arms")
+    run_parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
+    commands.add_parser("report", help="write tables and figure")
+    commands.add_parser("list", help="print a stage").add_argument("stage", choices=STAGES)
+    for command in (time_parser, run_parser):
+        command.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "ablation")
     args = parser.parse_args()
-    if args.set and not args.name:
-        parser.error("--set needs --name, or the result would count as the arm's. Add --name.")
-    if args.what == "time":
+    if args.command == "time":
         measure_seconds(args)
-    elif args.what == "report":
-        report(args)
+    elif args.command == "report":
+        report()
+    elif args.command == "list":
+        for name, arm in STAGES[args.stage].arms.items():
+            Console().print(f"{name}: {' '.join(arm.overrides)}  {arm.prediction}", markup=False)
     else:
-        for seed in args.seeds:
-            for arm in args.arms:
-                run(arm, seed, args)
+        stage = STAGES[args.stage]
+        if unknown := sorted(set(args.arms or ()) - set(stage.arms)):
+            parser.error(f"{args.stage} has no arm {', '.join(unknown)}; see `list {args.stage}`.")
+        for seed in args.seeds or range(stage.seeds):
+            for name in args.arms or stage.arms:
+                run(args.stage, name, seed, args.work_dir)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ statements and documents.
 import random
 
 import torch
-from base_lessons import STATEMENTS, Lessons, statement
+from base_lessons import STATEMENTS, Lessons, MatchLesson, statement
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 from rematch import prompts
@@ -24,9 +24,14 @@ def answer_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
 
 @torch.no_grad()
 def evaluate(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, per_task: int
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    per_task: int,
+    joint: bool = True,
 ) -> dict[str, float]:
     """Scores on held-out combinations, in percent, in the training styles and the unseen one.
+
+    With ``joint``, documents see the query.
 
     - ``vqa``: exact answers by greedy generation.
     - ``match``: Yes/No accuracy on "does this text / picture match that picture?", where half of
@@ -37,7 +42,7 @@ def evaluate(
       tasks. In questions and edits the query only implies the document.
     """
     model.eval()
-    lessons = Lessons(processor, 0, 0, 0, 0)
+    lessons = Lessons(processor, 0, 0, 0, 0, 0)
     scores: dict[str, float] = {}
     for unseen_style in (False, True):
         styles = (picto.UNSEEN_STYLE,) if unseen_style else picto.TRAIN_STYLES
@@ -56,7 +61,7 @@ def evaluate(
                 vqa.append(sum(hits) / len(hits))
                 scores[f"vqa/{name}{suffix}"] = 100 * vqa[-1]
             near_miss[name] = yes_no_accuracy(
-                model, lessons, [(s.query, s.documents[:2], [True, False]) for s in samples]
+                model, lessons, [(s.query, s.documents[:2], [True, False]) for s in samples], joint
             )
             scores[f"near_miss/{name}{suffix}"] = near_miss[name]
         statements = {}
@@ -69,7 +74,7 @@ def evaluate(
                 text, fits = statement(scene, rng, kind)
                 items.append((Item(image=picture), [Item(text)], [fits]))
             statements[kind] = scores[f"statement/{kind}{suffix}"] = yes_no_accuracy(
-                model, lessons, items
+                model, lessons, items, joint
             )
         two_sided = [near_miss[f"Picto-{task}"] for task in ("T2I", "I2T", "Style")]
         accuracies = [*statements.values(), *two_sided]
@@ -83,11 +88,12 @@ def evaluate(
 def yes_no_accuracy(
     model: LlavaForConditionalGeneration,
     lessons: Lessons,
-    items: list[tuple[Item, list[Item], list[bool]]],
+    items: list[MatchLesson],
+    joint: bool,
 ) -> float:
     """Accuracy on (query, documents, whether each is relevant), in percent."""
     yes, no = answer_ids(lessons.tokenizer)
-    batch = lessons.match(items)
+    batch = lessons.match(items, [joint] * len(items))
     pictures = [
         item.image
         for query, documents, _ in items

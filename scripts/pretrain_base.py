@@ -4,25 +4,26 @@
 
 There are three kinds of lesson, all on training styles and training combinations only:
 
-- Sight comes first: the vision tower alone, with a linear read-out that names the object in each
-  cell. A released MLLM starts from a trained vision tower too, and learning names from captions
-  alone took over 1,200 steps to begin.
+- Sight comes first: vision tower, projector and word embeddings alone. Every picture token is read
+  out through the word embeddings, and must name the object in its quarter, and top or bottom, left
+  or right. So pictures and words share a space at the language model's input, and looking a word
+  up in a picture is a comparison of like with like from the start. Without the names, look-ups by
+  name stayed at chance for 1,250 steps; without the places, for 3,500 more (docs/log.md).
 - Chat: a picture and many question-answer turns about it, by ordinary causal next-token
   prediction. The questions ask for a dense caption, look-ups by place and by name, relations,
   counts, colours, and Yes/No on statements that are true, or false by one thing.
-- Matching: a query, a right and a nearly right document, and the Yes/No question about each, in
-  the chat template and the segment layout of ``rematch.matching``. Statements about a picture,
-  true or false by one thing, serve as documents for it.
+- Matching: a query, right and nearly right documents, and the Yes/No question about each, in
+  the chat template and the segment layout of ``rematch.matching``. In three of four lessons
+  documents see the query; in the others they are isolated.
 
-During chat, every picture token is also read out through the (tied) word embeddings. It must name
-the object in its quarter, and top or bottom, left or right. So pictures and words share a space at
-the language model's input, and looking a word up in a picture becomes a comparison of like with
-like. Without the names, look-ups by name stayed at chance for 1,250 steps. Without the places,
-they stayed there for 3,500 more: picture tokens did not tell where they are.
+Word embeddings have an ordinary scale (RMS 0.1), and the layers' outputs start small and learn
+slowly beside them, so that a word's identity survives the layers.
 
-``--start-from MODEL`` continues from a finished base with a fresh learning rate; the committed
-base is several such runs (docs/log.md). The log (``log.jsonl``), the scores on held-out
-combinations and the model are written to ``--output``.
+A run of this script has not reached a base that matches yet; the committed base comes from an
+earlier version of it, in several runs (docs/log.md).
+
+The log (``log.jsonl``), the scores on held-out combinations and the model are written to
+``--output``.
 """
 
 import argparse
@@ -66,6 +67,7 @@ from rematch.data import picto, picto_tasks
 from rematch.matching import additive
 
 PAD = "<|pad|>"
+WORD_RMS = 0.1
 TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>"
     "{% if message.content is string %}{{ message.content }}{% else %}"
@@ -162,7 +164,52 @@ def build(
         chat_template=TEMPLATE,
         image_token=IMAGE,
     )
-    return LlavaForConditionalGeneration(config), processor
+    model = LlavaForConditionalGeneration(config)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=WORD_RMS)
+    torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=WORD_RMS * 0.06)
+    for name, parameter in model.model.language_model.named_parameters():
+        if writes_to_stream(name):
+            torch.nn.init.normal_(parameter, std=WORD_RMS * 0.06)
+    return model, processor
+
+
+def writes_to_stream(name: str) -> bool:
+    """Whether a parameter's output is added to the language model's residual stream."""
+    return name.endswith(("self_attn.o_proj.weight", "mlp.down_proj.weight"))
+
+
+def read_out(
+    tokens: Tensor, word_embeddings: Tensor, targets: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Read objects by quarter and places by picture token out through the word embeddings.
+
+    Lengths count: a loss of directions alone let picture tokens grow to thirty times the words.
+
+    Args:
+        tokens: Picture tokens at the language model's input, (B, 36, D), row by row.
+        word_embeddings: (V, D).
+        targets: Of :func:`base_lessons.read_out_targets`.
+
+    Returns:
+        The loss, and the share of quarters that their mean logits name correctly.
+    """
+    tokens = tokens.float() / (10 * WORD_RMS**2)  # logits of about 25 at the words' scale
+    edge = int(PATCHES**0.5)
+    half = torch.arange(edge) * 2 // edge
+    quarter = (2 * half[:, None] + half).flatten()  # (36,): the quarter of each picture token
+    logits = tokens @ word_embeddings[targets["words"]].T  # (B, 36, O)
+    by_quarter = torch.stack([logits[:, quarter == q].mean(1) for q in range(4)], 1)  # (B, 4, O)
+    loss = F.cross_entropy(
+        by_quarter.flatten(0, 1), targets["cells"].flatten(), label_smoothing=0.05
+    )
+    places = (quarter // 2, quarter % 2)
+    for word_pair, place in zip(targets["place_words"], places, strict=True):
+        place_logits = tokens @ word_embeddings[word_pair].T
+        loss = loss + F.cross_entropy(
+            place_logits.flatten(0, 1), place.repeat(len(tokens)), label_smoothing=0.05
+        )
+    accuracy = (by_quarter.argmax(-1) == targets["cells"]).float().mean()
+    return loss, accuracy
 
 
 def learn_to_see(
@@ -172,34 +219,21 @@ def learn_to_see(
     lr: float,
     log: TextIO,
 ) -> None:
-    """Train the vision tower alone; a linear layer, discarded later, reads out its quarters."""
-    tower = model.model.vision_tower
-    width, edge = tower.config.hidden_size, picto.SIZE // tower.config.patch_size
-    head = torch.nn.Linear(width, len(picto.objects()) + 1)
-    parameters = [*tower.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    lessons = SightLessons(processor, steps)
+    """Train the vision tower, the projector and the names' word embeddings."""
+    optimizers = build_optimizers(model)
     hits, start = 0.0, time.time()
-    for step, (pixels, cells) in enumerate(
-        DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=4), 1
+    for step, batch in enumerate(
+        DataLoader(
+            SightLessons(processor, steps), batch_size=None, num_workers=1, prefetch_factor=4
+        ),
+        1,
     ):
         with torch.autocast("cpu", torch.bfloat16):
-            states = tower(pixels, output_hidden_states=True).hidden_states[-1]
-        quarters = (
-            states.float()
-            .view(-1, 2, edge // 2, 2, edge // 2, width)
-            .mean((2, 4))
-            .view(-1, 4, width)
-        )
-        logits = head(quarters)
-        loss = F.cross_entropy(logits.flatten(0, 1), cells.flatten(), label_smoothing=0.05)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        hits += (logits.argmax(-1) == cells).float().mean().item()
+            tokens = picture_tokens(model, batch["pixel_values"])
+        words = model.get_input_embeddings().weight
+        loss, accuracy = read_out(tokens, words, batch)
+        update(model, optimizers, loss, lr * rate(step, steps))
+        hits += accuracy.item()
         if step % 100 == 0:
             row = {
                 "sight_step": step,
@@ -214,39 +248,54 @@ def learn_to_see(
             hits = 0.0
 
 
+def rate(step: int, steps: int) -> float:
+    """The share of the peak learning rate at a step: linear warm-up, then a cosine to 2 %."""
+    return min(1.0, step / 150) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+
+
+def update(
+    model: LlavaForConditionalGeneration,
+    optimizers: list[torch.optim.Optimizer],
+    loss: Tensor,
+    lr: float,
+) -> None:
+    """Take an optimizer step down a loss."""
+    model.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["share"]
+        optimizer.step()
+
+
+def picture_tokens(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """Input embeddings of pictures, (B, 36, D)."""
+    features = model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+    return torch.stack(list(features))
+
+
 def losses(
     model: LlavaForConditionalGeneration, batch: dict[str, Tensor], yes_no: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Chat loss, matching loss and matching accuracy of a batch, each a scalar."""
-    features = model.model.get_image_features(
-        pixel_values=batch["pixel_values"], return_dict=True
-    ).pooler_output
+    features = picture_tokens(model, batch["pixel_values"])
     chats = len(batch["chat_ids"])
     embed = model.get_input_embeddings()
 
-    def hidden(ids: Tensor, images: tuple[Tensor, ...], **kwargs: Tensor) -> Tensor:
+    def hidden(ids: Tensor, images: Tensor, **kwargs: Tensor) -> Tensor:
         embeds = embed(ids)
         where = (ids == model.config.image_token_index)[..., None]
-        embeds = embeds.masked_scatter(where, torch.cat(list(images)).to(embeds.dtype))
-        return model.model.language_model(inputs_embeds=embeds, **kwargs).last_hidden_state
+        embeds = embeds.masked_scatter(where, images.to(embeds.dtype))
+        out = model.model.language_model(inputs_embeds=embeds, use_cache=False, **kwargs)
+        return out.last_hidden_state
 
     states = hidden(batch["chat_ids"], features[:chats])[:, :-1]
     labels = batch["chat_labels"][:, 1:]
     has_label = labels != -100
     chat = F.cross_entropy(model.lm_head(states[has_label]).float(), labels[has_label])
-    tokens = torch.stack(list(features[:chats])).float()  # (B, 36, D), row by row
-    scale = 0.07 / embed.weight.detach().pow(2).mean().sqrt()
-    words = embed.weight * scale  # independent of the length of the word embeddings
-    edge = int(PATCHES**0.5)
-    half = torch.arange(edge) * 2 // edge
-    quarter = (2 * half[:, None] + half).flatten()  # (36,): the quarter of each picture token
-    read_out = F.cross_entropy(
-        (tokens @ words.T).flatten(0, 1), batch["cells"][:, quarter].flatten()
-    )
-    for pair, place in zip(batch["place_words"], (quarter // 2, quarter % 2), strict=True):
-        logits = (tokens @ words[pair].T).flatten(0, 1)  # top or bottom, left or right
-        read_out = read_out + F.cross_entropy(logits, place.repeat(chats))
-    chat = chat + 0.3 * read_out
+    reading, _ = read_out(features[:chats], embed.weight, batch)
+    chat = chat + 0.2 * reading
     if "ids" not in batch:
         return chat, torch.zeros(()), torch.zeros(())
     states = hidden(
@@ -264,92 +313,48 @@ def losses(
     return chat, match, hits.float().mean()
 
 
-@torch.no_grad()
-def ease_lookup(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    scale: float = 36.0,
-    lookup: tuple[int, ...] = (0, 3),
-    copy: tuple[int, ...] = (2,),
-) -> None:
-    """Initialise heads that find the place of a name, in a base that can name what is at a place
-    (docs/log.md).
-
-    1. Word embeddings get the length of picture tokens; the last norm undoes the factor for the
-       tied LM head. Next to layer outputs seventy times as long, a word's identity was lost after
-       the first layer.
-    2. In the ``lookup`` layers one head compares like with like: ``W_q`` and ``W_k`` are the main
-       directions of the objects' names, in dimensions that the rotary embedding hardly rotates,
-       with a bias towards pictures and away from the word itself.
-    3. In the ``copy`` layers one head passes on, through ``W_v`` and ``W_o``, the names of what it
-       attends to.
-    """
-    text = model.model.language_model
-    words = [
-        processor.tokenizer.encode(name, add_special_tokens=False)[0] for name in picto.objects()
-    ]
-    model.get_input_embeddings().weight.mul_(scale)
-    text.norm.weight.div_(scale)
-    batch = Lessons(processor, 1, 24, 0, 0, alone=1)[0]
-    states = model(
-        input_ids=batch["chat_ids"], pixel_values=batch["pixel_values"], output_hidden_states=True
-    )
-    ids = batch["chat_ids"]
-    of_picture, of_text = (
-        ids == model.config.image_token_index,
-        torch.isin(ids, torch.tensor(words)),
-    )
-    config, size = text.config, text.config.head_dim
-    half, group = size // 2, config.num_attention_heads // config.num_key_value_heads
-    turn = config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)  # radians a token
-    slow = turn < 0.0025
-    rows = torch.cat([slow, slow]).nonzero()[:, 0]
-    for index in (*lookup, *copy):
-        layer = text.layers[index]
-        inputs = layer.input_layernorm(states.hidden_states[index])
-        pictures, texts = inputs[of_picture], inputs[of_text]
-        means = torch.stack([pictures.mean(0), texts.mean(0)])
-        names = layer.input_layernorm(model.get_input_embeddings().weight[words])
-        names = names - names.mean(0)
-        names = names - names @ torch.linalg.pinv(means) @ means
-        directions = torch.linalg.svd(names, full_matrices=False).Vh
-        attention = layer.self_attn
-        if index in copy:
-            attention.v_proj.weight[-size:] = directions[:size]
-            attention.o_proj.weight[:, -group * size :] = (
-                4 / group * directions[:size].T.repeat(1, group)
-            )
-            for projection, rows_of in ((attention.q_proj, group), (attention.k_proj, 1)):
-                projection.weight[-rows_of * size :].normal_(std=config.initializer_range)
-            continue
-        content = directions[: len(rows) - 1]
-        # +1 on pictures, -0.5 on words
-        to_picture = torch.linalg.pinv(means) @ torch.tensor([1.0, -0.5])
-        to_text = torch.linalg.pinv(means) @ torch.tensor([0.0, 1.0])
-        key, query = torch.zeros(2, size, config.hidden_size)
-        key[rows] = torch.cat(
-            [content, 0.6 * (pictures @ content.T).norm(dim=1).mean() * to_picture[None]]
-        )
-        query[rows] = torch.cat(
-            [content, 0.6 * (texts @ content.T).norm(dim=1).mean() * to_text[None]]
-        )
-        attention.k_proj.weight[-size:] = key
-        attention.q_proj.weight[-group * size :] = query.repeat(group, 1)
-
-
 def build_optimizers(model: LlavaForConditionalGeneration) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for embeddings, norms and biases (docs/log.md has the
     gain from Muon).
+
+    Each group has a ``share`` of the learning rate; it is small for matrices whose outputs are
+    added to word embeddings, as these are small too.
     """
-    matrices, rest = [], []
+    matrices, outputs, rest = [], [], []
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
-        if is_matrix:
-            matrices.append(parameter)
-        else:
+        if parameter.ndim != 2 or "embed" in name or "lm_head" in name:
             rest.append(parameter)
-    muon = torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(rest, weight_decay=0.0, betas=(0.9, 0.98))]
+        elif "language_model" in name and writes_to_stream(name):
+            outputs.append(parameter)
+        else:
+            matrices.append(parameter)
+    groups = [{"params": matrices, "share": 1.0}, {"params": outputs, "share": 0.2}]
+    muon = torch.optim.Muon(groups, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([{"params": rest, "share": 1.0}], weight_decay=0, betas=(0.9, 0.98))
+    return [muon, adamw]
+
+
+@torch.no_grad()
+def scales(
+    model: LlavaForConditionalGeneration, batch: dict[str, Tensor]
+) -> dict[str, list[float]]:
+    """RMS of the input embeddings and of every layer's output over a batch of conversations, and
+    the mean cosine between a word's embedding and its state after each layer.
+    """
+    ids, chats = batch["chat_ids"], len(batch["chat_ids"])
+    out = model.model(
+        input_ids=ids,
+        pixel_values=batch["pixel_values"][:chats],
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    is_word = (ids != model.config.image_token_index) & (ids != 0)
+    words = [states[is_word].float() for states in out.hidden_states]
+    return {
+        "rms": [round(w.pow(2).mean().sqrt().item(), 3) for w in words],
+        "identity": [round(F.cosine_similarity(words[0], w).mean().item(), 3) for w in words],
+        "picture_rms": [round(picture_tokens(model, batch["pixel_values"]).std().item(), 3)],
+    }
 
 
 def save_checkpoint(
@@ -392,42 +397,33 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, help="directory of the finished model (default: WORK_DIR/model)"
     )
-    parser.add_argument(
-        "--start-from", help="a finished base to continue from, without the sight lessons"
-    )
-    parser.add_argument(
-        "--ease-lookup", action="store_true", help="with --start-from: see ease_lookup"
-    )
     parser.add_argument("--sight-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument(
-        "--alone", type=int, help="number of first steps with chat alone (default: half)"
+        "--alone", type=int, default=300, help="number of first steps with chat alone"
     )
     parser.add_argument(
         "--chats",
         type=int,
-        default=22,
+        default=10,
         help="conversations per step (twice as many with chat alone)",
     )
-    parser.add_argument("--pairs", type=int, default=24, help="matching samples per step")
+    parser.add_argument("--pairs", type=int, default=8, help="matching samples per step")
     parser.add_argument(
-        "--facts", type=int, default=14, help="pictures with eight statements each per step"
+        "--facts", type=int, default=4, help="pictures with eight statements each per step"
+    )
+    parser.add_argument(
+        "--galleries", type=int, default=6, help="queries with three pictures each per step"
     )
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--eval-every", type=int, default=500)
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    if args.start_from:
-        model = LlavaForConditionalGeneration.from_pretrained(args.start_from)
-        processor = LlavaProcessor.from_pretrained(args.start_from)
-        if args.ease_lookup:
-            ease_lookup(model, processor)
-    else:
-        tokenizer = args.work_dir / "tokenizer"
-        if not tokenizer.exists():
-            build_tokenizer().save_pretrained(tokenizer)
-        model, processor = build(PreTrainedTokenizerFast.from_pretrained(tokenizer))
+    tokenizer = args.work_dir / "tokenizer"
+    if not tokenizer.exists():
+        build_tokenizer().save_pretrained(tokenizer)
+    model, processor = build(PreTrainedTokenizerFast.from_pretrained(tokenizer))
     # a little faster than sdpa under bf16 autocast on a CPU
     model.set_attn_implementation("eager")
     yes_no = answer_ids(processor.tokenizer)
@@ -447,40 +443,42 @@ def main() -> None:
         print(f"resuming at step {step}", flush=True)
     log = (args.work_dir / "log.jsonl").open("a")
     model.train()
-    if not checkpoint.exists() and not args.start_from:
+    if not checkpoint.exists():
         learn_to_see(model, processor, args.sight_steps, 2e-3, log)
         save_checkpoint(checkpoint, model, optimizers, 0, 0.0)
-    alone = args.steps // 2 if args.alone is None else args.alone
-    lessons = Lessons(processor, args.steps, args.chats, args.pairs, args.facts, alone, step)
+    lessons = Lessons(
+        processor,
+        args.steps,
+        args.chats,
+        args.pairs,
+        args.facts,
+        args.galleries,
+        args.alone,
+        step,
+    )
     loader = DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=4)
     sums, start = torch.zeros(3), time.time() - seconds
     for batch in loader:
-        warm = min(1.0, (step + 1) / 200)
-        rate = args.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
         with torch.autocast("cpu", torch.bfloat16):
             chat, match, accuracy = losses(model, batch, yes_no)
-        model.zero_grad()
-        (chat + match).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        sums += torch.stack([chat, match, accuracy]).detach()
         step += 1
+        lr = args.lr * rate(step, args.steps)
+        update(model, optimizers, chat + match, lr)
+        sums += torch.stack([chat, match, accuracy]).detach()
         if step % 50 == 0:
             chat_loss, match_loss, match_accuracy = (sums / 50).tolist()
             sums.zero_()
-            row = {"step": step, "seconds": round(time.time() - start), "lr": rate}
+            row = {"step": step, "seconds": round(time.time() - start), "lr": lr}
             row |= {
                 "chat_loss": chat_loss,
                 "match_loss": match_loss,
                 "match_accuracy": 100 * match_accuracy,
             }
             if step % args.eval_every == 0:
-                row |= evaluate(model, processor, 40)
-            line = json.dumps({k: round(v, 5) for k, v in row.items()})
+                row |= evaluate(model, processor, 40) | scales(model, batch)
+            line = json.dumps(
+                {k: v if isinstance(v, list) else round(v, 5) for k, v in row.items()}
+            )
             print(line, flush=True)
             log.write(line + "\n")
             log.flush()
@@ -488,7 +486,10 @@ def main() -> None:
                 save_checkpoint(checkpoint, model, optimizers, step, time.time() - start)
     output = args.output or args.work_dir / "model"
     save(model, processor, output)
-    scores = evaluate(LlavaForConditionalGeneration.from_pretrained(output), processor, 200)
+    finished = LlavaForConditionalGeneration.from_pretrained(output)
+    scores = evaluate(finished, processor, 200)
+    isolated = evaluate(finished, processor, 200, joint=False)
+    scores |= {f"isolated/{name}": isolated[name] for name in ("match", "near_miss")}
     print(json.dumps(scores, indent=2))
     (output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     (output / "log.jsonl").write_text((args.work_dir / "log.jsonl").read_text())
