@@ -16,6 +16,7 @@ os.environ.setdefault("REMATCH_NATIVE_BF16", "0")
 
 import pytest
 import torch
+from shared_tally import Tally
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging
 
@@ -24,6 +25,19 @@ from rematch.data.picto_tasks import TASKS, training_triplet
 from rematch.model import ReMatch
 
 logging.disable_progress_bar()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--tally", metavar="DIR", help="where counts of hostile inputs are written")
+
+
+@pytest.fixture(scope="module")
+def tally(request):
+    """Counts what a module tried: ``tally("Filters")["refused"] += 1``."""
+    counts = Tally()
+    yield counts
+    if folder := request.config.getoption("--tally"):
+        counts.save(Path(folder))
 
 
 @pytest.fixture(scope="session")
