@@ -79,7 +79,10 @@ def change(prediction: str, *overrides: str, recipe: str = "6-all") -> Arm:
 
 EXPERIMENTS = {
     "last-token": change("The level to beat.", recipe="3-hard-negatives"),
-    "all": change("Within a point of last-token: rows move now, from random starts."),
+    "all": change(
+        "Within a point of last-token: rows move now, from random starts.",
+        "model.token_init=random",
+    ),
     "all-plain-rate": change(
         "As all, -1: rows of RMS 0.1 move without scaled rates too, only less.",
         "train.scale_learning_rates=false",
