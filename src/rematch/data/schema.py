@@ -1,13 +1,18 @@
 """The form in which every data set is loaded: items, training triplets, evaluation tasks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from rematch.data.images import PictureSource
+
+Modality = Literal["", "image", "video", "visdoc"]
+Metric = Literal["hit@1", "ndcg@5"]
 
 
 @dataclass(frozen=True)
@@ -16,13 +21,13 @@ class Item:
 
     Attributes:
         text: The text; may be empty if there is a picture.
-        image: A picture (decoded, or where its file is), or several paths.
+        image: A picture (decoded, or where its file is), or several, such as a video's frames.
         instruction: Task instruction, kept apart from the text so that it can be left out.
         key: Key of a document within its task; items with the same key are the same document.
     """
 
     text: str = ""
-    image: PictureSource | list[Path] | None = None
+    image: PictureSource | list[Path] | list[Image.Image] | None = None
     instruction: str = ""
     key: str = ""
 
@@ -66,6 +71,12 @@ class RetrievalTask:
         ood: Whether the task is out of distribution, that is, not trained.
         answers: For each query, the indices of its positives, if there may be several.
         unseen_style: Whether queries are drawn in a style that no training picture has (Picto).
+        grades: For each query, how relevant each of its positives is (above 0), in the order of
+            ``answers``; by default all are equally relevant.
+        metric: The metric that means are taken of.
+        modality: What the task is about, in MMEB-V2: images, videos or visual documents; empty in
+            other benchmarks.
+        notes: What to know of the data before its scores are trusted, such as queries left out.
     """
 
     name: str
@@ -76,6 +87,20 @@ class RetrievalTask:
     ood: bool = False
     answers: list[Sequence[int]] | None = None
     unseen_style: bool = False
+    grades: list[Sequence[float]] | None = None
+    metric: Metric = "hit@1"
+    modality: Modality = ""
+    notes: list[str] = field(default_factory=list)
+
+    def relevance(self, query: int) -> NDArray[np.float64]:
+        """Return the grades of a query's positives, in the order of :meth:`pool`.
+
+        Args:
+            query: Index of the query.
+        """
+        if self.grades is None:
+            return np.ones(1 if self.answers is None else len(self.answers[query]))
+        return np.asarray(self.grades[query], np.float64)
 
     def pool(self, query: int) -> tuple[NDArray[np.int64], int]:
         """Return the candidates of a query.

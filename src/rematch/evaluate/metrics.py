@@ -1,7 +1,8 @@
 """Ranking metrics in numpy, and how sure a difference between two models is. Ties and NaN never
 count in favour of a relevant candidate.
 
-A query has C candidates, of which the first P are relevant.
+A query has C candidates, of which the first P are relevant; P may be 0, and the query then counts
+as 0. A grade says how relevant a candidate is; without grades all are equally relevant.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Ranks = NDArray[np.int64]
+Grades = NDArray[np.float64]
 
 
 def rank_candidates(scores: NDArray[np.floating], relevant: int = 1) -> NDArray[np.int64]:
@@ -53,7 +55,7 @@ def hits_at(ranks: Sequence[Ranks], k: int) -> NDArray[np.bool_]:
     >>> hits_at([np.array([1, 20]), np.array([11])], 10).tolist()
     [True, False]
     """
-    return np.array([r[0] <= k for r in ranks], np.bool_)
+    return np.array([len(r) > 0 and r[0] <= k for r in ranks], np.bool_)
 
 
 def hit_at(ranks: Sequence[Ranks], k: int) -> float:
@@ -72,20 +74,63 @@ def mrr_at(ranks: Sequence[Ranks], k: float = np.inf) -> float:
     >>> mrr_at([np.array([1]), np.array([2])])
     75.0
     """
-    return 100 * float(np.mean([1 / r[0] if r[0] <= k else 0.0 for r in ranks]))
+    return 100 * float(np.mean([1 / r[0] if len(r) and r[0] <= k else 0.0 for r in ranks]))
 
 
-def ndcg_at(ranks: Sequence[Ranks], k: int) -> float:
-    """Normalized discounted cumulative gain of equally relevant candidates, in percent.
+def ndcg_at(
+    ranks: Sequence[Ranks],
+    k: int,
+    grades: Sequence[Grades] | None = None,
+    exponential: bool = False,
+) -> float:
+    """Normalized discounted cumulative gain, in percent.
+
+    Args:
+        ranks: For each query the ranks of its relevant candidates.
+        k: How many candidates count.
+        grades: For each query the grades, above 0, of the candidates at these ranks; 1 if left
+            out.
+        exponential: Whether a grade g gains 2^g - 1 instead of g.
 
     >>> ndcg_at([np.array([1]), np.array([3])], 10)
     75.0
+    >>> round(ndcg_at([np.array([1, 2])], 5, [np.array([1.0, 3.0])]), 2)
+    79.67
     """
+    if grades is None:
+        grades = [np.ones(len(r)) for r in ranks]
 
-    def gain(ranks_of_query: Ranks) -> float:
-        return float((1 / np.log2(ranks_of_query[ranks_of_query <= k] + 1.0)).sum())
+    def gain(ranks_of_query: Ranks, grades_of_query: Grades) -> float:
+        gains = np.exp2(grades_of_query) - 1 if exponential else grades_of_query
+        counts = ranks_of_query <= k
+        return float((gains[counts] / np.log2(ranks_of_query[counts] + 1.0)).sum())
 
-    return 100 * float(np.mean([gain(r) / gain(np.arange(1, len(r) + 1)) for r in ranks]))
+    def best(grades_of_query: Grades) -> float:
+        return gain(np.arange(1, len(grades_of_query) + 1), -np.sort(-grades_of_query))
+
+    return 100 * float(
+        np.mean(
+            [gain(r, g) / best(g) if len(r) else 0.0 for r, g in zip(ranks, grades, strict=True)]
+        )
+    )
+
+
+def precision_at(ranks: Sequence[Ranks], k: int) -> float:
+    """Mean share of the first ``k`` candidates that are relevant, in percent.
+
+    >>> precision_at([np.array([1, 20]), np.array([2])], 10)
+    10.0
+    """
+    return 100 * float(np.mean([(r <= k).sum() / k for r in ranks]))
+
+
+def f1_at(ranks: Sequence[Ranks], k: int) -> float:
+    """Mean harmonic mean of each query's precision and recall at ``k``, in percent.
+
+    >>> f1_at([np.array([1])], 1), round(f1_at([np.array([2])], 5), 2)
+    (100.0, 33.33)
+    """
+    return 100 * float(np.mean([2 * (r <= k).sum() / (k + len(r)) for r in ranks]))
 
 
 def recall_at(ranks: Sequence[Ranks], k: int) -> float:
@@ -94,7 +139,7 @@ def recall_at(ranks: Sequence[Ranks], k: int) -> float:
     >>> recall_at([np.array([1, 20]), np.array([2])], 10)
     75.0
     """
-    return 100 * float(np.mean([(r <= k).mean() for r in ranks]))
+    return 100 * float(np.mean([(r <= k).mean() if len(r) else 0.0 for r in ranks]))
 
 
 def map_at(ranks: Sequence[Ranks], k: float = np.inf) -> float:
@@ -105,6 +150,8 @@ def map_at(ranks: Sequence[Ranks], k: float = np.inf) -> float:
     """
 
     def average_precision(ranks_of_query: Ranks) -> float:
+        if not len(ranks_of_query):
+            return 0.0
         precisions = np.arange(1, len(ranks_of_query) + 1) / ranks_of_query
         total = float(precisions[ranks_of_query <= k].sum())
         return total / min(len(ranks_of_query), max(1, k))

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from sentence_transformers.util.distributed import get_rank, get_world_size
 
-from rematch.evaluate.metrics import Ranks, ranks_of_relevant
+from rematch.evaluate.metrics import rank_candidates
 from rematch.matching import Form, View
 from rematch.model import ReMatch
 
@@ -57,8 +57,8 @@ def rerank(
     rankings: Sequence[Ranking],
     top: int,
     view: View,
-) -> list[Ranks]:
-    """Ranks of each query's relevant documents after reranking.
+) -> list[NDArray[np.int64]]:
+    """Each query's candidates in their order after reranking, as positions from best to worst.
 
     Under ``torchrun`` the processes share the queries. Equal margins never count in favour of a
     relevant document.
@@ -71,7 +71,7 @@ def rerank(
         top: How many candidates are reranked; the others keep their ranks.
         view: The view of the matching head.
     """
-    ranks: dict[int, Ranks] = {}
+    orders: dict[int, NDArray[np.int64]] = {}
     numbers = range(get_rank(), len(rankings), get_world_size())
     for start in range(0, len(numbers), _BLOCK):
         block = numbers[start : start + _BLOCK]
@@ -82,12 +82,12 @@ def rerank(
         margins = model.score_lists([queries[view.query][i] for i in block], document_lists, view)
         for i, query_margins in zip(block, margins, strict=True):
             scores = _merged_scores(rankings[i].order, query_margins)
-            ranks[i] = ranks_of_relevant(scores, rankings[i].relevant)
+            orders[i] = rank_candidates(scores, rankings[i].relevant)
     if get_world_size() > 1:
         shares: list[Any] = [None] * get_world_size()
-        dist.all_gather_object(shares, ranks)
-        ranks = {i: r for share in shares for i, r in share.items()}
-    return [ranks[i] for i in range(len(rankings))]
+        dist.all_gather_object(shares, orders)
+        orders = {i: order for share in shares for i, order in share.items()}
+    return [orders[i] for i in range(len(rankings))]
 
 
 def _merged_scores(order: NDArray[np.int64], margins: NDArray[np.float32]) -> NDArray[np.float64]:

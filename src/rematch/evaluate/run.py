@@ -13,6 +13,7 @@ from rematch.data.schema import RetrievalTask
 from rematch.encoding.encoder import Encoder
 from rematch.errors import DataError, ImageError, RematchError
 from rematch.evaluate.metrics import (
+    Grades,
     Ranks,
     hit_at,
     hits_at,
@@ -20,11 +21,10 @@ from rematch.evaluate.metrics import (
     ndcg_at,
     rank_candidates,
     ranks_in,
-    ranks_of_relevant,
     recall_at,
 )
 from rematch.evaluate.rerank import Forms, Ranking, Reranking, rerank
-from rematch.evaluate.summary import chance, task_means
+from rematch.evaluate.summary import hit_chance, task_means
 from rematch.model import ReMatch
 from rematch.scoring import maxsim
 
@@ -66,6 +66,7 @@ class TaskResult:
     Attributes:
         task: The task.
         ranks: For each query the ranks of its relevant documents.
+        grades: For each query how relevant the documents at these ranks are.
         best: For each query its first candidates.
         queries: Embeddings of the queries, (Q, D); of unit length if the model compares by
             cosine.
@@ -77,6 +78,7 @@ class TaskResult:
 
     task: RetrievalTask
     ranks: Sequence[Ranks]
+    grades: Sequence[Grades]
     best: list[BestCandidates]
     queries: Vectors
     documents: Vectors
@@ -144,28 +146,30 @@ def evaluate_task(
         rankings.append(Ranking(candidates, relevant, order))
         first = order[:_SAVED_CANDIDATES]
         best.append(BestCandidates(candidates[first], scores[first]))
-    ranks = [ranks_in(ranking.order, ranking.relevant) for ranking in rankings]
-    methods = {"embedding": _method_result(ranks, started)}
+    ranks, grades = _graded_ranks(task, [ranking.order for ranking in rankings])
+    methods = {"embedding": _method_result(ranks, grades, started)}
 
     if multi_vector:
         started = time.perf_counter()
-        maxsim_ranks = [
-            ranks_of_relevant(
+        orders = [
+            rank_candidates(
                 maxsim(query_tokens[i], document_tokens[ranking.candidates]), ranking.relevant
             )
             for i, ranking in enumerate(rankings)
         ]
-        methods["MaxSim"] = _method_result(maxsim_ranks, started)
+        methods["MaxSim"] = _method_result(*_graded_ranks(task, orders), started)
     if reranking:
         assert isinstance(model, ReMatch)
         query_forms: Forms = {"raw": query_inputs, "feat": queries}
         document_forms: Forms = {"raw": document_inputs, "feat": documents}
         for view in reranking.views:
             started = time.perf_counter()
-            reranked = rerank(model, query_forms, document_forms, rankings, reranking.top, view)
-            methods[f"rerank {reranking.top}, {view}"] = _method_result(reranked, started)
-    result = TaskResult(task, ranks, best, queries, documents, methods)
-    result.warnings = _warnings(result)
+            orders = rerank(model, query_forms, document_forms, rankings, reranking.top, view)
+            methods[f"rerank {reranking.top}, {view}"] = _method_result(
+                *_graded_ranks(task, orders), started
+            )
+    result = TaskResult(task, ranks, grades, best, queries, documents, methods)
+    result.warnings = [f"{task.name}: {note}" for note in task.notes] + _warnings(result)
     return result
 
 
@@ -185,15 +189,35 @@ def _normalize(vectors: Vectors) -> Vectors:
     return vectors if np.allclose(lengths, 1, atol=1e-5) else vectors / np.maximum(lengths, 1e-12)
 
 
-def _method_result(ranks: Sequence[Ranks], started: float) -> MethodResult:
+def _graded_ranks(
+    task: RetrievalTask, orders: Sequence[NDArray[np.int64]]
+) -> tuple[list[Ranks], list[Grades]]:
+    """Ranks of each query's relevant documents, ascending, and the grades of these documents."""
+    ranks, grades = [], []
+    for i, order in enumerate(orders):
+        relevance = task.relevance(i)
+        ranks.append(ranks_in(order, len(relevance)))
+        grades.append(relevance[order[ranks[-1] - 1]])
+    return ranks, grades
+
+
+def _method_result(
+    ranks: Sequence[Ranks], grades: Sequence[Grades], started: float
+) -> MethodResult:
     milliseconds = 1000 * (time.perf_counter() - started) / max(1, len(ranks))
-    return MethodResult(summarize(ranks), round(milliseconds, 3))
+    return MethodResult(summarize(ranks, grades), round(milliseconds, 3))
 
 
-def summarize(ranks: Sequence[Ranks]) -> dict[str, float]:
-    """The scores of a task by name, in percent, from the ranks of its relevant documents."""
+def summarize(ranks: Sequence[Ranks], grades: Sequence[Grades] | None = None) -> dict[str, float]:
+    """The scores of a task by name, in percent.
+
+    Args:
+        ranks: For each query the ranks of its relevant documents.
+        grades: For each query how relevant the documents at these ranks are; equally, if left out.
+    """
     scores = {f"hit@{k}": hit_at(ranks, k) for k in (1, 5, 10)}
-    scores |= {"mrr": mrr_at(ranks), "ndcg@10": ndcg_at(ranks, 10)}
+    scores |= {"mrr": mrr_at(ranks)}
+    scores |= {f"ndcg@{k}": ndcg_at(ranks, k, grades) for k in (5, 10)}
     if any(len(r) > 1 for r in ranks):
         scores["recall@10"] = recall_at(ranks, 10)
     return scores
@@ -214,7 +238,7 @@ def _warnings(result: TaskResult) -> list[str]:
             warnings.append(
                 f"{name}: all vectors of {side} are equal; the model cannot tell them apart"
             )
-    hits, expected = result.scores["hit@1"], chance(result.task)
+    hits, expected = result.scores["hit@1"], hit_chance(result.task)
     deviation = 100 * np.sqrt(expected / 100 * (1 - expected / 100) / len(result.task.queries))
     if hits <= expected + 2 * deviation:
         warnings.append(f"{name}: Hit@1 {hits:.1f} is no better than chance ({expected:.1f})")
@@ -257,11 +281,12 @@ def evaluate(
 
 
 def summary(results: Sequence[TaskResult], method: str = "embedding") -> dict[str, float]:
-    """Means of Hit@1 over tasks, as of :func:`~rematch.evaluate.summary.task_means`.
+    """Means over tasks of each task's metric, Hit@1 or (of visual documents) nDCG@5, as of
+    :func:`~rematch.evaluate.summary.task_means`.
 
     Args:
         results: The results of the tasks.
         method: The way of ranking.
     """
-    hits = [result.methods[method].scores["hit@1"] for result in results]
-    return task_means([result.task for result in results], hits)
+    values = [result.methods[method].scores[result.task.metric] for result in results]
+    return task_means([result.task for result in results], values)
