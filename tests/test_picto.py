@@ -281,7 +281,7 @@ def test_export_in_mmeb_train_layout_loads_as_the_same_samples(tmp_path):
             assert a.image is None or Image.open(b.image).tobytes() == a.image.tobytes()
     with pytest.raises(DataError, match="exists already"):
         export_picto(tmp_path / "train", "mmeb-train")
-    with pytest.raises(DataError, match="mmeb-train or mmeb-eval"):
+    with pytest.raises(DataError, match="mmeb-train, mmeb-eval or mmeb-v2"):
         export_picto(tmp_path / "other", "coco")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train"]
 

@@ -189,8 +189,9 @@ def evaluate(
     benchmark: Annotated[
         str,
         typer.Option(
-            help="picto, picto-validation, mmeb, zeroshot; or your own .yaml, .jsonl, .parquet "
-            "or BEIR folder."
+            help="picto, picto-validation, picto-visdoc, picto-video, mmeb, mmeb-v2, visdoc, "
+            "video, vidore-v1, vidore-v2, zeroshot; a set of MMEB-V2; or your own .yaml, .jsonl, "
+            ".parquet or BEIR folder."
         ),
     ] = "picto",
     output: Annotated[
@@ -209,6 +210,9 @@ def evaluate(
     skip_missing: Annotated[
         bool, typer.Option(help="Leave out tasks whose data is missing or broken, with a warning.")
     ] = False,
+    frames: Annotated[
+        int, typer.Option(min=1, help="Number of frames that stand for a video.")
+    ] = 8,
     document_instructions: Annotated[
         bool | None,
         typer.Option(help="Put instructions before documents; by default as in training."),
@@ -259,6 +263,7 @@ def evaluate(
             tasks=[name.strip() for name in tasks.split(",") if name.strip()],
             limit=limit,
             skip_missing=skip_missing,
+            frames=frames,
             document_instructions=document_instructions,
             rerank=rerank,
             views=_views(views, "--views") if rerank else _views("raw-raw", "--views"),
@@ -445,13 +450,14 @@ def export(
     benchmark: Annotated[str, typer.Argument(help="Name of the benchmark: picto.")],
     directory: Annotated[Path, typer.Argument(help="Directory to create; it must not exist yet.")],
     layout: Annotated[
-        str, typer.Option("--format", help="Layout of the files: mmeb-train or mmeb-eval.")
+        str,
+        typer.Option("--format", help="Layout of the files: mmeb-train, mmeb-eval or mmeb-v2."),
     ] = "mmeb-eval",
     samples: Annotated[
         int, typer.Option(min=1, help="With mmeb-train: number of samples per task.")
     ] = 2000,
 ) -> None:
-    """Write a benchmark to disk in one of MMEB's layouts."""
+    """Write a benchmark to disk in a layout of MMEB's or MMEB-V2's."""
     if benchmark != "picto":
         raise RematchError(f"benchmark {benchmark!r} is unknown; this version has: picto.")
     from rematch.data.mmeb_export import export_picto

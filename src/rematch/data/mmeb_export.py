@@ -21,6 +21,7 @@ from PIL import Image
 
 from rematch.data import picto_tasks
 from rematch.data.mmeb import MARKER
+from rematch.data.picto_pages import export_picto_v2
 from rematch.data.schema import Item, RetrievalTask
 from rematch.errors import DataError
 
@@ -37,14 +38,14 @@ _TRAIN_COLUMNS = (
 def export_picto(
     directory: Path | str, layout: str, *, samples: int = 2000, seed: int = 0
 ) -> None:
-    """Write Picto in one of MMEB's layouts.
+    """Write Picto in one of the layouts of MMEB and MMEB-V2.
 
     Args:
         directory: Directory to create; it is written under a temporary name and renamed when
             complete.
-        layout: ``"mmeb-train"`` (``samples`` training samples of each trained task) or
+        layout: ``"mmeb-train"`` (``samples`` training samples of each trained task),
             ``"mmeb-eval"`` (the test split of all tasks, in the training styles and the unseen
-            one).
+            one) or ``"mmeb-v2"`` (pages and clips, :mod:`rematch.data.picto_pages`).
         samples: Number of training samples per task.
         seed: Seed of the training samples.
 
@@ -64,9 +65,11 @@ def export_picto(
         for unseen_style in (False, True):
             for task in picto_tasks.evaluation_tasks(unseen_style=unseen_style):
                 _write_eval(partial, task)
+    elif layout == "mmeb-v2":
+        export_picto_v2(partial)
     else:
         partial.rmdir()
-        raise DataError(f"unknown format {layout!r}. Choose mmeb-train or mmeb-eval.")
+        raise DataError(f"unknown format {layout!r}. Choose mmeb-train, mmeb-eval or mmeb-v2.")
     partial.rename(directory)
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 from rematch.data.schema import Metric, Modality
 
 Form = Literal["pages", "labels", "captions", "clips", "momentseeker", "options"]
+Layout = Literal["lettered", "numbered", "listed", "joined", "yes-no"]
 METRICS: dict[Modality, Metric] = {"image": "hit@1", "video": "hit@1", "visdoc": "ndcg@5"}
 
 FIND_PAGE = "Find a document image that matches the given query: "
@@ -44,7 +45,9 @@ class SetV2:
         columns: Columns of a video's name and of the text that goes with it: label, caption or
             question.
         options: Columns of the options (``options``), or the single column of their list.
-        layout: How the question lists its options.
+        layout: How the question lists its options, and what the candidates are (``numbered``: the
+            options with their letters).
+        subsets: The configurations that the set is made of, if there are several.
         labels: Number of labels there are, if the rows need not have all.
         published: Whether the set is one of MMEB-V2's 78.
     """
@@ -62,7 +65,8 @@ class SetV2:
     frames: str = ""
     columns: tuple[str, str] = ("video_id", "caption")
     options: tuple[str, ...] = ()
-    layout: Literal["lettered", "numbered", "joined", "yes-no"] = "lettered"
+    layout: Layout = "lettered"
+    subsets: tuple[str, ...] = ()
     labels: int = 0
     published: bool = True
 
@@ -141,9 +145,10 @@ def _options(
     name: str,
     columns: tuple[str, str],
     options: tuple[str, ...],
-    layout: Literal["lettered", "numbered", "joined", "yes-no"],
+    layout: Layout,
     config: str = "",
     split: str = "test",
+    subsets: tuple[str, ...] = (),
 ) -> SetV2:
     return SetV2(
         name,
@@ -159,9 +164,16 @@ def _options(
         columns=columns,
         options=options,
         layout=layout,
+        subsets=subsets,
     )
 
 
+MVBENCH = tuple(
+    "episodic_reasoning action_sequence action_prediction action_antonym fine_grained_action "
+    "unexpected_action object_existence object_interaction object_shuffle moving_direction "
+    "action_localization scene_transition action_count moving_count moving_attribute state_change "
+    "fine_grained_pose character_order egocentric_navigation counterfactual_inference".split()
+)
 _CLIP = "Find the clip that corresponds to the described scene in the given video: "
 
 VIDEO_SETS = (
@@ -194,11 +206,16 @@ VIDEO_SETS = (
         10,
     ),
     _options(
-        "MVBench", ("video", "question"), ("candidates",), "numbered", config="*", split="train"
+        "MVBench",
+        ("video", "question"),
+        ("candidates",),
+        "numbered",
+        split="train",
+        subsets=MVBENCH,
     ),
     _options("Video-MME", ("videoID", "question"), ("options",), "lettered"),
     _options(
-        "NExTQA", ("video", "question"), ("a0", "a1", "a2", "a3", "a4"), "numbered", config="MC"
+        "NExTQA", ("video", "question"), ("a0", "a1", "a2", "a3", "a4"), "listed", config="MC"
     ),
     _options("EgoSchema", ("video_idx", "question"), ("option",), "joined", config="Subset"),
     _options("ActivityNetQA", ("video_name", "question"), (), "yes-no"),

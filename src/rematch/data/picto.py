@@ -228,6 +228,11 @@ def _sprites(style: str) -> dict[str, Image.Image]:
     }
 
 
+def sprite(name: str, style: str) -> Image.Image:
+    """Return the artwork of an object, RGBA, 64×64 px."""
+    return _sprites(style)[name]
+
+
 def render(scene: Scene, style: str, seed: int, *, augment: bool = False) -> Image.Image:
     """Draw a scene as RGB, 96×96 px; equal arguments give equal pictures.
 
@@ -250,14 +255,14 @@ def render(scene: Scene, style: str, seed: int, *, augment: bool = False) -> Ima
         if not name:
             continue
         edge = int(rng.integers(34, 47)) if augment else int(rng.integers(40, 47))
-        sprite = _sprites(style)[name]
+        art = sprite(name, style)
         if augment:
-            sprite = sprite.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
-        sprite = sprite.resize((edge, edge), Image.Resampling.BILINEAR)
+            art = art.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
+        art = art.resize((edge, edge), Image.Resampling.BILINEAR)
         if augment:
-            sprite = _recolour(sprite, rng)
+            art = _recolour(art, rng)
         x, y = rng.integers(0, CELL - edge + 1, 2)
-        canvas.paste(sprite, (cell % 2 * CELL + int(x), cell // 2 * CELL + int(y)), sprite)
+        canvas.paste(art, (cell % 2 * CELL + int(x), cell // 2 * CELL + int(y)), art)
     return canvas
 
 

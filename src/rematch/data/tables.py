@@ -1,4 +1,4 @@
-"""Rows of a data set in the hub's form, from a folder or from the hub, by the ``datasets`` library.
+"""Rows of a data set in the hub's form, from a folder or from the hub, with ``datasets``.
 
 Rows are mapped into memory: a corpus of pictures does not have to fit.
 """
@@ -67,6 +67,11 @@ def _files(folder: Path, config: str, split: str) -> list[Path]:
                     return files
     alone = [folder / f"{config}{suffix}" for suffix in (".parquet", ".jsonl")]
     return [file for file in alone if config and file.is_file()]
+
+
+def are_paths(rows: Rows, column: str) -> bool:
+    """Whether a column holds texts, such as paths of pictures, and not pictures."""
+    return str(getattr(rows.features[column], "dtype", "")) in ("string", "large_string")
 
 
 def require_columns(rows: Rows, columns: tuple[str, ...], place: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from rematch.data.images import PictureSource
 from rematch.data.mmeb_v2_table import SetV2, beir_set
 from rematch.data.schema import Item, RetrievalTask
-from rematch.data.tables import Rows, TablePicture, load_table, require_columns
+from rematch.data.tables import Rows, TablePicture, are_paths, load_table, require_columns
 from rematch.errors import DataError
 
 
@@ -141,7 +141,7 @@ def _queries(data_set: SetV2, source: Path | str, queries: Rows) -> Iterable[tup
 def _pages(data_set: SetV2, source: Path | str, corpus: Rows) -> list[Item]:
     """The pages of a corpus; the first one of those with the same id."""
     pages: dict[str, Item] = {}
-    paths = corpus["image"] if corpus.features["image"].dtype == "string" else None
+    paths = corpus["image"] if are_paths(corpus, "image") else None
     for row, number in enumerate(corpus["corpus-id"]):
         key = str(number)
         if key in pages:
@@ -160,13 +160,14 @@ def _pages(data_set: SetV2, source: Path | str, corpus: Rows) -> list[Item]:
 def _judgements(
     source: Path | str, qrels: Rows, numbers: dict[str, int]
 ) -> dict[str, dict[int, float]]:
-    """For each query the numbers of the judged pages with their scores, the highest if repeated."""
+    """For each query its judged pages with their scores, the highest of repeated ones."""
     judgements: dict[str, dict[int, float]] = {}
     for row in qrels:
         query, page, score = str(row["query-id"]), str(row["corpus-id"]), row["score"]
         if page not in numbers:
             raise DataError(
-                f"{source}, qrels: page {page[:80]!r} is not in the corpus. Download the set again."
+                f"{source}, qrels: page {page[:80]!r} is not in the corpus. Download the set "
+                "again."
             )
         try:
             grade = float(score)

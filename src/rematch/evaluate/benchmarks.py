@@ -1,4 +1,4 @@
-"""Benchmarks by name: Picto, MMEB, the five zero-shot sets; or custom data."""
+"""Benchmarks by name: Picto, MMEB, MMEB-V2, the five zero-shot sets; or custom data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,14 +7,19 @@ from pathlib import Path
 
 from rematch.data import picto_tasks
 from rematch.data.custom import load_custom
+from rematch.data.frames import FRAMES
 from rematch.data.mmeb import download, load_mmeb_eval
 from rematch.data.mmeb_table import DATA_SETS
+from rematch.data.mmeb_v2_table import GROUPS, VIDEO_SETS, VISDOC_SETS, SetV2, sets_named
+from rematch.data.picto_pages import picto_v2_tasks
 from rematch.data.picto_tasks import BLOCK, QUERIES, UNSEEN, Split, evaluation_tasks
 from rematch.data.schema import RetrievalTask
+from rematch.data.video_sets import load_videos
+from rematch.data.visdoc import is_beir_with_pictures, load_beir_folder, load_visdoc
 from rematch.data.zeroshot import load_zeroshot
 from rematch.errors import DataError
 
-NAMES = ("picto", "picto-validation", "mmeb", "zeroshot")
+NAMES = ("picto", "picto-validation", "mmeb", "zeroshot", "mmeb-v2", *GROUPS)
 _MMEB_TASKS = [data_set.name for data_set in DATA_SETS]
 
 
@@ -39,16 +44,20 @@ def load_benchmark(
     tasks: Sequence[str] = (),
     limit: int | None = None,
     skip_missing: bool = False,
+    frames: int = FRAMES,
 ) -> Benchmark:
     """Load the tasks of a benchmark.
 
     Args:
-        name: ``"picto"``, ``"picto-validation"``, ``"mmeb"``, ``"zeroshot"``, or the path of
-            custom data (:mod:`rematch.data.custom`).
-        data: Folder of the benchmark. Without it, Picto is generated and MMEB is downloaded.
+        name: One of :data:`NAMES`; the name or repository of a set of MMEB-V2
+            (:func:`~rematch.data.mmeb_v2_table.sets_named`); or the path of custom data
+            (:mod:`rematch.data.custom`, :mod:`rematch.data.visdoc`).
+        data: Folder of the benchmark. Without it, Picto is generated, and MMEB and visual
+            documents are downloaded.
         tasks: Names of the tasks to load; by default all.
         limit: Number of queries to load of each task; by default all.
         skip_missing: Leave out tasks whose data is missing, instead of raising an error.
+        frames: How many frames stand for a video.
 
     Raises:
         DataError: If the benchmark or a task is unknown, or data is missing.
@@ -62,6 +71,10 @@ def load_benchmark(
         loaded, left_out = load_mmeb_eval(data or download(selected), selected, limit)
     elif name == "zeroshot":
         loaded, left_out = _load_zeroshot(data, tasks, limit)
+    elif name == "mmeb-v2":
+        loaded, left_out = _load_mmeb_v2(data, tasks, limit, frames)
+    elif name in GROUPS or (not Path(name).exists() and sets_named(name)):
+        loaded, left_out = _load_v2_sets(name, sets_named(name), data, tasks, limit, frames)
     else:
         loaded, left_out = _load_custom_tasks(name, tasks, limit), {}
     # most people have only some of the zero-shot sets, and evaluate those without naming them
@@ -99,6 +112,62 @@ def _load_picto(
     return [task for task in tasks if task.name in selected], {}
 
 
+def _load_mmeb_v2(
+    data: Path | None, names: Sequence[str], limit: int | None, frames: int
+) -> tuple[list[RetrievalTask], dict[str, str]]:
+    """Load sets of all three modalities; a modality of which no set is wanted is not touched."""
+    sets = [*VIDEO_SETS, *VISDOC_SETS]
+    selected = _select(names, [*_MMEB_TASKS, *(s.name for s in sets)])
+    images = [name for name in selected if name in _MMEB_TASKS]
+    tasks: list[RetrievalTask] = []
+    left_out: dict[str, str] = {}
+    if images:
+        folder = data
+        if data and (data / "image-tasks").is_dir():
+            folder = data / "image-tasks"
+        try:
+            tasks, left_out = load_mmeb_eval(folder or download(images), images, limit)
+        except DataError as error:
+            left_out = dict.fromkeys(images, str(error))
+        for task in tasks:
+            task.modality = "image"
+    others = [s for s in sets if s.name in selected]
+    if others:
+        loaded, missing = _load_v2_sets("mmeb-v2", others, data, (), limit, frames)
+        tasks, left_out = tasks + loaded, left_out | missing
+    return tasks, left_out
+
+
+def _load_v2_sets(
+    name: str,
+    sets: Sequence[SetV2],
+    data: Path | None,
+    names: Sequence[str],
+    limit: int | None,
+    frames: int,
+) -> tuple[list[RetrievalTask], dict[str, str]]:
+    """Load sets of visual documents and of videos."""
+    selected = _select(names, [s.name for s in sets])
+    sets = [s for s in sets if s.name in selected]
+    if data is None and name.startswith("picto-"):
+        return picto_v2_tasks([s.name for s in sets], limit), {}
+    if data is not None and not data.is_dir():
+        raise DataError(f"--data {data}: is not a folder. Give the folder that holds the sets.")
+    videos = [s for s in sets if s.modality == "video"]
+    tasks: list[RetrievalTask] = []
+    left_out: dict[str, str] = {}
+    if videos and data is None:
+        left_out = {
+            s.name: "--data is missing, the folder that holds the frames or the videos; no hub "
+            "has them one by one"
+            for s in videos
+        }
+    elif data is not None:
+        tasks, left_out = load_videos(videos, data, limit, frames)
+    pages, missing = load_visdoc([s for s in sets if s.modality == "visdoc"], data, limit)
+    return tasks + pages, left_out | missing
+
+
 def _load_zeroshot(
     data: Path | None, names: Sequence[str], limit: int | None
 ) -> tuple[list[RetrievalTask], dict[str, str]]:
@@ -121,9 +190,13 @@ def _load_custom_tasks(path: str, names: Sequence[str], limit: int | None) -> li
         matches = get_close_matches(path, NAMES, 1)
         hint = f" Did you mean {matches[0]}?" if matches else ""
         raise DataError(
-            f"--benchmark {path}: neither {', '.join(NAMES)} nor an existing file or folder.{hint}"
+            f"--benchmark {path}: neither {', '.join(NAMES)}, a set of MMEB-V2, nor an existing "
+            f"file or folder.{hint}"
         )
-    tasks = load_custom(source, limit)
+    if source.is_dir() and is_beir_with_pictures(source):
+        tasks = [load_beir_folder(source, limit)]
+    else:
+        tasks = load_custom(source, limit)
     selected = _select(names, [task.name for task in tasks])
     return [task for task in tasks if task.name in selected]
 

@@ -19,6 +19,7 @@ from sentence_transformers.util.distributed import get_rank, get_world_size
 from rematch.backbone.loading import resolve
 from rematch.backbone.pixels import limit_pixels
 from rematch.console import say
+from rematch.data.frames import FRAMES
 from rematch.encoding.encoder import Encoder
 from rematch.encoding.vector_store import VectorStore
 from rematch.errors import ModelError, RematchError
@@ -41,6 +42,7 @@ class EvaluateOptions:
     tasks: list[str] = field(default_factory=list)
     limit: int | None = None
     skip_missing: bool = False
+    frames: int = FRAMES
     document_instructions: bool | None = None
     rerank: int = 0
     views: tuple[View, ...] = (View.RAW_RAW,)
@@ -57,6 +59,7 @@ class EvaluateOptions:
         """The options that change scores, for ``scores.json``."""
         return {
             "limit": self.limit,
+            "frames": self.frames,
             "document_instructions": self.document_instructions,
             "rerank": self.rerank,
             "views": [str(view) for view in self.views],
@@ -90,7 +93,12 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
 def _run(options: EvaluateOptions) -> dict[str, Any]:
     started = time.perf_counter()
     benchmark = load_benchmark(
-        options.benchmark, options.data, options.tasks, options.limit, options.skip_missing
+        options.benchmark,
+        options.data,
+        options.tasks,
+        options.limit,
+        options.skip_missing,
+        options.frames,
     )
     model = load_model(options)
     if not isinstance(model, ReMatch) and (options.rerank or options.maxsim):
@@ -207,25 +215,29 @@ def _is_rematch(name: str) -> bool:
 
 def _print(results: Sequence[TaskResult], content: dict[str, Any]) -> None:
     """Print the table of scores, and warnings."""
-    table = Table(title="Hit@1 (%)")
+    columns = {"hit@1": "Hit@1", "hit@10": "Hit@10", "mrr": "MRR"}
+    if any(result.task.metric == "ndcg@5" for result in results):
+        columns = {"ndcg@5": "nDCG@5", **columns}
+    table = Table(title=f"{content['metric']} (%)")
     others = [name for name in content["methods"] if name != "embedding"]
     table.add_column("task", no_wrap=True)
-    for column in ("Hit@1", "Hit@10", "MRR", *others):
+    for column in (*columns.values(), *others):
         table.add_column(column, justify="right")
     for result in results:
-        cells = [f"{result.scores[name]:.1f}" for name in ("hit@1", "hit@10", "mrr")]
-        cells += [f"{result.methods[name].scores['hit@1']:.1f}" for name in others]
+        cells = [f"{result.scores[name]:.1f}" for name in columns]
+        cells += [f"{result.methods[name].scores[result.task.metric]:.1f}" for name in others]
         table.add_row(result.task.name, *cells)
     table.add_section()
+    empty = [""] * (len(columns) - 1)
     for name, value in content["scores"].items():
         cells = [f"{content['methods'][method]['scores'][name]:.1f}" for method in others]
-        table.add_row(f"[bold]{name}", f"[bold]{value:.1f}", "", "", *cells)
+        table.add_row(f"[bold]{name}", f"[bold]{value:.1f}", *empty, *cells)
     for name in ("chance", "commonest"):
-        table.add_row(f"{name}, overall", f"{content[name]['overall']:.1f}", "", "")
+        table.add_row(f"{name}, overall", f"{content[name]['overall']:.1f}", *empty)
     if others:
         costs = content["run"]["ms_per_query"]
         cells = [f"{costs[method]:.2f}" for method in others]
-        table.add_row("ms per query", f"{costs['embedding']:.2f}", "", "", *cells)
+        table.add_row("ms per query", f"{costs['embedding']:.2f}", *empty, *cells)
     Console().print(table)
     for name, reason in content["left_out"].items():
         say(f"left out: {name}: {reason}")

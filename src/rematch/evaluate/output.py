@@ -1,11 +1,12 @@
-"""Files of an evaluation: scores.json, predictions.parquet, saved vectors and MMEB's leaderboard
-file; the HTML report is in :mod:`rematch.evaluate.report`.
+"""Files of an evaluation: scores.json, predictions.parquet, saved vectors and the leaderboard file
+of MMEB and MMEB-V2; the HTML report is in :mod:`rematch.evaluate.report`.
 """
 
 import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,19 @@ import torch
 from PIL import Image
 
 from rematch.data.mmeb_table import DATA_SETS
+from rematch.data.mmeb_v2_table import VIDEO_SETS, VISDOC_SETS
+from rematch.data.schema import Item
 from rematch.encoding.encoder import Encoder
 from rematch.evaluate.benchmarks import Benchmark
-from rematch.evaluate.metrics import Ranks, hit_at, map_at, mrr_at, ndcg_at, recall_at
+from rematch.evaluate.metrics import (
+    f1_at,
+    hit_at,
+    map_at,
+    mrr_at,
+    ndcg_at,
+    precision_at,
+    recall_at,
+)
 from rematch.evaluate.report import write_report
 from rematch.evaluate.run import TaskResult, summary
 from rematch.evaluate.summary import baselines
@@ -27,6 +38,27 @@ from rematch.files import write_json
 from rematch.model import ReMatch
 
 _CUTOFFS = (1, 5, 10)  # of MMEB's leaderboard
+_PREDICTIONS = pa.schema(
+    {
+        "task": pa.string(),
+        "query": pa.int64(),
+        "key": pa.string(),
+        "text": pa.string(),
+        "image": pa.string(),
+        "answers": pa.list_(pa.string()),
+        "grades": pa.list_(pa.float64()),
+        "rank": pa.int64(),
+        "candidates": pa.list_(pa.string()),
+        "scores": pa.list_(pa.float64()),
+    }
+)
+_IMAGE_SETS = [data_set.name for data_set in DATA_SETS]
+_LEADERBOARD = {  # the sets of each modality, in the leaderboard's order
+    "image": _IMAGE_SETS,
+    "video": [data_set.name for data_set in VIDEO_SETS],
+    "visdoc": [data_set.name for data_set in VISDOC_SETS],
+}
+_METRIC_NAMES = {"hit@1": "Hit@1", "ndcg@5": "nDCG@5"}
 _PACKAGES = ("rematch-mm", "torch", "transformers", "sentence-transformers")
 
 
@@ -45,6 +77,7 @@ def scores_json(
     return {
         "benchmark": benchmark.name,
         "model": model,
+        "metric": _metric(results),
         "scores": summary(results),
         **baselines([result.task for result in results]),
         "tasks": {result.task.name: _rounded(result.scores) for result in results},
@@ -65,6 +98,12 @@ def scores_json(
             "versions": {package: version(package) for package in _PACKAGES},
         },
     }
+
+
+def _metric(results: Sequence[TaskResult]) -> str:
+    """What the means are taken of, in words."""
+    metrics = {_METRIC_NAMES[result.task.metric] for result in results}
+    return metrics.pop() if len(metrics) == 1 else "Hit@1, of visual documents nDCG@5"
 
 
 def _method(name: str, results: Sequence[TaskResult]) -> dict[str, Any]:
@@ -105,7 +144,7 @@ def write(
     _write_predictions(predictions, results)
     write_report(report, content, results)
     paths = [scores, predictions, report]
-    if content["benchmark"] == "mmeb":
+    if any(r.task.name in names for r in results for names in _LEADERBOARD.values()):
         paths.append(directory / "leaderboard.json")
         write_json(paths[-1], leaderboard(content["model"], results, encoder))
     return paths
@@ -121,27 +160,26 @@ def save_vectors(directory: Path, results: Sequence[TaskResult]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for result in results:
         pools = [result.task.pool(i) for i in range(len(result.task.queries))]
-        partial = directory / f"{result.task.name}.partial.npz"
+        unfinished = directory / f"{result.task.name}.partial.npz"
         np.savez(
-            partial,
+            unfinished,
             queries=result.queries,
             documents=result.documents,
             candidates=np.concatenate([candidates for candidates, _ in pools]),
             sizes=np.array([len(candidates) for candidates, _ in pools]),
             right=np.array([relevant for _, relevant in pools]),
         )
-        os.replace(partial, directory / f"{result.task.name}.npz")
+        os.replace(unfinished, directory / f"{result.task.name}.npz")
 
 
 def leaderboard(model: str, results: Sequence[TaskResult], encoder: Encoder) -> dict[str, Any]:
-    """The content of MMEB's leaderboard file. Scores there are fractions, not percentages; what
-    only the author knows is empty.
+    """The content of the leaderboard file of MMEB and MMEB-V2. Scores there are fractions, not
+    percentages; what only the author knows is empty.
     """
     st_model = encoder.model
     base = st_model.backbone.base_name if isinstance(st_model, ReMatch) else ""
     parameters = sum(parameter.numel() for parameter in st_model.parameters())
-    order = [data_set.name for data_set in DATA_SETS]
-    ordered = sorted(results, key=lambda result: order.index(result.task.name))
+    by_name = {result.task.name: result for result in results}
     return {
         "metadata": {
             "model_name": Path(model).name,
@@ -155,19 +193,21 @@ def leaderboard(model: str, results: Sequence[TaskResult], encoder: Encoder) -> 
             "report_generated_date": date.today().isoformat(),
         },
         "metrics": {
-            "image": {result.task.name: _fractions(result.ranks) for result in ordered},
-            "video": {},
-            "visdoc": {},
+            modality: {name: _fractions(by_name[name]) for name in names if name in by_name}
+            for modality, names in _LEADERBOARD.items()
         },
     }
 
 
-def _fractions(ranks: Sequence[Ranks]) -> dict[str, float]:
+def _fractions(result: TaskResult) -> dict[str, float]:
+    ranks, grades = result.ranks, result.grades
     metrics = {
         "hit": hit_at,
-        "ndcg_linear": ndcg_at,
-        "ndcg_exponential": ndcg_at,  # equal to the linear one where relevance is binary
+        "ndcg_linear": partial(ndcg_at, grades=grades),
+        "ndcg_exponential": partial(ndcg_at, grades=grades, exponential=True),
+        "precision": precision_at,
         "recall": recall_at,
+        "f1": f1_at,
         "map": map_at,
         "mrr": mrr_at,
     }
@@ -184,19 +224,26 @@ def _write_predictions(path: Path, results: Sequence[TaskResult]) -> None:
         for i, query in enumerate(task.queries):
             candidates, relevant = task.pool(i)
             best = result.best[i]
-            is_file = query.image is not None and not isinstance(query.image, Image.Image)
             rows.append(
                 {
                     "task": task.name,
                     "query": i,
+                    "key": query.key,
                     "text": query.instruction + query.text,
-                    "image": str(query.image) if is_file else "",
+                    "image": "\n".join(_files(query)),
                     "answers": [task.documents[j].key for j in candidates[:relevant]],
-                    "rank": int(result.ranks[i][0]),
+                    "grades": [float(grade) for grade in task.relevance(i)],
+                    "rank": int(result.ranks[i][0]) if relevant else None,
                     "candidates": [task.documents[j].key for j in best.documents],
                     "scores": [float(score) for score in best.scores],
                 }
             )
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(pa.Table.from_pylist(rows), partial)
-    os.replace(partial, path)
+    unfinished = path.with_name(path.name + ".partial")
+    pq.write_table(pa.Table.from_pylist(rows, schema=_PREDICTIONS), unfinished)
+    os.replace(unfinished, path)
+
+
+def _files(query: Item) -> list[str]:
+    """Where the pictures of a query are, as far as they are files."""
+    pictures = query.image if isinstance(query.image, list) else [query.image]
+    return [str(p) for p in pictures if p is not None and not isinstance(p, Image.Image)]
