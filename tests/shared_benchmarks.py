@@ -1,5 +1,6 @@
 """Benchmarks in their published files, in small."""
 
+import io
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image
 from rematch.data.mmeb import MARKER
 from rematch.data.mmeb_export import export_picto
 from rematch.data.mmeb_table import DATA_SETS
+from rematch.data.mmeb_v2_table import MVBENCH
 from rematch.data.zeroshot import SPLITS
 
 _trees: dict[str, Path] = {}
@@ -212,3 +214,169 @@ def custom_data(root):
         "tasks:\n  - name: shop\n    data: shop.jsonl\n    instruction: 'Find me: '\n"
         "  - name: colours\n    data: my-beir\n    document_instruction: ''\n"
     )
+
+
+# ---- MMEB-V2 ------------------------------------------------------------------------------------
+
+
+def page_picture(i):
+    """The bytes of a page, other than those of every other number."""
+    buffer = io.BytesIO()
+    Image.effect_mandelbrot((40, 56), (-2, -1.5, 1, 1 + i / 9), 20).convert("RGB").save(
+        buffer, "PNG"
+    )
+    return buffer.getvalue()
+
+
+LONG_ID = "https://example.org/" + "a-very-long-title-of-a-report/" * 12 + "page-3.png"
+
+
+def beir_tables(ids, queries, qrels):
+    """Rows of the three tables of BEIR with pictures."""
+    return {
+        "corpus": [{"corpus-id": key, "image": page_picture(i)} for i, key in enumerate(ids)],
+        "queries": queries,
+        "qrels": [{"query-id": q, "corpus-id": c, "score": s} for q, c, s in qrels],
+    }
+
+
+def write_beir(folder, tables, form="image", split="test"):
+    """Write the tables with pictures as the hub has them (``image``), as plain structs of bytes
+    (``struct``), or as JSONL with paths (``paths``).
+    """
+    for config, rows in tables.items():
+        place = folder / config
+        place.mkdir(parents=True)
+        if form == "paths":
+            for i, row in enumerate(rows):
+                if "image" in row:
+                    (folder / f"{i}.png").write_bytes(row["image"])
+                    row["image"] = f"{i}.png"
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (place / f"{split}-0.jsonl").write_text(lines)
+            continue
+        for row in rows:
+            if "image" in row:
+                row["image"] = {"bytes": row["image"], "path": None}
+        if form == "struct":
+            write_parquet(place / f"{split}-00000-of-00001.parquet", rows)
+            continue
+        import datasets
+
+        data = datasets.Dataset.from_list(rows)
+        if config == "corpus":
+            data = data.cast_column("image", datasets.Image())
+        datasets.disable_progress_bars()
+        data.to_parquet(str(place / f"{split}-00000-of-00001.parquet"))
+
+
+def visdoc_tree(root):
+    """Write sets of each publisher of visual documents, with the odd cases."""
+    folder = root / "visdoc-tasks"
+    queries = [{"query-id": i, "query": f"question {i}"} for i in range(4)]
+    # of ViDoRe V1: numbers as ids, one page a query; the last query is not judged
+    tables = beir_tables(range(6), queries, [(0, 3, 1), (1, 1, 1), (2, 0, 1)])
+    write_beir(folder / "arxivqa_test_subsampled_beir", tables)
+    # of ViDoRe V2: languages, grades, several right pages, a query whose pages are all wrong
+    queries = [
+        {"query-id": i, "query": f"{language} {i}", "language": language}
+        for i, language in enumerate(("english", "french", "english", "spanish", "english"))
+    ]
+    qrels = [
+        (0, 1, 2),
+        (0, 4, 1),
+        (0, 5, 1),
+        (1, 2, 1),
+        (2, 3, 0),
+        (2, 5, 0),
+        (3, 0, 1),
+        (3, 0, 2),
+    ]
+    tables = beir_tables(range(8), queries, [*qrels, (4, 6, 1)])
+    write_beir(folder / "esg_reports_v2", tables, "struct")
+    # of VisRAG: very long ids that differ at their ends, split train
+    ids = [LONG_ID, LONG_ID.replace("page-3", "page-4"), "short.png"]
+    queries = [{"query-id": f"q{i}", "query": f"chart {i}"} for i in range(3)]
+    tables = beir_tables(ids, queries, [(f"q{i}", ids[i], 1) for i in range(3)])
+    write_beir(folder / "VisRAG-Ret-Test-ChartQA", tables, "paths", split="train")
+    # -doc counts any page of the right document, -page only the right page
+    ids = [f"{name}_{page}" for name in ("a.pdf", "b.pdf") for page in range(3)]
+    queries = [{"query-id": "q", "query": "what is on page 1 of b?"}]
+    write_beir(folder / "ViDoSeek-page-fixed", beir_tables(ids, queries, [("q", "b.pdf_1", 1)]))
+    qrels = [("q", key, 1) for key in ids if key.startswith("b")]
+    write_beir(folder / "ViDoSeek", beir_tables(ids, queries, qrels))
+
+
+VISDOC_TREE = (
+    "ViDoRe_arxivqa",
+    "ViDoRe_esg_reports_v2_multilingual",
+    "VisRAG_ChartQA",
+    "ViDoSeek-page",
+    "ViDoSeek-doc",
+)
+
+
+def frame_folder(folder, count, colour):
+    """Write frames whose numbers are not in the order of their names as texts."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", (32, 32), (colour, 8 * i, 0)).save(folder / f"frame_{i}.png")
+    (folder / "._frame_0.png").write_bytes(b"resource fork")
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def video_tree(root):
+    """Write one set of each form of MMEB-V2's videos."""
+    tasks, frames = root / "video-tasks", root / "video-tasks/frames"
+    names = [f"v{i}" for i in range(3)]
+    for folder in ("video_cls/HMDB51", "video_cls/SSv2", "video_ret/MSVD", "video_qa/Video-MME"):
+        for i, name in enumerate(names):
+            frame_folder(frames / folder / name, 12, 60 * i)
+    rows = [{"video_id": v, "pos_text": text} for v, text in zip(names, "abb", strict=True)]
+    write_jsonl(tasks / "HMDB51/test.jsonl", rows)
+    own = [row | {"neg_text": ["a", "b", "c", "d"]} for row in rows]
+    write_jsonl(tasks / "SmthSmthV2/test.jsonl", own)
+    rows = [
+        {"video_id": v, "video": f"{v}.avi", "caption": [f"caption of {v}", "another one"]}
+        for v in names
+    ]
+    write_parquet(tasks / "MSVD/data/test-00000-of-00001.parquet", rows)
+    rows = [
+        {"videoID": v, "question": "Who?", "options": ["A. Ann.", "B. Bob."], "answer": answer}
+        for v, answer in zip(names, "BAB", strict=True)
+    ]
+    write_jsonl(tasks / "Video-MME/test.jsonl", rows)
+    # NExTQA: the numbers of videos; the same video for two questions
+    frame_folder(frames / "video_qa/NExTQA/471", 3, 90)
+    row = {f"a{i}": f"answer {i}" for i in range(5)}
+    row |= {"video": 471, "question": "why", "qid": "1", "type": "CW"}
+    write_jsonl(tasks / "NExTQA/MC/test.jsonl", [row | {"answer": 4}, row | {"answer": 0}])
+    frame_folder(frames / "video_qa/EgoSchema/ego", 3, 90)
+    row = {"video_idx": "ego", "question_idx": "1", "question": "What? ", "answer": "1"}
+    write_jsonl(tasks / "EgoSchema/Subset/test.jsonl", [row | {"option": ["A. x", "B. y"]}])
+    frame_folder(frames / "video_qa/ActivityNetQA/v_net", 3, 90)
+    row = {"video_name": "net", "question": "is it", "answer": "no", "question_id": "1"}
+    write_jsonl(tasks / "ActivityNetQA/test.jsonl", [row])
+    for subset in MVBENCH:
+        frame_folder(frames / f"video_qa/MVBench/{subset}/same.mp4", 2, 90)
+        row = {"video": "same.mp4", "question": subset, "candidates": ["x", "y"], "answer": "y"}
+        write_jsonl(tasks / f"MVBench/{subset}/train.jsonl", [row])
+    for i, clip in enumerate(("query", "positive_0", "negative_0", "negative_1")):
+        frame_folder(frames / "video_mret/QVHighlight/long" / clip, 12, 20 * i)
+    rows = [{"query": "a scene", "video_path": "videos/long.mp4"}]
+    write_jsonl(tasks / "QVHighlight/test.jsonl", rows)
+    folder = frames / "video_mret/MomentSeeker"
+    for i, name in enumerate(("film_1", "film_2", "film_3")):
+        frame_folder(folder / "video_frames" / name, 4, 50 * i)
+    Image.new("RGB", (40, 40)).save(folder / "query_still.jpg")
+    clips = [{"output_path": f"film/{i}.mp4"} for i in (1, 2, 3)]
+    rows = [
+        {"query": "find it", "input_frames": path}
+        | {"positive_frames": clips[:2], "negative_frames": clips[2:]}
+        for path in ("", "still.jpg", "film/3.mp4")
+    ]
+    write_jsonl(tasks / "MomentSeeker/test.jsonl", rows)

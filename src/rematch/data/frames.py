@@ -149,8 +149,11 @@ class Videos:
         """
         if name not in self._frames:
             if Path(name).is_absolute() or ".." in Path(name).parts or not name.strip():
-                raise DataError(f"{self.frames}: {name!r} is not the name of a video.")
-            self._frames[name] = draw_evenly(self._find(name), self.count)
+                raise DataError(f"{self.frames}: {name[:80]!r} is not the name of a video.")
+            try:
+                self._frames[name] = draw_evenly(self._find(name), self.count)
+            except OSError as error:  # such as a name that is too long
+                raise DataError(f"{self.frames}: {name[:80]!r} ({error.strerror}).") from None
         if not self._frames[name]:
             self.missing.append(name)
         return self._frames[name]

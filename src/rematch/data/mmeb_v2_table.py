@@ -378,15 +378,15 @@ def sets_named(name: str) -> list[SetV2]:
     if name in GROUPS:
         return list(GROUPS[name])
     sets = [*VISDOC_SETS, *ENGLISH_SETS, *VIDEO_SETS]
-    name = name.lower()
-    by_name = [s for s in sets if s.name.lower() == name]
+    lower = name.lower()
+    by_name = [s for s in sets if s.name.lower() == lower]
     if by_name:
         return by_name
     matches = [
-        s for s in sets if name in (s.repository.lower(), s.repository.lower().split("/")[-1])
+        s for s in sets if lower in (s.repository.lower(), s.repository.lower().split("/")[-1])
     ]
-    if not matches and name.startswith("vidore/"):
-        return [beir_set(name.removeprefix("vidore/"), name)]
+    if not matches and lower.startswith("vidore/"):
+        return [beir_set(name.split("/", 1)[1], name)]
     return matches
 
 

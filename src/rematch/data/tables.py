@@ -29,6 +29,7 @@ def load_table(source: Path | str, config: str = "", split: str = "test") -> Row
     import datasets
 
     place = f"{source}, {config or 'rows'}"
+    had_progress_bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         files = _files(source, config, split) if isinstance(source, Path) else []
@@ -48,7 +49,8 @@ def load_table(source: Path | str, config: str = "", split: str = "test") -> Row
         )
         raise DataError(f"{place}: cannot be loaded ({reason}). {remedy}.") from error
     finally:
-        datasets.enable_progress_bars()
+        if had_progress_bars:
+            datasets.enable_progress_bars()
     if isinstance(rows.features.get("image"), datasets.Image):
         rows = rows.cast_column("image", datasets.Image(decode=False))
     return rows

@@ -5,6 +5,7 @@ of :mod:`rematch.data.mmeb_v2_table`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rematch.data.visdoc import locate
 from rematch.errors import DataError
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
 
-LABELS_FILE = "labels.txt"  # all labels of a set, one a line, beside its rows
+LABELS_FILE = "labels.txt"  # all labels of a set, one a line, in the folder of its frames
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -60,7 +61,13 @@ def _load_set(data_set: SetV2, directory: Path, limit: int | None, frames: int) 
         rows = load_table(source, config, data_set.split)
         require_columns(rows, _columns(data_set), str(source))
         builder.subset = config if data_set.subsets else ""
-        _READERS[data_set.form](builder, rows)
+        try:
+            _READERS[data_set.form](builder, rows)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{source}: not in the published form ({type(error).__name__}: {error}). Download "
+                "the set again."
+            ) from error
     videos.raise_if_missing()
     task = builder.task
     if not task.queries:
@@ -113,6 +120,8 @@ class _Builder:
 
     def text(self, kind: str, text: str) -> int:
         """Number of a label or an answer."""
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r} is no text")
         return self.document(Item(text, None, DOCUMENT_INSTRUCTIONS[kind], text))
 
     def video(self, name: str) -> int:
@@ -132,6 +141,18 @@ class _Builder:
         self.task.answers.append(list(dict.fromkeys(answers)))
         if candidates is not None:
             self.task.candidates.append(list(dict.fromkeys(candidates)))
+
+    def cell(self, number: int, row: dict[str, Any], column: str) -> str:
+        """The text in a cell; the first of several, as in the benchmark.
+
+        Raises:
+            DataError: If there is none.
+        """
+        value = row[column]
+        text = value[0] if isinstance(value, list) and value else value
+        if not isinstance(text, str) or not text.strip():
+            raise self.error(number, f"{column} = {value!r} is no text.")
+        return text
 
     def is_full(self) -> bool:
         """Whether there are as many queries as wanted."""
@@ -156,22 +177,23 @@ def _read_labels(builder: _Builder, rows: Rows) -> None:
     """Video → label, among all labels or among those of the row."""
     video, label = builder.data_set.columns
     has_candidates = "neg_text" in rows.column_names
-    labels = [] if has_candidates else _all_labels(builder, rows[label])
-    for text in labels:
-        builder.text("label", text)
-    for _, row in _numbered(rows):
+    if not has_candidates:
+        labels = [builder.cell(number, row, label) for number, row in _numbered(rows)]
+        for text in _all_labels(builder, labels):
+            builder.text("label", text)
+    for number, row in _numbered(rows):
         if builder.is_full():
             break
         name = _name(row[video])
         query = Item("", builder.videos.find(name), builder.data_set.instruction, name)
-        right = builder.text("label", row[label])
+        right = builder.text("label", builder.cell(number, row, label))
         wrong = [builder.text("label", text) for text in row["neg_text"]] if has_candidates else []
         builder.query(query, [right], [right, *wrong] if has_candidates else None)
 
 
 def _all_labels(builder: _Builder, labels: Iterable[str]) -> list[str]:
     """The labels of a set: those of its labels.txt, and those of its rows."""
-    file = Path(builder.source) / LABELS_FILE
+    file = builder.videos.frames / LABELS_FILE
     listed = file.read_text().splitlines() if file.is_file() else []
     distinct = list(dict.fromkeys(text for text in (*listed, *labels) if text.strip()))
     expected = builder.data_set.labels
@@ -184,13 +206,11 @@ def _all_labels(builder: _Builder, labels: Iterable[str]) -> list[str]:
 
 
 def _read_captions(builder: _Builder, rows: Rows) -> None:
-    """Caption → video; of several captions the first counts, as in the benchmark."""
+    """Caption → video."""
     video, caption = builder.data_set.columns
     for number, row in _numbered(rows):
         document = builder.video(_name(row[video]))
-        text = row[caption][0] if isinstance(row[caption], list) and row[caption] else row[caption]
-        if not isinstance(text, str) or not text.strip():
-            raise builder.error(number, f"{caption} = {text!r} is no caption.")
+        text = builder.cell(number, row, caption)
         builder.query(Item(text, None, builder.data_set.instruction, str(row[video])), [document])
 
 
@@ -208,11 +228,12 @@ def _read_clips(builder: _Builder, rows: Rows) -> None:
         right = [clip for clip in clips if clip.startswith("positive")]
         if clips and not right:
             raise builder.error(number, f"{folder} has no clip positive….")
+        description = builder.cell(number, row, text)
         query = Item(
-            row[text],
+            description,
             builder.videos.find(f"{name}/query"),
             builder.data_set.instruction,
-            f"{name}: {row[text]}",
+            f"{name}: {description}",
         )
         candidates = [builder.video(f"{name}/{clip}") for clip in (*right, *clips)]
         builder.query(query, candidates[: len(right)], candidates)
@@ -231,14 +252,17 @@ def _read_momentseeker(builder: _Builder, rows: Rows) -> None:
         if builder.is_full():
             break
         path = row[context] or ""
-        item = Item(row[text], None, builder.data_set.instruction, f"{path}: {row[text]}")
+        description = builder.cell(number, row, text)
+        item = Item(description, None, builder.data_set.instruction, f"{path}: {description}")
         if path.endswith(".mp4"):
-            item = Item(row[text], videos.find(_frame_folder(path)), MOMENT_WITH_VIDEO, item.key)
+            item = replace(
+                item, image=videos.find(_frame_folder(path)), instruction=MOMENT_WITH_VIDEO
+            )
         elif path.endswith(".jpg"):
             picture = videos.frames / f"query_{path}"
             if not picture.is_file():
                 videos.missing.append(picture.name)
-            item = Item(row[text], picture, MOMENT_WITH_PICTURE, item.key)
+            item = replace(item, image=picture, instruction=MOMENT_WITH_PICTURE)
         right = clips(row, "positive")
         if not right:
             raise builder.error(number, "no positive_frames.")
@@ -268,7 +292,7 @@ def _read_options(builder: _Builder, rows: Rows) -> None:
             options = ["yes", "no"]
         if not isinstance(options, list) or not all(isinstance(o, str) for o in options):
             raise builder.error(number, f"the options {options!r} are not texts.")
-        text, candidates = _asked(row[question], options, data_set.layout)
+        text, candidates = _asked(builder.cell(number, row, question), options, data_set.layout)
         right = _answer(row["answer"], options)
         if right is None:
             raise builder.error(number, f"answer {row['answer']!r} is none of {options}.")

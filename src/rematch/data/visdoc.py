@@ -120,9 +120,9 @@ def load_pages(data_set: SetV2, source: Path | str, limit: int | None = None) ->
     if not task.queries:
         raise DataError(f"{source}: none of its {len(queries)} queries can be evaluated.")
     if unjudged:
-        task.notes.append(f"{unjudged} queries are left out, because qrels do not have them")
+        task.notes.append(f"queries left out, because qrels lack them: {unjudged}")
     if wrong:
-        task.notes.append(f"{wrong} queries have no right page and count as 0")
+        task.notes.append(f"queries that have no right page and count as 0: {wrong}")
     return task
 
 
@@ -148,9 +148,9 @@ def _pages(data_set: SetV2, source: Path | str, corpus: Rows) -> list[Item]:
             continue
         image: PictureSource = TablePicture(f"{source}, page {key[:80]}", corpus, row)
         if paths is not None:
-            if not paths[row]:
-                raise DataError(f"{source}, corpus: page {key[:80]} has no picture.")
-            image = Path(source) / paths[row]
+            if not paths[row] or not isinstance(source, Path):
+                raise DataError(f"{source}, corpus: page {key[:80]!r} has no picture.")
+            image = source / paths[row]
         pages[key] = Item("", image, data_set.document_instruction, key)
     if not pages:
         raise DataError(f"{source}, corpus: holds no page.")
