@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from shared_benchmarks import custom_data, eval_tree, zeroshot_tree
+from shared_benchmarks import custom_data, eval_tree, video_tree, visdoc_tree, zeroshot_tree
 
 from rematch import Index, cli
 
@@ -125,6 +125,8 @@ def test_the_evaluation_page_from_top_to_bottom(tmp_path, monkeypatch, capfd):
     """Every command and file of the page, on small copies of the data sets that it mentions."""
     eval_tree(tmp_path / "mmeb-eval")
     shutil.rmtree(tmp_path / "mmeb-eval" / "NIGHTS")
+    visdoc_tree(tmp_path / "mmeb-v2")
+    video_tree(tmp_path / "mmeb-v2")
     zeroshot_tree(tmp_path / "zeroshot")
     custom_data(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -138,13 +140,15 @@ def test_the_evaluation_page_from_top_to_bottom(tmp_path, monkeypatch, capfd):
             Path("lines.jsonl").write_text(code)
             command = "rematch evaluate rematch-tiny --benchmark lines.jsonl"
             assert run_command(command, monkeypatch) == 0
-    assert len(commands) == 11
+    assert len(commands) == 15
     scores = json.loads(Path("mmeb-partial/scores.json").read_text())
     assert list(scores["left_out"]) == ["NIGHTS"]
     assert "NIGHTS" in Path("mmeb-partial/report.html").read_text()
     leaderboard = json.loads(Path("mmeb-partial/leaderboard.json").read_text())
     assert len(leaderboard["metrics"]["image"]) == 35
     assert "published scores" in Path("mmeb-scores/report.html").read_text()
+    metrics = json.loads(Path("v2-scores/leaderboard.json").read_text())["metrics"]
+    assert [len(metrics[modality]) for modality in ("image", "video", "visdoc")] == [0, 10, 5]
     own_tasks = json.loads(Path("own-scores/scores.json").read_text())["tasks"]
     assert list(own_tasks) == ["shop", "colours"]
     assert len(json.loads(Path("zeroshot-scores/scores.json").read_text())["tasks"]) == 15
@@ -278,6 +282,16 @@ def test_figures_of_the_evaluation_benchmark_are_those_measured():
     for name, method in methods["methods"].items():
         milliseconds = {"ms per query": f"{methods['run']['ms_per_query'][name]:.2f}"}
         assert rows[name] == cells_of(method["scores"]) | milliseconds
+
+
+def test_figures_of_pictos_pages_and_clips_are_those_measured():
+    rows = table("docs/evaluation.md", "set")
+    for report in results("picto-v2.json").values():
+        for name, scores in report["tasks"].items():
+            metric = {"Hit@1": "hit@1", "nDCG@5": "ndcg@5"}[rows[name]["metric"]]
+            assert rows[name]["rematch-tiny"] == f"{scores[metric]:.1f}"
+        chances = [float(rows[name]["chance"]) for name in report["tasks"]]
+        assert sum(chances) / len(chances) == pytest.approx(report["chance"]["overall"], abs=0.06)
 
 
 def test_the_scores_in_the_docs_are_those_of_the_committed_reports():

@@ -148,8 +148,7 @@ class Videos:
                 :func:`extract_frames`.
         """
         if name not in self._frames:
-            if Path(name).is_absolute() or ".." in Path(name).parts or not name.strip():
-                raise DataError(f"{self.frames}: {name[:80]!r} is not the name of a video.")
+            self._check(name)
             try:
                 self._frames[name] = draw_evenly(self._find(name), self.count)
             except OSError as error:  # such as a name that is too long
@@ -157,6 +156,24 @@ class Videos:
         if not self._frames[name]:
             self.missing.append(name)
         return self._frames[name]
+
+    def clips(self, name: str) -> list[str]:
+        """Names of the clips of a video, the folders in its own; without ``query``, the whole.
+
+        Raises:
+            DataError: If the name leads out of the set's folder.
+        """
+        self._check(name)
+        try:
+            folders = [path.name for path in (self.frames / name).iterdir() if path.is_dir()]
+        except OSError:  # no such folder; find() says so
+            return []
+        return sorted(folder for folder in folders if folder != "query")
+
+    def _check(self, name: str) -> None:
+        leads_out = Path(name).is_absolute() or ".." in Path(name).parts
+        if leads_out or "\0" in name or not name.strip():
+            raise DataError(f"{self.frames}: {name[:80]!r} is not the name of a video.")
 
     def _find(self, name: str) -> list[Path]:
         if frames := frames_in(self.frames / name):

@@ -63,7 +63,7 @@ def _load_set(data_set: SetV2, directory: Path, limit: int | None, frames: int) 
         builder.subset = config if data_set.subsets else ""
         try:
             _READERS[data_set.form](builder, rows)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OSError) as error:
             raise DataError(
                 f"{source}: not in the published form ({type(error).__name__}: {error}). Download "
                 "the set again."
@@ -223,11 +223,10 @@ def _read_clips(builder: _Builder, rows: Rows) -> None:
         if builder.is_full():
             break
         name = _name(row[video])
-        folder = builder.videos.frames / name
-        clips = sorted(path.name for path in folder.glob("*/") if path.name != "query")
+        clips = builder.videos.clips(name)
         right = [clip for clip in clips if clip.startswith("positive")]
         if clips and not right:
-            raise builder.error(number, f"{folder} has no clip positive….")
+            raise builder.error(number, f"{name} has no clip positive….")
         description = builder.cell(number, row, text)
         query = Item(
             description,
