@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from PIL import Image
+
 from rematch.errors import DataError
 
 T = TypeVar("T")
@@ -86,7 +88,7 @@ def extract_frames(video: Path, folder: Path, kept: int = KEPT) -> list[Path]:
     return frames_in(folder)
 
 
-def _decode(video: Path, kept: int) -> Iterator[tuple[int, Any]]:
+def _decode(video: Path, kept: int) -> Iterator[tuple[int, Image.Image]]:
     """Yield the number and the picture of evenly drawn frames."""
     try:
         import av
@@ -102,7 +104,8 @@ def _decode(video: Path, kept: int) -> Iterator[tuple[int, Any]]:
         with av.open(str(video)) as container:
             for number, frame in enumerate(container.decode(video=0)):
                 if number in numbers:
-                    yield number, frame.to_image()
+                    picture: Any = frame
+                    yield number, picture.to_image()
     except (av.error.FFmpegError, IndexError) as error:
         raise DataError(
             f"{video}: cannot be decoded ({str(error) or 'no pictures'}). Replace the file."

@@ -4,7 +4,7 @@ of MMEB and MMEB-V2; the HTML report is in :mod:`rematch.evaluate.report`.
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -23,6 +23,7 @@ from rematch.data.schema import Item
 from rematch.encoding.encoder import Encoder
 from rematch.evaluate.benchmarks import Benchmark
 from rematch.evaluate.metrics import (
+    Ranks,
     f1_at,
     hit_at,
     map_at,
@@ -201,7 +202,7 @@ def leaderboard(model: str, results: Sequence[TaskResult], encoder: Encoder) -> 
 
 def _fractions(result: TaskResult) -> dict[str, float]:
     ranks, grades = result.ranks, result.grades
-    metrics = {
+    metrics: dict[str, Callable[[Sequence[Ranks], int], float]] = {
         "hit": hit_at,
         "ndcg_linear": partial(ndcg_at, grades=grades),
         "ndcg_exponential": partial(ndcg_at, grades=grades, exponential=True),
