@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from PIL import Image
 
@@ -19,6 +19,7 @@ T = TypeVar("T")
 FRAMES = 8  # of a video that the benchmark encodes
 KEPT = 64  # frames of a file that are written to disk
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+_PARTIAL = ".partial-"
 _PICTURES = (".jpg", ".jpeg", ".png")
 
 
@@ -68,7 +69,7 @@ def extract_frames(video: Path, folder: Path, kept: int = KEPT) -> list[Path]:
         DataError: If PyAV is not installed, the video cannot be decoded, or the folder cannot be
             written.
     """
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial = folder.with_name(f"{folder.name}{_PARTIAL}{os.getpid()}")
     try:
         partial.mkdir(parents=True, exist_ok=True)
         for number, frame in _decode(video, kept):
@@ -104,8 +105,7 @@ def _decode(video: Path, kept: int) -> Iterator[tuple[int, Image.Image]]:
         with av.open(str(video)) as container:
             for number, frame in enumerate(container.decode(video=0)):
                 if number in numbers:
-                    picture: Any = frame
-                    yield number, picture.to_image()
+                    yield number, frame.to_image()
     except (av.error.FFmpegError, IndexError) as error:
         raise DataError(
             f"{video}: cannot be decoded ({str(error) or 'no pictures'}). Replace the file."
@@ -171,7 +171,7 @@ class Videos:
             folders = [path.name for path in (self.frames / name).iterdir() if path.is_dir()]
         except OSError:  # no such folder; find() says so
             return []
-        return sorted(folder for folder in folders if folder != "query")
+        return sorted(name for name in folders if name != "query" and _PARTIAL not in name)
 
     def _check(self, name: str) -> None:
         leads_out = Path(name).is_absolute() or ".." in Path(name).parts
