@@ -53,7 +53,8 @@ def locate(data_set: SetV2, directory: Path) -> Path:
         for name in names:
             if (directory / folder / name).is_dir():
                 return directory / folder / name
-    raise DataError(f"no folder {names[0]} or {names[1]} in {directory} or {folders[1]} there")
+    either = " or ".join(dict.fromkeys(names[:2]))
+    raise DataError(f"no folder {either} in {directory} or {folders[1]} there")
 
 
 def is_beir_with_pictures(folder: Path) -> bool:
