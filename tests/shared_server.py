@@ -20,6 +20,7 @@ from rematch.encoding.encoder import Encoder
 from rematch.search.build import build
 from rematch.search.index import Index
 from rematch.serve.app import create_app
+from rematch.serve.connections import server_config
 from rematch.serve.engine import Engine
 
 COLOURS = ("red", "green", "blue", "white", "black", "orange")
@@ -55,9 +56,7 @@ def card_engine(model_path: Path, folder: Path) -> Engine:
 @contextmanager
 def running(engine: Engine, *arguments, **settings) -> Iterator[str]:
     """The address of a real server in a thread."""
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(engine, *arguments, **settings), port=0, log_level="warning")
-    )
+    server = uvicorn.Server(server_config(create_app(engine, *arguments, **settings), port=0))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.time() + 30

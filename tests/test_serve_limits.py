@@ -15,10 +15,12 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from shared_server import NOISE, card_engine, data_url, file_of
 
-from rematch.serve import limits as limits_module
+from rematch.serve import remote
 from rematch.serve.app import create_app
 from rematch.serve.engine import Engine
-from rematch.serve.limits import ClientError, Limits, fetch, is_public, picture_from
+from rematch.serve.limits import ClientError, Limits
+from rematch.serve.pictures import pictures_from
+from rematch.serve.remote import fetch, is_public
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,7 +79,7 @@ def test_limits(engine):
             ("rerank", {"query": {}, "documents": ["a"]}, 400, "an empty query or document"),
             ("search", {"image": big}, 413, "a picture of 200×100 pixels"),
             ("search", {"text": "a", "top": 1000}, 422, "top"),
-            ("search", {"text": "a" * 30_000}, 413, "this server takes 20,000 in a request"),
+            ("search", {"text": "a" * 30_000}, 413, "a body of more than 20,000 bytes"),
         ):
             response = tight.post(f"/v1/{path}", json=body)
             assert response.status_code == status, response.text
@@ -176,7 +178,7 @@ def test_pictures_by_url(monkeypatch):
     in size and time.
     """
     with pytest.raises(ClientError, match="does not fetch pictures by URL"):
-        picture_from("http://example.test/a.png", Limits())
+        pictures_from(["http://example.test/a.png"], Limits())
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -232,11 +234,11 @@ def test_pictures_by_url(monkeypatch):
     )
     base = f"http://good.test:{port}"
     with pytest.raises(ClientError, match="not on the public internet"):
-        fetch(f"{base}/a.png", bounds)  # the name leads to loopback
+        fetch(f"{base}/a.png", bounds, time.monotonic() + 2)  # the name leads to loopback
     monkeypatch.setattr(
-        limits_module, "is_public", lambda address: address == "127.0.0.1" or is_public(address)
+        remote, "is_public", lambda address: address == "127.0.0.1" or is_public(address)
     )
-    assert picture_from(f"{base}/a.png", bounds).size == NOISE.size
+    assert pictures_from([f"{base}/a.png"], bounds)[0].size == NOISE.size
     for url, message in (
         (f"{base}/inside", "inside.test is not on the public internet"),
         (f"{base}/metadata", "169.254.169.254 is not on the public internet"),
@@ -250,8 +252,12 @@ def test_pictures_by_url(monkeypatch):
         (f"http://[::1]:{port}/a.png", "not on the public internet"),
     ):
         with pytest.raises(ClientError, match=message.replace("[", r"\[")):
-            fetch(url, bounds)
+            fetch(url, bounds, time.monotonic() + 2)
     with pytest.raises(ClientError, match="has more than 100 bytes"):
-        fetch(f"{base}/a.png", Limits(hosts=("good.test",), remote_bytes=100))
+        fetch(
+            f"{base}/a.png",
+            Limits(hosts=("good.test",), remote_bytes=100),
+            time.monotonic() + 2,
+        )
     server.shutdown()
     server.server_close()

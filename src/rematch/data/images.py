@@ -18,6 +18,7 @@ from xxhash import xxh3_128
 
 from rematch.errors import ImageError
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no other of Pillow's parsers runs
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # MMEB's rule: a picture with a side under 28 pixels is scaled to 56×56
 SHORTEST = 28
@@ -174,8 +175,9 @@ def load_image(source: PictureSource | str) -> Image.Image:
         source: A path, a picture's file, or an opened picture.
 
     Raises:
-        ImageError: If the file is missing, is not a picture, is cut off, or would decode to more
-            pixels than Pillow's limit (``PIL.Image.MAX_IMAGE_PIXELS``) allows.
+        ImageError: If the file is missing, is not a picture in one of the ``FORMATS``, is broken
+            or cut off, or would decode to more pixels than Pillow's limit
+            (``PIL.Image.MAX_IMAGE_PIXELS``) allows.
     """
     name = "picture" if isinstance(source, Image.Image) else str(source)
     try:
@@ -185,12 +187,13 @@ def load_image(source: PictureSource | str) -> Image.Image:
                 picture = source
                 picture.load()
             elif isinstance(source, PictureFile):
-                picture = Image.open(io.BytesIO(source.read_bytes()))
+                picture = Image.open(io.BytesIO(source.read_bytes()), formats=FORMATS)
                 picture.load()
             else:
                 with Path(source).open("rb") as file:
-                    picture = Image.open(file)
+                    picture = Image.open(file, formats=FORMATS)
                     picture.load()
+            return _as_rgb(picture)
     except FileNotFoundError:
         raise ImageError(
             f"{name}: no such picture. Check the path; relative paths start at the data file's "
@@ -208,8 +211,12 @@ def load_image(source: PictureSource | str) -> Image.Image:
         raise ImageError(
             f"{name}: not a picture that Pillow can read. Convert it to PNG or JPEG."
         ) from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{name}: broken or cut off ({error}). Replace the file.") from None
+    except Exception as error:  # Pillow's parsers raise whatever they hit on
+        reason = str(error) or type(error).__name__
+        raise ImageError(f"{name}: broken or cut off ({reason}). Replace the file.") from None
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
     if picture.getexif().get(0x0112, 1) != 1:  # Orientation
         picture = ImageOps.exif_transpose(picture)
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:

@@ -7,6 +7,7 @@ reads query and document again. The documents behind a stage's number keep their
 alone is a ``raw`` stage.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -15,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rematch.errors import RematchError
+from rematch.data.images import load_image
+from rematch.errors import ImageError, RematchError
 from rematch.matching import View
 from rematch.model import ReMatch
 from rematch.scoring import maxsim, probability
@@ -67,6 +69,19 @@ class Ranked(NamedTuple):
     by: str
 
 
+class Reranked(NamedTuple):
+    """What came of the stages.
+
+    Attributes:
+        ranking: All documents, best first.
+        unreadable: By row, the stage that a document dropped out of because its picture is
+            missing or broken.
+    """
+
+    ranking: list[Ranked]
+    unreadable: dict[int, str]
+
+
 def parse_stages(spec: str, settings: IndexSettings, width: int) -> list[Stage]:
     """Stages from text such as ``"feat:100,raw:10"``.
 
@@ -95,7 +110,7 @@ def parse_stages(spec: str, settings: IndexSettings, width: int) -> list[Stage]:
 
 def _parse_stage(text: str, settings: IndexSettings, width: int) -> Stage:
     name, _, count = text.rpartition(":")
-    if not count.isdigit() or name not in _STAGES:
+    if not re.fullmatch("[0-9]{1,9}", count) or name not in _STAGES:
         names = ", ".join(name for name in _STAGES if name)
         raise RematchError(
             f"--rerank {text}: not a stage; write STAGE:COUNT, where STAGE is one of {names}; for "
@@ -121,8 +136,11 @@ def rerank(
     rows: pa.Table,
     stages: Sequence[Stage],
     load_inputs: Callable[[pa.Table], list[Any]],
-) -> list[Ranked]:
+) -> Reranked:
     """Order the nearest documents of a query by the stages.
+
+    A document whose picture cannot be read drops out of a stage that would read it: it comes after
+    the others of the stage, with the score that it had.
 
     Args:
         model: The model of the index.
@@ -131,20 +149,22 @@ def rerank(
         rows: The nearest documents, nearest first, with the columns that the stages read.
         stages: The stages, in order.
         load_inputs: Returns the documents of some of the rows as a model's inputs.
-
-    Returns:
-        All documents, best first.
     """
     scores = 1 - np.asarray(rows["_distance"], np.float64)
     score_names = ["cosine"] * len(rows)
     order = np.arange(len(rows))
+    unreadable: dict[int, str] = {}
     for stage in stages:
         first = order[: stage.count]
         if not len(first):
             break
         documents = rows.take(pa.array(first))
+        rest = order[stage.count :]
         if isinstance(stage.by, View):
-            margins = _margins(model, query, vector, documents, stage.by, load_inputs)
+            margins, readable = _margins(model, query, vector, documents, stage.by, load_inputs)
+            unreadable |= dict.fromkeys(first[~readable].tolist(), str(stage.by))
+            rest = np.concatenate([first[~readable], rest])
+            first = first[readable]
             ranking = np.argsort(-margins, kind="stable")
             scores[first] = probability(margins)
         else:
@@ -153,8 +173,9 @@ def rerank(
             scores[first] = similarities
         for row in first:
             score_names[row] = str(stage.by)
-        order = np.concatenate([first[ranking], order[stage.count :]])
-    return [Ranked(int(row), float(scores[row]), score_names[row]) for row in order]
+        order = np.concatenate([first[ranking], rest])
+    ranked = [Ranked(int(row), float(scores[row]), score_names[row]) for row in order]
+    return Reranked(ranked, unreadable)
 
 
 def _maxsim(model: ReMatch, query: Any, documents: pa.Table) -> NDArray[np.float32]:
@@ -171,11 +192,32 @@ def _margins(
     documents: pa.Table,
     view: View,
     load_inputs: Callable[[pa.Table], list[Any]],
-) -> NDArray[np.float32]:
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Margins of those documents that can be read, and which of the N those are, (N,)."""
     inputs: list[Any]
     if view.document == "feat":
         flat = documents["vector"].combine_chunks().flatten().to_numpy().copy()
         inputs = list(flat.reshape(len(documents), -1))
     else:
         inputs = load_inputs(documents)
-    return model.score(vector if view.query == "feat" else query, inputs, view)
+    query = vector if view.query == "feat" else query
+    readable = np.ones(len(inputs), bool)
+    try:
+        return model.score(query, inputs, view), readable
+    except ImageError:
+        if view.document == "feat":
+            raise
+    readable = np.array([_is_readable(value) for value in inputs])
+    inputs = [value for value, is_readable in zip(inputs, readable, strict=True) if is_readable]
+    margins = model.score(query, inputs, view) if inputs else np.zeros(0, np.float32)
+    return margins, readable
+
+
+def _is_readable(document: dict[str, Any]) -> bool:
+    """Whether a document has no picture or one that can be decoded."""
+    try:
+        if "image" in document:
+            load_image(document["image"])
+    except ImageError:
+        return False
+    return True

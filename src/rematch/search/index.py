@@ -6,7 +6,7 @@ A row has ``id``, the unit-length ``vector`` (D), optionally the K token vectors
 The fingerprint of the model is stored with the table; searching with another model is refused.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -54,6 +54,18 @@ class Hit:
     text: str = ""
     path: str = ""
     metadata: Metadata = field(default_factory=dict)
+
+
+class Hits(list[Hit]):
+    """The hits of a query, best first.
+
+    Attributes:
+        warnings: What the search could not do as asked, a sentence for each document.
+    """
+
+    def __init__(self, hits: Iterable[Hit] = (), warnings: Sequence[str] = ()) -> None:
+        super().__init__(hits)
+        self.warnings = list(warnings)
 
 
 class Index:
@@ -205,7 +217,7 @@ class Index:
         rerank: str | Sequence[Stage] = (),
         exact: bool = False,
         probes: int = 40,
-    ) -> list[list[Hit]]: ...
+    ) -> list[Hits]: ...
 
     @overload
     def search(
@@ -217,7 +229,7 @@ class Index:
         rerank: str | Sequence[Stage] = (),
         exact: bool = False,
         probes: int = 40,
-    ) -> list[Hit]: ...
+    ) -> Hits: ...
 
     def search(
         self,
@@ -228,7 +240,7 @@ class Index:
         rerank: str | Sequence[Stage] = (),
         exact: bool = False,
         probes: int = 40,
-    ) -> list[Hit] | list[list[Hit]]:
+    ) -> Hits | list[Hits]:
         """The best documents for a query, or for each query of a list.
 
         Args:
@@ -242,7 +254,8 @@ class Index:
             probes: Number of cells of an approximate index to search.
 
         Returns:
-            Hits, best first; for a list of queries, one such list per query.
+            Hits, best first; for a list of queries, one such list per query. Its ``warnings`` name
+            documents that could not be reranked because their picture is missing or broken.
 
         Raises:
             RematchError: If a query, the condition or ``rerank`` is invalid.
@@ -271,12 +284,17 @@ class Index:
         stages: Sequence[Stage],
         exact: bool,
         probes: int,
-    ) -> list[Hit]:
+    ) -> Hits:
         count = max([top, *(stage.count for stage in stages)])
         truncated = truncate(vector[None], self.settings.dimensions)[0]
         rows = self.nearest(truncated, count, condition, stages, exact=exact, probes=probes)
-        ranked = rerank(self.model, query, vector, rows, stages, self._load_inputs)
-        return self._hits(rows, ranked[:top])
+        ranking, unreadable = rerank(self.model, query, vector, rows, stages, self._load_inputs)
+        warnings = [
+            f"{rows['id'][row].as_py()}: its picture is missing or broken, so it was not reranked "
+            f"by {stage}."
+            for row, stage in unreadable.items()
+        ]
+        return Hits(self._hits(rows, ranking[:top]), warnings)
 
     def nearest(
         self,

@@ -8,7 +8,7 @@ in a thread of its own (:mod:`rematch.serve.batching`). The event loop does neit
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 
 from rematch import __version__
 from rematch.serve.batching import Batcher
@@ -18,7 +18,7 @@ from rematch.serve.limits import Limits
 from rematch.serve.middleware import Guard, Metrics
 from rematch.serve.page import add_page
 from rematch.serve.routes import embeddings, rerank, search, status
-from rematch.serve.service import ERRORS, Service, authorize
+from rematch.serve.service import ERRORS, Service
 
 
 def create_app(
@@ -55,14 +55,14 @@ def create_app(
     app = FastAPI(
         title="ReMatch", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
     )
-    app.state.service = Service(engine, batcher, limits, keys, timeout, metrics)
-    app.add_middleware(Guard, max_body=limits.body, metrics=metrics)
+    app.state.service = Service(engine, batcher, limits, timeout, metrics)
+    app.add_middleware(Guard, limits=limits, keys=keys, metrics=metrics)
     add_error_handlers(app)
     routers = [embeddings.router, rerank.router]
     if engine.index is not None:
         routers.append(search.router)
         add_page(app)
     for router in routers:
-        app.include_router(router, dependencies=[Depends(authorize)], responses=ERRORS)
+        app.include_router(router, responses=ERRORS)
     app.include_router(status.router)
     return app

@@ -1,5 +1,6 @@
 """``rematch serve``: load, listen, serve."""
 
+import math
 import os
 import socket
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ try:
     import uvicorn
 
     from rematch.serve.app import create_app
+    from rematch.serve.connections import server_config
 except ImportError as error:
     raise RematchError(
         f"rematch serve needs {error.name}. Install it: pip install 'rematch-mm[serve]'."
@@ -42,9 +44,11 @@ def run_server(options: ServeOptions) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish the requests that are queued.
 
     Raises:
-        RematchError: If the target is neither an index nor a model, the key file is missing or
-            empty, or the port is in use.
+        RematchError: If the target is neither an index nor a model, the keys cannot be read or are
+            none, or the address cannot be listened on.
     """
+    if not math.isfinite(options.timeout):
+        raise RematchError(f"--timeout {options.timeout}: not a number of seconds.")
     keys = _load_keys(options.api_keys)
     with _listen(options.host, options.port) as listener:
         engine = Engine(options.target, options.model)
@@ -64,12 +68,7 @@ def run_server(options: ServeOptions) -> None:
             batching=options.batching,
         )
         print(_banner(options, listener.getsockname()[1], engine), flush=True)  # noqa: T201
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            timeout_graceful_shutdown=int(options.timeout) + 1,
-            server_header=False,
-        )
+        config = server_config(app, timeout_graceful_shutdown=int(options.timeout) + 1)
         uvicorn.Server(config).run(sockets=[listener])
 
 
@@ -82,6 +81,8 @@ def _banner(options: ServeOptions, port: int, engine: Engine) -> str:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if not host:
+        raise RematchError("--host: is empty. Give an address, such as 127.0.0.1 or 0.0.0.0.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # with the protocol named, asyncio switches Nagle's algorithm off
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -89,11 +90,12 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
         listener.listen(2048)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # of names that are no host names
         listener.close()
+        reason = error.strerror if isinstance(error, OSError) else "not a host name"
         raise RematchError(
-            f"cannot listen on {host}:{port} ({error.strerror}). Stop what uses it, or choose "
-            "another --port."
+            f"cannot listen on {host}:{port} ({reason}). Stop what uses it, or choose another "
+            "--host or --port."
         ) from None
     return listener
 
@@ -102,20 +104,39 @@ def _load_keys(path: Path | None) -> list[str]:
     """API keys from the environment and from a file.
 
     Raises:
-        RematchError: If the file cannot be read or holds no key.
+        RematchError: If either is there but holds no key, or a key that cannot be sent.
     """
-    values = os.environ.get("REMATCH_API_KEYS", "").split(",")
+    keys = []
+    variable = os.environ.get("REMATCH_API_KEYS")
+    if variable is not None:
+        keys += _checked_keys(variable.split(","), "REMATCH_API_KEYS")
+    if path is not None:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not a text file"
+            raise RematchError(
+                f"--api-keys {path}: cannot be read ({reason}). Give a file with one key a line."
+            ) from None
+        keys += _checked_keys(lines, f"--api-keys {path}")
+    return keys
+
+
+def _checked_keys(values: list[str], source: str) -> list[str]:
+    """Keys without the space around them.
+
+    Raises:
+        RematchError: If there is none, or one that cannot be sent in a header.
+    """
     keys = [value.strip() for value in values if value.strip()]
-    if path is None:
-        return keys
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
+    if not keys:
         raise RematchError(
-            f"--api-keys {path}: cannot be read ({error.strerror}). Give a file with one key a "
-            "line."
-        ) from None
-    keys_in_file = [line.strip() for line in lines if line.strip()]
-    if not keys_in_file:
-        raise RematchError(f"--api-keys {path}: has no key. Write one key per line.")
-    return keys + keys_in_file
+            f"{source}: has no key, and without keys anybody could use the server. Give a key, or "
+            "leave it out if that is meant."
+        )
+    if not all(key.isascii() and key.isprintable() for key in keys):
+        raise RematchError(
+            f"{source}: has a key with characters that clients cannot send. Use ASCII letters, "
+            "digits and punctuation."
+        )
+    return keys

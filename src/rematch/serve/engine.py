@@ -22,7 +22,7 @@ from rematch.errors import ImageError, RematchError
 from rematch.interpretability import attention_maps, overlay
 from rematch.model import ReMatch
 from rematch.scoring import probability
-from rematch.search.index import Hit, Index
+from rematch.search.index import Hit, Hits, Index
 from rematch.search.storage import exists
 from rematch.serve.inputs import Input
 from rematch.serve.limits import ClientError
@@ -96,7 +96,7 @@ class Engine:
 
     def search(
         self, queries: Sequence[Input], *, top: int, filter: str, rerank: str
-    ) -> list[list[Hit]]:
+    ) -> list[Hits]:
         """The hits of each query; options as for
         :meth:`~rematch.search.index.Index.search`.
         """

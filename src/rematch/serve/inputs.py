@@ -9,7 +9,8 @@ from typing import TypedDict
 
 from PIL import Image
 
-from rematch.serve.limits import ClientError, Limits, picture_from
+from rematch.serve.limits import ClientError, Limits
+from rematch.serve.pictures import pictures_from
 from rematch.serve.schemas import EmbeddingRequest, ImagePart, Message, Multimodal
 
 
@@ -49,13 +50,17 @@ def multimodal_inputs(values: Sequence[str | Multimodal], limits: Limits) -> lis
         ClientError: If there are too many pictures, or an input is empty, too large, or not a
             readable picture.
     """
-    pictures = sum(isinstance(value, Multimodal) and value.image is not None for value in values)
-    if pictures > limits.images:
-        raise ClientError(f"this server takes {limits.images} pictures in a request.", 413)
-    return [
-        _text_input(value, limits) if isinstance(value, str) else _multimodal_input(value, limits)
-        for value in values
-    ]
+    parts = [Multimodal(text=value) if isinstance(value, str) else value for value in values]
+    inputs: list[Input] = []
+    for value in parts:
+        if value.image is None and not value.text.strip():
+            raise ClientError("an empty query or document. Give it text, a picture, or both.")
+        inputs.append(_text_input(value.text, limits) if value.text.strip() else Input())
+    urls = {i: value.image for i, value in enumerate(parts) if value.image is not None}
+    pictures = pictures_from(list(urls.values()), limits)
+    for i, picture in zip(urls, pictures, strict=True):
+        inputs[i]["image"] = picture
+    return inputs
 
 
 def _message_input(messages: list[Message], limits: Limits) -> Input:
@@ -65,25 +70,12 @@ def _message_input(messages: list[Message], limits: Limits) -> Input:
     if isinstance(content, str):
         return _text_input(content, limits)
     urls = [part.image_url.url for part in content if isinstance(part, ImagePart)]
-    if len(urls) > limits.images:
-        raise ClientError(
-            f"{len(urls)} pictures; this server takes {limits.images} in a request.", 413
-        )
     text = " ".join(part.text for part in content if not isinstance(part, ImagePart))
     model_input = _text_input(text, limits) if text.strip() else Input()
     if urls:
-        model_input["image"] = [picture_from(url, limits) for url in urls]
+        model_input["image"] = list(pictures_from(urls, limits))
     if not model_input:
         raise ClientError("the message is empty. Send text, a picture, or both.")
-    return model_input
-
-
-def _multimodal_input(value: Multimodal, limits: Limits) -> Input:
-    model_input = _text_input(value.text, limits) if value.text.strip() else Input()
-    if value.image is not None:
-        model_input["image"] = picture_from(value.image, limits)
-    if not model_input:
-        raise ClientError("an empty query or document. Give it text, a picture, or both.")
     return model_input
 
 

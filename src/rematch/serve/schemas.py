@@ -1,8 +1,13 @@
 """Requests and responses of the HTTP API, apart from how they are computed."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Value = TypeVar("Value")
+_List = Annotated[
+    list[Value], Field(fail_fast=True)
+]  # one error at most, not one for each element
 
 
 class _Lenient(BaseModel):
@@ -53,7 +58,7 @@ class Message(_Lenient):
     """A chat message, whose content is embedded."""
 
     role: str = "user"
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: str | _List[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
 
 
 class Multimodal(_Lenient):
@@ -66,8 +71,8 @@ class Multimodal(_Lenient):
 class EmbeddingRequest(_Request):
     """OpenAI's request, or vLLM's with ``messages`` instead of ``input``."""
 
-    input: str | list[str] | None = Field(None, examples=["a dog"])
-    messages: list[Message] | None = None
+    input: str | _List[str] | None = Field(None, examples=["a dog"])
+    messages: _List[Message] | None = None
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(
@@ -111,7 +116,7 @@ class RerankRequest(_Request):
     """Jina's and Cohere's request; queries and documents may have pictures."""
 
     query: str | Multimodal
-    documents: list[str | Multimodal] = Field(min_length=1)
+    documents: _List[str | Multimodal] = Field(min_length=1)
     model: str | None = None
     top_n: int | None = Field(None, ge=1)
     return_documents: bool = False
@@ -161,6 +166,7 @@ class SearchResponse(BaseModel):
     """Hits, best first."""
 
     hits: list[SearchHit]
+    warnings: list[str] = Field([], description="documents that could not be reranked, and why")
     milliseconds: float
 
 

@@ -51,6 +51,7 @@ async def search(
             )
             for hit in hits
         ],
+        warnings=hits.warnings,
         milliseconds=round(1000 * (time.perf_counter() - started), 1),
     )
 

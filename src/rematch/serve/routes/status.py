@@ -1,16 +1,16 @@
 """What is served, and how the server is doing."""
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from rematch.serve.schemas import ModelCard, ModelList
-from rematch.serve.service import ERRORS, ServiceDependency, authorize
+from rematch.serve.service import ERRORS, ServiceDependency
 
 router = APIRouter()
 
 
-@router.get("/v1/models", dependencies=[Depends(authorize)], responses=ERRORS)
+@router.get("/v1/models", responses=ERRORS)
 def models(service: ServiceDependency) -> ModelList:
     """What is served."""
     engine = service.engine
@@ -35,7 +35,7 @@ def ready(service: ServiceDependency) -> dict[str, str | int]:
     return {"status": "ready", "waiting": len(service.batcher.queue)}
 
 
-@router.get("/metrics", dependencies=[Depends(authorize)], response_class=PlainTextResponse)
+@router.get("/metrics", response_class=PlainTextResponse)
 def metrics(service: ServiceDependency) -> Response:
     """Metrics for Prometheus."""
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
