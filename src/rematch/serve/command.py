@@ -90,7 +90,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
         listener.listen(2048)
-    except (OSError, UnicodeError) as error:  # of names that are no host names
+    except (OSError, UnicodeError, TypeError) as error:  # of names that are no host names
         listener.close()
         reason = error.strerror if isinstance(error, OSError) else "not a host name"
         raise RematchError(

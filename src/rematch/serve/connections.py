@@ -16,6 +16,7 @@ from rematch.serve.error_responses import SECURITY_HEADERS, error_response
 
 _MOST_CONNECTIONS = 4096
 _MOST_CHUNKS = 16_384  # of a body; reading each costs as much as reading kilobytes
+_MOST_AHEAD = 1 << 20  # bytes of requests sent before the present one is answered
 _LONGEST_HEAD = 16 << 10  # bytes
 
 
@@ -109,9 +110,11 @@ class BoundedProtocol(H11Protocol):
                 timer.cancel()
 
     def data_received(self, data: bytes) -> None:
-        """Read, and wait for what comes next."""
+        """Read, and wait for what comes next, unless the client sends far ahead of it."""
         super().data_received(data)
         self._update()
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) > _MOST_AHEAD:
+            self.transport.abort()
 
     def on_response_complete(self) -> None:
         """Wait for the next request, and for the client to read this answer."""

@@ -72,14 +72,24 @@ def pictures_from(urls: Sequence[str], limits: Limits) -> list[Image.Image]:
         )
     deadline = time.monotonic() + limits.remote_seconds
     pictures = [open_picture(_content(url, limits, deadline), limits) for url in urls]
-    total = sum(picture.width * picture.height for picture in pictures)
-    if total > limits.request_pixels:
+    pixels = [picture.width * picture.height for picture in pictures]
+    if (total := sum(pixels)) > limits.request_pixels:
         raise ClientError(
             f"pictures of {total:,} pixels together; this server takes {limits.request_pixels:,} "
             "in a request. Scale them down.",
             413,
         )
-    return [_decode(picture, limits) for picture in pictures]
+    HELD.take(total, limits.held_pixels)
+    decoded = []
+    try:
+        for picture in pictures:
+            decoded.append(load_image(picture))
+            weakref.finalize(decoded[-1], HELD.give_back, pixels.pop(0)).atexit = False
+    except ImageError:
+        raise _unreadable() from None
+    finally:
+        HELD.give_back(sum(pixels))
+    return decoded
 
 
 def _content(url: str, limits: Limits, deadline: float) -> bytes:
@@ -119,18 +129,6 @@ def open_picture(content: bytes, limits: Limits) -> Image.Image:
             f"a JPEG of more than {limits.scans} scans. Save it as a baseline JPEG.", 413
         )
     return picture
-
-
-def _decode(picture: Image.Image, limits: Limits) -> Image.Image:
-    pixels = picture.width * picture.height
-    HELD.take(pixels, limits.held_pixels)
-    try:
-        decoded = load_image(picture)
-        weakref.finalize(decoded, HELD.give_back, pixels).atexit = False
-    except BaseException as error:
-        HELD.give_back(pixels)
-        raise (_unreadable() if isinstance(error, ImageError) else error) from None
-    return decoded
 
 
 def _unreadable() -> ClientError:
