@@ -12,11 +12,11 @@ from PIL import Image
 
 PATHS = ("/v1/embeddings", "/v1/rerank", "/v2/rerank", "/v1/search", "/v1/attention")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-_RERANKS = (
+RERANKS = (
     "raw:²", "raw:4294967296", "raw:-1", "feat:1e3", "raw:٣", "raw:", ":", "raw:0", "1,2",
     "maxsim:3,feat:2,raw:1", "nope:3", "raw:9" * 9, "\0", "raw:2\n", "raw:99999999999999999999",
 )  # fmt: skip
-_URLS = (
+URLS = (
     "http://[x", "http://a:99999/", "http://a:-1/", "http://a:b/", "https://", "http://%00/",
     "http://169.254.169.254/", "http://ä.test/", "http://a@b/", "file:///etc/passwd", "",
     "data:", "data:image/png;base64,", "data:image/png;base64,====", "//x", "HTTP://X/\r\n y",
@@ -114,7 +114,7 @@ def value(rng: random.Random, depth: int = 0) -> object:
     if way == 3:
         return rng.choice((None, True, False))
     if way == 4:
-        return rng.choice((data_url(picture(rng)), *_URLS))
+        return rng.choice((data_url(picture(rng)), *URLS))
     if way < 7:
         return [value(rng, depth + 1) for _ in range(rng.choice((0, 1, 3)))]
     return {rng.choice(_NAMES): value(rng, depth + 1) for _ in range(rng.choice((0, 1, 3)))}
@@ -128,13 +128,13 @@ _NAMES = (
 
 def body(rng: random.Random, path: str) -> bytes:
     """A body for a path: nearly valid, or any JSON, or spoiled JSON, or far too many values."""
-    image = {"image": data_url(picture(rng)) if rng.random() < 0.7 else rng.choice(_URLS)}
+    image = {"image": data_url(picture(rng)) if rng.random() < 0.7 else rng.choice(URLS)}
     part = {"type": "image_url", "image_url": {"url": image["image"]}}
     usual: dict[str, dict[str, object]] = {
         "/v1/embeddings": {"messages": [{"content": [part, {"type": "text", "text": "a"}]}]},
         "/v1/rerank": {"query": "a", "documents": ["b", image]},
         "/v2/rerank": {"query": image, "documents": ["b"]},
-        "/v1/search": {"text": "a", "rerank": rng.choice(("", "raw:2", *_RERANKS))} | image,
+        "/v1/search": {"text": "a", "rerank": rng.choice(("", "raw:2", *RERANKS))} | image,
         "/v1/attention": {"id": rng.choice(("red.png", "\0", "../../etc/passwd", "'"))},
     }
     content = dict(usual[path])

@@ -69,6 +69,16 @@ def test_bodies(client, folder, tally):
         tally("HTTP bodies")[outcome(response.status_code)] += 1
 
 
+def test_stages_and_urls(client, tally):
+    bodies = [{"text": "a", "rerank": stages} for stages in fuzz.RERANKS]
+    bodies += [{"image": url} for url in fuzz.URLS]
+    for body in bodies:
+        response = client.post("/v1/search", json=body)
+        expected = (200,) if body.get("rerank") in ("raw:0", "maxsim:3,feat:2,raw:1") else (400,)
+        assert response.status_code in expected, body
+        tally("HTTP bodies")[outcome(response.status_code)] += 1
+
+
 @pytest.mark.parametrize("piece", [b"1,", b'"",', b"[],", b"{},", b'{"a":[', b'"\\"",'])
 def test_values_are_counted_before_they_are_built(client, tally, piece):
     """Each of these would become millions of objects, and as many errors."""
