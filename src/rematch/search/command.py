@@ -179,6 +179,8 @@ def run_search(options: SearchOptions) -> None:
     hits = index.search(
         query, options.top, filter=options.filter, rerank=options.rerank, exact=options.exact
     )
+    for warning in hits.warnings:
+        say(warning)
     if options.as_json:
         for hit in hits:
             sys.stdout.write(json.dumps(asdict(hit), ensure_ascii=False) + "\n")
