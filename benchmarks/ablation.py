@@ -96,6 +96,10 @@ EXPERIMENTS = {
         "model.token_init=last",
         "loss.w_qdm=0.3",
     ),
+    "all-start-mixed": change(
+        "+1.5 over all-start-last: copies keep Category, random rows keep Style, so both stay.",
+        "model.token_init=mixed",
+    ),
     "all-start-small": change("As all.", "model.token_init=small"),
     "all-start-mean": change("Between random and last.", "model.token_init=mean"),
     "tokens": change(
@@ -278,7 +282,7 @@ def run(stage_name: str, name: str, seed: int, work_dir: Path) -> None:
     run_name = f"{name}-seed{seed}"
     target = RESULTS / stage_name / f"{run_name}.json"
     output = work_dir / stage_name / run_name
-    with claim(output.with_suffix(".lock")) as claimed:
+    with claim(output.with_name(f"{run_name}.lock")) as claimed:
         if target.exists() or not claimed:
             return
         arm = stage.arms[name]

@@ -221,6 +221,15 @@ def test_learnable_tokens_start_as_chosen(make_model, init):
     assert torch.equal(again.float(), rows), "the seed decides"
 
 
+def test_mixed_tokens_start_like_last_and_random_in_turn():
+    words = torch.randn(50, 400)
+    torch.manual_seed(0)
+    mixed = initial_rows(words, 7, 6, "mixed")
+    for init, rows in (("last", slice(0, None, 2)), ("random", slice(1, None, 2))):
+        torch.manual_seed(0)
+        assert torch.equal(mixed[rows], initial_rows(words, 7, 6, init)[rows])
+
+
 def test_an_unknown_start_of_learnable_tokens_is_an_error(make_model):
     with pytest.raises(ModelError, match="token_init='zero' is unknown; choose one of random, sm"):
         make_model(token_init="zero")

@@ -7,7 +7,7 @@ template goes around it ("MVQDM++").
 
 from typing import Literal
 
-TokenInit = Literal["random", "small", "last", "mean"]  # how learnable tokens start
+TokenInit = Literal["random", "small", "last", "mean", "mixed"]  # how learnable tokens start
 
 YES, NO = "Yes", "No"
 

@@ -43,7 +43,7 @@ def initial_rows(words: Tensor, last: int, count: int, init: TokenInit) -> Tenso
         count: Number of learnable tokens.
         init: ``random`` is normal noise at the RMS of the words, ``small`` at a tenth of it;
             ``last`` and ``mean`` add ``small`` noise to the last token's embedding or to the mean
-            of the words.
+            of the words; ``mixed`` is ``last`` and ``random`` in turn.
 
     Returns:
         Embeddings in float32, (count, D).
@@ -59,8 +59,11 @@ def initial_rows(words: Tensor, last: int, count: int, init: TokenInit) -> Tenso
     noise = torch.randn(count, words.shape[1]).to(words.device) * words.pow(2).mean().sqrt()
     if init == "random":
         return noise
-    center = {"small": torch.zeros_like(words[0]), "last": words[last], "mean": words.mean(0)}
-    return center[init] + 0.1 * noise
+    center = {"small": torch.zeros_like(words[0]), "mean": words.mean(0)}
+    rows = center.get(init, words[last]) + 0.1 * noise
+    if init == "mixed":
+        rows[1::2] = noise[1::2]
+    return rows
 
 
 class Projector(nn.Module):

@@ -39,7 +39,7 @@ class Model(_Section):
         "random",
         description="start of the learnable tokens; random: noise at the scale of the word "
         "embeddings; small: at a tenth of it; last, mean: small noise around the template's last "
-        "token or the mean of the vocabulary",
+        "token or the mean of the vocabulary; mixed: last and random in turn",
     )
     lora: Lora | None = Field(None, description="LoRA adapter; null: full fine-tuning")
     dtype: Literal["auto", "float32", "bfloat16"] | None = Field(
