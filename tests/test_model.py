@@ -11,6 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from rematch import ReMatch
 from rematch.errors import ModelError, RematchError
+from rematch.tokens import initial_rows
 from rematch.train.collator import Collator
 from rematch.train.loss import ReMatchLoss
 
