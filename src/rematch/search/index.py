@@ -9,6 +9,7 @@ The fingerprint of the model is stored with the table; searching with another mo
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -28,7 +29,15 @@ from rematch.search import approximate
 from rematch.search.cascade import Ranked, Stage, parse_stages, rerank
 from rematch.search.columns import RESERVED, in_condition, new_columns
 from rematch.search.schema import IndexSettings, as_table, settings_of, table_schema
-from rematch.search.storage import TABLE, exists, is_in, is_local, writing
+from rematch.search.storage import (
+    TABLE,
+    LiveTable,
+    UnreadableIndexError,
+    is_in,
+    is_local,
+    reading,
+    writing,
+)
 
 Query = str | Path | Image.Image | PictureFile | Mapping[str, Any]
 
@@ -71,17 +80,40 @@ class Hits(list[Hit]):
 class Index:
     """An index on disk. Use :meth:`create` or :meth:`open`.
 
+    It follows what other processes write to it, within a second. A search reads one version from
+    beginning to end.
+
     Attributes:
         uri: Its directory or URI.
         settings: What is stored with it: model, dimensions, corpus and so on.
     """
 
-    def __init__(self, uri: str, table: Any, model: ReMatch | None = None) -> None:
-        self.uri, self.table = uri, table
-        self.settings = settings_of(table.schema, uri)
+    def __init__(self, uri: str, model: ReMatch | None = None, version: int | None = None) -> None:
+        self.uri = uri
+        self._live = LiveTable(uri, version)
+        self._checked_table = self._live.current()
+        self.settings = settings_of(self._checked_table.schema, uri)
         self._model = model
         if model is not None:
             self._check(model)
+
+    @property
+    def table(self) -> Any:
+        """The LanceDB table at its latest version.
+
+        Raises:
+            UnreadableIndexError: If it is there no more, or another model made it meanwhile.
+        """
+        table = self._live.current()
+        if table is not self._checked_table:
+            settings = settings_of(table.schema, self.uri)
+            if settings.fingerprint != self.settings.fingerprint:
+                raise UnreadableIndexError(
+                    f"{self.uri}: was replaced by an index of another model, "
+                    f"{settings.model}. Open it again."
+                )
+            self.settings, self._checked_table = settings, table
+        return table
 
     @classmethod
     def create(
@@ -124,8 +156,8 @@ class Index:
         )
         schema = table_schema(settings, model.backbone.width)
         with writing(str(uri)):
-            table = lancedb.connect(str(uri)).create_table(TABLE, schema=schema)
-        index = cls(str(uri), table)
+            lancedb.connect(str(uri)).create_table(TABLE, schema=schema)
+        index = cls(str(uri))
         index._model = model  # its fingerprint need not be checked
         return index
 
@@ -145,20 +177,7 @@ class Index:
             DataError: If there is no index, or no such version.
             ModelError: If the index was made by another model.
         """
-        if not exists(uri):
-            raise DataError(
-                f"{uri}: no index there. Make one with `rematch index MODEL CORPUS --output "
-                f"{uri}`."
-            )
-        table = lancedb.connect(str(uri)).open_table(TABLE)
-        if version is not None:
-            versions = [v["version"] for v in table.list_versions()]
-            if version not in versions:
-                raise DataError(
-                    f"{uri}: has no version {version}; it has {versions[0]} to {versions[-1]}."
-                )
-            table.checkout(version)
-        return cls(str(uri), table, ReMatch(model) if isinstance(model, str) else model)
+        return cls(str(uri), ReMatch(model) if isinstance(model, str) else model, version)
 
     @property
     def model(self) -> ReMatch:
@@ -198,12 +217,12 @@ class Index:
             )
 
     def __len__(self) -> int:
-        return int(self.table.count_rows())
+        return int(self._live.read(lambda: self.table).count_rows())
 
     @property
     def metadata_columns(self) -> list[str]:
         """Columns to filter by, besides ``id``, ``text`` and ``path``."""
-        return [name for name in self.table.schema.names if name not in RESERVED]
+        return _metadata_columns(self._live.read(lambda: self.table).schema)
 
     # ---- search ---------------------------------------------------------------------------------
 
@@ -270,7 +289,9 @@ class Index:
         )
         vectors: NDArray[np.float32] = self.model.encode_query(queries, show_progress_bar=False)
         hits = [
-            self._search(value, vector, top, filter, stages, exact, probes)
+            self._live.read(
+                partial(self._search, value, vector, top, filter, stages, exact, probes)
+            )
             for value, vector in zip(queries, vectors, strict=True)
         ]
         return hits if isinstance(query, list) else hits[0]
@@ -285,10 +306,12 @@ class Index:
         exact: bool,
         probes: int,
     ) -> Hits:
+        table = self.table
         count = max([top, *(stage.count for stage in stages)])
         truncated = truncate(vector[None], self.settings.dimensions)[0]
-        rows = self.nearest(truncated, count, condition, stages, exact=exact, probes=probes)
-        ranking, unreadable = rerank(self.model, query, vector, rows, stages, self._load_inputs)
+        rows = self._nearest(table, truncated, count, condition, stages, exact, probes)
+        load_inputs = partial(self._load_inputs, table)
+        ranking, unreadable = rerank(self.model, query, vector, rows, stages, load_inputs)
         warnings = [
             f"{rows['id'][row].as_py()}: its picture is missing or broken, so it was not reranked "
             f"by {stage}."
@@ -319,12 +342,27 @@ class Index:
         Returns:
             The documents' rows, nearest first, with ``_distance`` and ``_rowid``.
         """
-        columns = ["id", "text", "path", *self.metadata_columns, "_distance"]
+        return self._live.read(
+            lambda: self._nearest(self.table, vector, count, condition, stages, exact, probes)
+        )
+
+    def _nearest(
+        self,
+        table: Any,
+        vector: NDArray[np.float32],
+        count: int,
+        condition: str,
+        stages: Sequence[Stage],
+        exact: bool,
+        probes: int,
+    ) -> pa.Table:
+        metadata_columns = _metadata_columns(table.schema)
+        columns = ["id", "text", "path", *metadata_columns, "_distance"]
         if any(stage.reads("vector") for stage in stages):
             columns.append("vector")
         if any(stage.reads("tokens") for stage in stages):
             columns.append("tokens")
-        request = self.table.search(vector, vector_column_name="vector").distance_type("cosine")
+        request = table.search(vector, vector_column_name="vector").distance_type("cosine")
         request = request.limit(count).select(columns).with_row_id(True)
         if condition:
             request = request.where(condition, prefilter=True)
@@ -332,19 +370,20 @@ class Index:
             request = request.bypass_vector_index()
         else:
             request = request.nprobes(probes).refine_factor(10)
-        try:
-            return request.to_arrow()
-        except Exception as error:  # LanceDB's parser panics on some conditions
-            if not condition:
-                raise
-            names = ", ".join(["id", "text", "path", *map(in_condition, self.metadata_columns)])
-            raise DataError(
-                f"--filter {condition}: {str(error).splitlines()[0][:200]}. Write a condition in "
-                f"SQL on {names}."
-            ) from None
+        with reading(self.uri):
+            try:
+                return request.to_arrow()
+            except Exception as error:  # LanceDB's parser panics on some conditions
+                if not condition or "Not found:" in str(error):
+                    raise
+                names = ", ".join(["id", "text", "path", *map(in_condition, metadata_columns)])
+                raise DataError(
+                    f"--filter {condition}: {str(error).splitlines()[0][:200]}. Write a condition "
+                    f"in SQL on {names}."
+                ) from None
 
     def _hits(self, rows: pa.Table, ranked: Sequence[Ranked]) -> list[Hit]:
-        records = rows.select(["id", "text", "path", *self.metadata_columns]).to_pylist()
+        records = rows.select(["id", "text", "path", *_metadata_columns(rows.schema)]).to_pylist()
         hits = []
         for row, score, by in ranked:
             record = records[row]
@@ -356,30 +395,29 @@ class Index:
                     nearest=row + 1,
                     text=record["text"] or "",
                     path=record["path"] or "",
-                    metadata=self._metadata(record),
+                    metadata=_metadata(record),
                 )
             )
         return hits
 
-    def _load_inputs(self, rows: pa.Table) -> list[Any]:
-        """The inputs that the documents of rows with ``_rowid`` were encoded from."""
+    def _load_inputs(self, table: Any, rows: pa.Table) -> list[Any]:
+        """The inputs that the documents of a table's rows with ``_rowid`` were encoded from."""
         records = rows.select(["id", "text", "path", "_rowid"]).to_pylist()
-        pictures = self._stored_pictures([r["_rowid"] for r in records if r["path"] is None])
+        row_ids = [record["_rowid"] for record in records if record["path"] is None]
+        pictures = self._stored_pictures(table, row_ids)
         instruction = self.settings.document_instructions
         return [
             _document(record, pictures.get(record["_rowid"])).item().as_input(instruction)
             for record in records
         ]
 
-    def _stored_pictures(self, row_ids: list[int]) -> dict[int, bytes | None]:
-        """By row id the files of pictures that are stored in the index."""
+    def _stored_pictures(self, table: Any, row_ids: list[int]) -> dict[int, bytes | None]:
+        """By row id the files of pictures that are stored in a table."""
         if not row_ids:
             return {}
-        rows = self.table.take_row_ids(row_ids).select(["image"]).with_row_id().to_arrow()
+        with reading(self.uri):
+            rows = table.take_row_ids(row_ids).select(["image"]).with_row_id().to_arrow()
         return dict(zip(rows["_rowid"].to_pylist(), rows["image"].to_pylist(), strict=True))
-
-    def _metadata(self, record: dict[str, Any]) -> Metadata:
-        return {n: record[n] for n in self.metadata_columns if record[n] is not None}
 
     # ---- documents ------------------------------------------------------------------------------
 
@@ -387,23 +425,66 @@ class Index:
         """Those of the ids whose document has a picture that is stored in the index."""
         if not ids:
             return set()
-        condition = f"{is_in('id', ids)} AND image IS NOT NULL"
-        rows = self.table.search().where(condition).select(["id"]).to_arrow()
+        rows = self._rows(f"{is_in('id', ids)} AND image IS NOT NULL", ["id"])
         return set(rows["id"].to_pylist())
 
     def documents(self, ids: Sequence[str]) -> list[Document]:
         """Documents as they were indexed; ids that the index lacks are left out."""
         if not ids:
             return []
-        columns = ["id", "text", "path", "image", *self.metadata_columns]
-        records = self.table.search().where(is_in("id", ids)).select(columns).to_list()
-        return [_document(r, r["image"], self._metadata(r)) for r in records]
+        rows = self._rows(is_in("id", ids))
+        return [_document(r, r["image"], _metadata(r)) for r in rows.to_pylist()]
+
+    def sample(self, count: int) -> list[Document]:
+        """Up to this many documents at equal distances from one another."""
+
+        def take() -> pa.Table:
+            table = self.table
+            with reading(self.uri):
+                size = table.count_rows()
+                offsets = (
+                    [i * size // count for i in range(count)] if size > count else range(size)
+                )
+                columns = ["id", "text", "path", "image"]
+                return table.take_offsets(list(offsets)).select(columns).to_arrow()
+
+        return [_document(r, r["image"]) for r in self._live.read(take).to_pylist()]
+
+    def texts(self, count: int) -> list[str]:
+        """The texts of up to this many documents that have one."""
+        texts: list[str] = self._rows("text != ''", ["text"], count)["text"].to_pylist()
+        return texts
+
+    def probe(self) -> None:
+        """Read as little as shows that the index can be read.
+
+        Raises:
+            UnreadableIndexError: If it cannot.
+        """
+        self._rows("", ["id"], 1)
+
+    def _rows(
+        self, condition: str, columns: Sequence[str] = (), count: int | None = None
+    ) -> pa.Table:
+        """Rows that a condition of our own lets through; by default all columns but vectors."""
+
+        def read() -> pa.Table:
+            table = self.table
+            names = columns or ["id", "text", "path", "image", *_metadata_columns(table.schema)]
+            with reading(self.uri):
+                request = table.search().select(list(names))
+                if condition:
+                    request = request.where(condition)
+                return (request.limit(count) if count else request).to_arrow()
+
+        return self._live.read(read)
 
     # ---- rows -----------------------------------------------------------------------------------
 
     def scan(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """These columns of all rows, in batches."""
-        yield from self.table.search().select(columns).to_batches(65_536)
+        with reading(self.uri):
+            yield from self.table.search().select(columns).to_batches(65_536)
 
     def add_metadata_columns(self, metadata: Metadata) -> None:
         """Add a column for each name in a document's metadata that the table lacks.
@@ -481,6 +562,19 @@ class Index:
         """Make an earlier version the latest."""
         with writing(self.uri):
             self.table.restore(version)
+
+
+def _metadata_columns(schema: pa.Schema) -> list[str]:
+    return [n for n in schema.names if n not in RESERVED and not n.startswith("_")]
+
+
+def _metadata(record: dict[str, Any]) -> Metadata:
+    """The metadata in a row, in a dictionary with nothing else but reserved columns."""
+    return {
+        name: value
+        for name, value in record.items()
+        if name not in RESERVED and not name.startswith("_") and value is not None
+    }
 
 
 def _document(

@@ -1,15 +1,27 @@
-"""The place of an index, a local directory or an object store, and errors of writing there."""
+"""The place of an index, a local directory or an object store, and errors of using it."""
 
 import fcntl
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
+from typing import Any, TypeVar
 
 import lancedb
 
-from rematch.errors import DataError
+from rematch.errors import DataError, RematchError
 
 TABLE = "documents"
+_FRESH_SECONDS = 0.5  # how old the version may be that is read
+_PATIENCE_SECONDS = 2.0  # for an index that is being replaced
+_PAUSE_SECONDS = 0.05
+
+Value = TypeVar("Value")
+
+
+class UnreadableIndexError(DataError):
+    """The index is there no more, or its files cannot be read."""
 
 
 def exists(uri: str | Path) -> bool:
@@ -32,6 +44,101 @@ def is_in(column: str, values: Iterable[str]) -> str:
     """
     literals = ("'" + value.replace("'", "''") + "'" for value in values)
     return f"{column} IN ({', '.join(literals)})"
+
+
+@contextmanager
+def reading(uri: str) -> Iterator[None]:
+    """Turn LanceDB's errors of reading into an UnreadableIndexError of one line."""
+    try:
+        yield
+    except RematchError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UnreadableIndexError(
+            f"{uri}: cannot be read ({str(error).splitlines()[0][:200]}). If it is not being "
+            "replaced, restore it from a backup, or remove it and index the corpus again."
+        ) from error
+
+
+class LiveTable:
+    """The table of an index, which other processes may update, compact, replace or restore.
+
+    Args:
+        uri: The index's directory or URI.
+        version: A version to stay at; by default the table follows the latest one.
+
+    Raises:
+        DataError: If there is no index, or no such version.
+    """
+
+    def __init__(self, uri: str, version: int | None = None) -> None:
+        self.uri = uri
+        self._follows = version is None
+        self._opening = Lock()
+        self._failing_since: float | None = None
+        self._connection: Any = None
+        self._table = self._open()
+        self._opened = time.monotonic()
+        if version is not None:
+            versions = [v["version"] for v in self._table.list_versions()]
+            if version not in versions:
+                raise DataError(
+                    f"{uri}: has no version {version}; it has {versions[0]} to {versions[-1]}."
+                )
+            self._table.checkout(version)
+
+    def current(self) -> Any:
+        """A table that stays at one version, which was the latest one half a second ago.
+
+        Raises:
+            UnreadableIndexError: If the index is there no more.
+        """
+        with self._opening:
+            if self._follows and time.monotonic() - self._opened > _FRESH_SECONDS:
+                self._table = self._open()
+                self._opened = time.monotonic()
+            return self._table
+
+    def read(self, operation: Callable[[], Value]) -> Value:
+        """Run an operation that reads from :meth:`current`.
+
+        While its files are missing, which they are when an old version is removed or the index is
+        being replaced, the operation is repeated for up to two seconds. After that, further
+        operations fail at once until one succeeds.
+
+        Args:
+            operation: It raises :class:`UnreadableIndexError` if the index cannot be read.
+
+        Raises:
+            UnreadableIndexError: If the index stays unreadable.
+        """
+        while True:
+            try:
+                result = operation()
+            except UnreadableIndexError:
+                self._opened = float("-inf")
+                now = time.monotonic()
+                if self._failing_since is None:
+                    self._failing_since = now
+                elif not self._follows or now - self._failing_since > _PATIENCE_SECONDS:
+                    raise
+                else:
+                    time.sleep(_PAUSE_SECONDS)
+            else:
+                self._failing_since = None
+                return result
+
+    def _open(self) -> Any:
+        # connecting would make the directory, into which a restored index could not be moved
+        if is_local(self.uri) and not exists(self.uri):
+            raise UnreadableIndexError(
+                f"{self.uri}: no index there. Make one with `rematch index MODEL CORPUS --output "
+                f"{self.uri}`."
+            )
+        with reading(self.uri):
+            if self._connection is None:
+                self._connection = lancedb.connect(self.uri)
+            return self._connection.open_table(TABLE)
 
 
 @contextmanager
