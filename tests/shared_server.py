@@ -59,8 +59,8 @@ def running(engine: Engine, *arguments, **settings) -> Iterator[str]:
     server = uvicorn.Server(server_config(create_app(engine, *arguments, **settings), port=0))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    deadline = time.time() + 30
-    while not server.started and time.time() < deadline:
+    deadline = time.monotonic() + 30
+    while not server.started and time.monotonic() < deadline:
         time.sleep(0.01)
     try:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"

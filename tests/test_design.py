@@ -78,6 +78,16 @@ def test_light_modules_import_nothing_heavy_at_the_top(name):
     assert not {module.partition(".")[0] for module in imported} & HEAVY - allowed
 
 
+def test_durations_do_not_depend_on_the_clock():
+    """The clock may be set back or forward while something runs."""
+    for name, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module == "time":
+                assert not {"time", "time_ns"} & {alias.name for alias in node.names}, name
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "time":
+                assert node.attr not in ("time", "time_ns"), f"{name}: use time.monotonic"
+
+
 def test_test_files_do_not_import_each_other():
     for path in Path(__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -425,6 +425,9 @@ def serve(
     batching: Annotated[
         bool, typer.Option(help="Compute calls that wait together, in batches.")
     ] = True,
+    most_rerank: Annotated[
+        int, typer.Option(min=0, help="Documents that a stage of a search may rerank.")
+    ] = 200,
 ) -> None:
     """Serve embeddings, reranking and search over HTTP, with a search page."""
     from rematch.serve.command import ServeOptions, run_server
@@ -441,6 +444,7 @@ def serve(
             waiting=waiting,
             timeout=timeout,
             batching=batching,
+            most_rerank=most_rerank,
         )
     )
 

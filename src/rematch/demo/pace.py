@@ -42,10 +42,10 @@ class Pace:
         Args:
             recipes: Recipe of each model.
             evaluation_seconds: Duration of evaluating one model.
-            start: Time at which the demo started, as ``time.time()``.
+            start: Time at which the demo started, as ``time.monotonic()``.
         """
         step_seconds = {name: seconds_per_step(recipe) for name, recipe in recipes.items()}
-        remaining = MINUTES * 60 - _LOADING - (time.time() - start)
+        remaining = MINUTES * 60 - _LOADING - (time.monotonic() - start)
         return cls(step_seconds, evaluation_seconds, remaining)
 
     @property

@@ -51,13 +51,13 @@ class _Bar:
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.start = time.time()
+        self.start = time.monotonic()
         self.task = progress.add_task("", total=MINUTES * 60)
 
     @property
     def elapsed(self) -> float:
         """Seconds since the start."""
-        return time.time() - self.start
+        return time.monotonic() - self.start
 
     def stage(self, description: str) -> None:
         """Name what happens now."""

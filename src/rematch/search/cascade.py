@@ -31,6 +31,8 @@ _STAGES: dict[str, View | Literal["maxsim"]] = {
     **{view.value: view for view in View},
 }
 
+_MOST_DIGITS = 6  # of a stage's count
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -98,6 +100,11 @@ def parse_stages(spec: str, settings: IndexSettings, width: int) -> list[Stage]:
         if not part.strip():
             continue
         stage = _parse_stage(part.strip(), settings, width)
+        if any(stage.by == earlier.by for earlier in stages):
+            raise RematchError(
+                f"--rerank {spec}: {stage.by} occurs twice, which costs time and changes nothing. "
+                "Name each stage once."
+            )
         if stages and stage.count > stages[-1].count:
             raise RematchError(
                 f"--rerank {spec}: {part.strip()} covers more documents than the stage before it. "
@@ -110,11 +117,12 @@ def parse_stages(spec: str, settings: IndexSettings, width: int) -> list[Stage]:
 
 def _parse_stage(text: str, settings: IndexSettings, width: int) -> Stage:
     name, _, count = text.rpartition(":")
-    if not re.fullmatch("[0-9]{1,9}", count) or name not in _STAGES:
+    is_count = re.fullmatch(f"[0-9]{{1,{_MOST_DIGITS}}}", count)
+    if not is_count or name not in _STAGES:
         names = ", ".join(name for name in _STAGES if name)
         raise RematchError(
-            f"--rerank {text}: not a stage; write STAGE:COUNT, where STAGE is one of {names}; for "
-            "example feat:100,raw:10."
+            f"--rerank {text}: not a stage; write STAGE:COUNT, where STAGE is one of {names} and "
+            f"COUNT has at most {_MOST_DIGITS} digits; for example feat:100,raw:10."
         )
     by = _STAGES[name]
     if by == "maxsim" and not settings.tokens:

@@ -30,6 +30,7 @@ def create_app(
     waiting: int = 512,
     timeout: float = 60.0,
     batching: bool = True,
+    most_rerank: int = 200,
 ) -> FastAPI:
     """The application; it has search and the search page if the engine has an index.
 
@@ -42,9 +43,16 @@ def create_app(
         waiting: Longest queue; further calls are refused with 429.
         timeout: Seconds after which a request is answered with 504.
         batching: Whether calls that wait are computed together.
+        most_rerank: Documents that a stage of a search may rerank.
     """
     limits = limits or Limits()
-    batcher = Batcher(batch_tokens, waiting, batching)
+    batcher = Batcher(
+        batch_tokens,
+        waiting,
+        batching,
+        patience=timeout / 2,
+        seconds_per_token=engine.seconds_per_token,
+    )
     metrics = Metrics()
 
     @asynccontextmanager
@@ -55,7 +63,7 @@ def create_app(
     app = FastAPI(
         title="ReMatch", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
     )
-    app.state.service = Service(engine, batcher, limits, timeout, metrics)
+    app.state.service = Service(engine, batcher, limits, timeout, metrics, most_rerank)
     app.add_middleware(Guard, limits=limits, keys=keys, metrics=metrics)
     add_error_handlers(app)
     routers = [embeddings.router, rerank.router]

@@ -1,15 +1,23 @@
 """Calls that wait while the model computes are computed together.
 
-One thread computes. Meanwhile, calls wait in a bounded queue. When the thread is free, it takes
-the first call, and with it those calls that have the same key and fit into the batch tokens. The
-thread never waits for a batch to fill: a single call starts at once.
+One thread computes. Meanwhile, calls wait in a queue. When the thread is free, it takes the first
+call, and with it those calls that have the same key and fit into the batch tokens. The thread
+never waits for a batch to fill: a single call starts at once.
+
+What counts is the number of tokens that a call makes the model read. The pace of earlier batches
+tells how long the queue will take. A call that would wait too long is refused when it arrives.
+Between forward passes the thread calls :func:`check_wanted`, and drops a batch for which nobody
+waits any longer.
 """
 
 import asyncio
+import math
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from rematch.serve.limits import ClientError
@@ -17,14 +25,87 @@ from rematch.serve.limits import ClientError
 Value = TypeVar("Value")
 Result = TypeVar("Result")
 
+_WEIGHT_OF_LATEST = 0.3  # in the moving average of the pace
+_thread = threading.local()  # its batch is the one that the thread computes
+
+
+class AbandonedError(Exception):
+    """Nobody waits any longer for what is being computed."""
+
 
 @dataclass(frozen=True)
 class _Call:
     key: Hashable
+    kind: Hashable
     compute: Callable[[list[Any]], Sequence[Any]]
     value: Any
     tokens: int
     result: asyncio.Future[Any]
+
+
+@dataclass
+class _Batch:
+    """Calls that are computed together.
+
+    Attributes:
+        calls: The calls.
+        started: When the computation started.
+        progressed: When its latest forward pass started.
+    """
+
+    calls: list[_Call]
+    started: float = field(default_factory=time.monotonic)
+    progressed: float = field(default_factory=time.monotonic)
+
+    def is_wanted(self) -> bool:
+        return not all(call.result.done() for call in self.calls)
+
+
+def check_wanted() -> None:
+    """Stop the computation of a batch if nobody waits for it; call it between forward passes.
+
+    Outside of a batch it does nothing.
+
+    Raises:
+        AbandonedError: If nobody waits.
+    """
+    batch: _Batch | None = getattr(_thread, "batch", None)
+    if batch is None:
+        return
+    batch.progressed = time.monotonic()
+    if not batch.is_wanted():
+        raise AbandonedError
+
+
+class Pace:
+    """Seconds per token of each kind of call, a moving average over the batches.
+
+    Args:
+        seconds_per_token: What is assumed of a kind before its first batch.
+    """
+
+    def __init__(self, seconds_per_token: float) -> None:
+        self.assumed = seconds_per_token
+        self.measured: dict[Hashable, float] = {}
+
+    def seconds(self, calls: Sequence[_Call]) -> float:
+        """How long the calls will take."""
+        return sum(call.tokens * self.measured.get(call.kind, self.assumed) for call in calls)
+
+    def learn(self, batch: _Batch, *, complete: bool) -> None:
+        """Take the duration of a batch that has just ended into account.
+
+        Args:
+            batch: The batch.
+            complete: Whether all of it was computed. Otherwise it would have taken longer, so that
+                it may raise the average only.
+        """
+        kind = batch.calls[0].kind
+        tokens = sum(call.tokens for call in batch.calls)
+        latest = (time.monotonic() - batch.started) / max(1, tokens)
+        average = self.measured.get(kind, latest)
+        if complete or latest > average:
+            self.measured[kind] = average + _WEIGHT_OF_LATEST * (latest - average)
 
 
 class Batcher:
@@ -34,14 +115,28 @@ class Batcher:
         batch_tokens: Tokens of a batch, padding included.
         waiting: Longest queue; further calls are refused.
         batching: Whether calls are batched; otherwise they are computed one at a time.
+        patience: Seconds that a call may take, from its arrival to its result; calls for which it
+            will not be enough are refused.
+        seconds_per_token: Pace that is assumed until it can be measured.
     """
 
-    def __init__(self, batch_tokens: int, waiting: int, batching: bool = True) -> None:
+    def __init__(
+        self,
+        batch_tokens: int,
+        waiting: int,
+        batching: bool = True,
+        *,
+        patience: float = math.inf,
+        seconds_per_token: float = 0.0,
+    ) -> None:
         self.batch_tokens = batch_tokens
         self.waiting = waiting
         self.batching = batching
+        self.patience = patience
+        self.pace = Pace(seconds_per_token)
         self.queue: deque[_Call] = deque()
         self.batches = 0
+        self._batch: _Batch | None = None
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "model")
         self._worker: asyncio.Task[None] | None = None
@@ -53,6 +148,7 @@ class Batcher:
         compute: Callable[[list[Value]], Sequence[Result]],
         values: Sequence[Value],
         tokens: Sequence[int],
+        kind: Hashable = None,
     ) -> list[Result]:
         """Compute a result for each value, in batches with other calls.
 
@@ -64,19 +160,21 @@ class Batcher:
             compute: Takes a batch of values and returns one result for each; it runs in the
                 thread.
             values: The values.
-            tokens: Length of each value.
+            tokens: How many tokens the model reads for each value.
+            kind: Calls of one kind take about the same time per token; there are few kinds.
 
         Raises:
-            ClientError: 429 if the queue is full, 503 if the server is shutting down.
+            ClientError: 429 if the queue is full or will take too long, 503 if the server is
+                shutting down.
         """
-        self.check_room(len(values))
         loop = asyncio.get_running_loop()
-        if self._worker is None:
-            self._worker = loop.create_task(self._work())
         calls = [
-            _Call(key, compute, value, length, loop.create_future())
+            _Call(key, kind, compute, value, length, loop.create_future())
             for value, length in zip(values, tokens, strict=True)
         ]
+        self._check_room(calls)
+        if self._worker is None:
+            self._worker = loop.create_task(self._work())
         self.queue.extend(calls)
         self._arrived.set()
         try:
@@ -86,72 +184,107 @@ class Batcher:
             for call in calls:
                 call.result.cancel()
 
-    def check_room(self, calls: int) -> None:
-        """Check that calls can be queued.
+    def check_room(self) -> None:
+        """Check that a call could be queued.
 
         Raises:
-            ClientError: 429 if the queue is full, 503 if the server is shutting down.
+            ClientError: As for :meth:`run`.
         """
+        self._check_room([])
+
+    def _check_room(self, calls: Sequence[_Call]) -> None:
         if self._closing:
             raise ClientError("the server is shutting down. Try again.", 503)
-        # an empty queue takes a request of any size, which could never be served otherwise
-        if self.queue and len(self.queue) + calls > self.waiting:
+        waiting = [call for call in self.queue if not call.result.done()]
+        if not waiting and self._batch is None:
+            return  # a request of any size is served some time, whatever the pace seems to be
+        # an empty queue takes any number of calls, which could never be served otherwise
+        if waiting and len(waiting) + max(1, len(calls)) > self.waiting:
             raise ClientError("too many requests are waiting. Try again in a second.", 429)
+        seconds = self.pace.seconds([*waiting, *calls])
+        if self._batch is not None:
+            expected = self.pace.seconds(self._batch.calls)
+            seconds += max(0.0, expected - (time.monotonic() - self._batch.started))
+        if seconds > self.patience:
+            raise ClientError(
+                f"it would take about {seconds:.0f} seconds until this was done, which is too "
+                "long. Send less, or try again later.",
+                429,
+            )
+
+    def stalled_seconds(self) -> float:
+        """How long the thread has been computing a single forward pass; 0 if it has none."""
+        return 0.0 if self._batch is None else time.monotonic() - self._batch.progressed
 
     async def _work(self) -> None:
         while True:
             await self._arrived.wait()
-            batch = self._next_batch()
-            if batch:
+            calls = self._next_calls()
+            if calls:
                 self.batches += 1
-                await self._compute(batch)
+                await self._compute(calls)
                 continue
             self._arrived.clear()
             if self._closing:
                 return
 
-    async def _compute(self, batch: list[_Call]) -> None:
+    async def _compute(self, calls: list[_Call]) -> None:
         loop = asyncio.get_running_loop()
-        values = [call.value for call in batch]
+        self._batch = batch = _Batch(calls)
         try:
-            results = await loop.run_in_executor(self._thread, batch[0].compute, values)
-        except Exception as error:
-            if len(batch) > 1:  # compute them one by one, so that only those at fault fail
-                for call in batch:
-                    await self._compute([call])
-            elif not batch[0].result.done():
-                batch[0].result.set_exception(error)
+            results = await loop.run_in_executor(self._thread, _compute_batch, batch)
+        except AbandonedError:
+            self.pace.learn(batch, complete=False)
             return
-        for call, result in zip(batch, results, strict=True):
+        except Exception as error:
+            if len(calls) > 1:  # compute them one by one, so that only those at fault fail
+                for call in calls:
+                    if not call.result.done():
+                        await self._compute([call])
+            elif not calls[0].result.done():
+                calls[0].result.set_exception(error)
+            return
+        finally:
+            self._batch = None
+        self.pace.learn(batch, complete=True)
+        for call, result in zip(calls, results, strict=True):
             if not call.result.done():
                 call.result.set_result(result)
 
-    def _next_batch(self) -> list[_Call]:
-        """Take the next batch from the queue, and drop cancelled calls."""
-        batch: list[_Call] = []
+    def _next_calls(self) -> list[_Call]:
+        """Take the calls of the next batch from the queue, and drop cancelled ones."""
+        calls: list[_Call] = []
         remaining: deque[_Call] = deque()
         longest = 0
         for call in self.queue:
             if call.result.done():
                 continue
             length = max(longest, call.tokens)
-            fits = not batch or (
+            fits = not calls or (
                 self.batching
-                and call.key == batch[0].key
-                and length * (len(batch) + 1) <= self.batch_tokens
+                and call.key == calls[0].key
+                and length * (len(calls) + 1) <= self.batch_tokens
             )
             if fits:
-                batch.append(call)
+                calls.append(call)
                 longest = length
             else:
                 remaining.append(call)
         self.queue = remaining
-        return batch
+        return calls
 
     async def close(self) -> None:
-        """Refuse new calls, and finish those that are queued."""
+        """Refuse new calls, and finish those in the queue for which somebody waits."""
         self._closing = True
         self._arrived.set()
         if self._worker is not None:
             await self._worker
         self._thread.shutdown()
+
+
+def _compute_batch(batch: _Batch) -> Sequence[Any]:
+    _thread.batch = batch
+    try:
+        return batch.calls[0].compute([call.value for call in batch.calls])
+    finally:
+        _thread.batch = None

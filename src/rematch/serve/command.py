@@ -38,6 +38,7 @@ class ServeOptions:
     waiting: int = 512
     timeout: float = 60.0
     batching: bool = True
+    most_rerank: int = 200
 
 
 def run_server(options: ServeOptions) -> None:
@@ -66,6 +67,7 @@ def run_server(options: ServeOptions) -> None:
             waiting=options.waiting,
             timeout=options.timeout,
             batching=options.batching,
+            most_rerank=options.most_rerank,
         )
         print(_banner(options, listener.getsockname()[1], engine), flush=True)  # noqa: T201
         config = server_config(app, timeout_graceful_shutdown=int(options.timeout) + 1)

@@ -5,8 +5,11 @@ and looking up documents belong to any other.
 """
 
 import io
+import math
 import random
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from threading import Lock
@@ -16,20 +19,26 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rematch.data.images import data_url, load_image
+from rematch.data.corpus import Document
+from rematch.data.images import EncodedPicture, data_url, load_image
 from rematch.encoding.encoder import Encoder
 from rematch.errors import ImageError, RematchError
 from rematch.interpretability import attention_maps, overlay
+from rematch.matching import View
 from rematch.model import ReMatch
 from rematch.scoring import probability
+from rematch.search.cascade import Stage, parse_stages
 from rematch.search.index import Hit, Hits, Index
-from rematch.search.storage import exists
+from rematch.search.storage import UnreadableIndexError, exists
+from rematch.serve.batching import check_wanted
 from rematch.serve.inputs import Input
 from rematch.serve.limits import ClientError
 
 _EXAMPLES = 4  # texts that the page offers as queries
 _OVERLAYS = 6  # token vectors whose attention the page shows
 _OVERLAY_EDGE = 320  # pixels
+_QUERIES = 16  # that are searched for before the next check whether somebody waits
+_SAMPLE, _MEAN_SECONDS = 16, 60.0  # documents that are measured, and how long that holds
 
 
 class Engine:
@@ -52,8 +61,12 @@ class Engine:
         else:
             self.model, self.name = ReMatch(model or target), model or target
         self.name = Path(self.name).name or self.name
+        self.model.backbone.base.register_forward_pre_hook(lambda *_: check_wanted())
         self._measuring_encoder = Encoder(_with_own_processor(self.model), workers=0)
         self._measuring = Lock()  # a tokenizer must not be used by two threads at once
+        self._query_overhead, self._document_overhead = self.model.backbone.questions.overhead()
+        self._mean_tokens = (0, -math.inf)  # of a document, and when it was measured
+        self.seconds_per_token = self._time_a_pass()
 
     def measure(self, inputs: Sequence[Input]) -> list[int]:
         """Number of tokens of each input, pictures included; for any thread.
@@ -70,6 +83,75 @@ class Engine:
                     f"an input of {length:,} tokens; the model takes {limit:,}. Shorten it."
                 )
         return lengths
+
+    def _time_a_pass(self) -> float:
+        """Seconds per token of a forward pass, and everything is loaded for the first request."""
+        limit = self.model.max_seq_length or 400
+        document: Input = {"text": "word " * min(100, limit // 4)}
+        self.embed_documents([document])
+        started = time.monotonic()
+        self.embed_documents([document])
+        return (time.monotonic() - started) / self.measure([document])[0]
+
+    # ---- the cost of a request, in any thread ---------------------------------------------------
+
+    def stages(self, rerank: str, most: int) -> tuple[Stage, ...]:
+        """The stages of a search.
+
+        Args:
+            rerank: As for :meth:`~rematch.search.index.Index.search`.
+            most: How many documents a stage may rerank.
+
+        Raises:
+            RematchError: If it cannot be parsed, or a stage reranks more documents.
+        """
+        assert self.index is not None
+        stages = parse_stages(rerank, self.index.settings, self.model.backbone.width)
+        for stage in stages:
+            if stage.count > most:
+                raise ClientError(
+                    f"rerank {rerank}: {stage.count} documents in a stage; this server reranks at "
+                    f"most {most} (--most-rerank)."
+                )
+        return tuple(stages)
+
+    def match_tokens(self, query: int, documents: Sequence[int]) -> int:
+        """How many tokens the matching head reads, from the lengths of query and documents."""
+        pairs = sum(documents) + len(documents) * self._document_overhead
+        return self._query_overhead + query + pairs
+
+    def search_tokens(self, query: int, stages: Sequence[Stage]) -> int:
+        """About how many tokens a search reads.
+
+        Args:
+            query: Length of the query.
+            stages: The stages, whose documents count as the mean of a sample.
+        """
+        tokens = query
+        for stage in stages:
+            count = min(stage.count, self.document_count())
+            if isinstance(stage.by, View):
+                length = self._mean_document_tokens() if stage.by.document == "raw" else 1
+                tokens += self.match_tokens(
+                    query if stage.by.query == "raw" else 1, [length] * count
+                )
+            else:  # MaxSim embeds the query again
+                tokens += query + count
+        return tokens
+
+    def _mean_document_tokens(self) -> int:
+        """Mean length of a document of the index, measured once a minute."""
+        mean, measured = self._mean_tokens
+        if time.monotonic() - measured > _MEAN_SECONDS:
+            with _index_errors():
+                assert self.index is not None
+                documents = self.index.sample(_SAMPLE)
+            with self._measuring, ExitStack() as files:
+                inputs = [_as_header(document, files) for document in documents]
+                lengths = self._measuring_encoder.lengths(inputs)
+            mean = max(1, round(sum(lengths) / max(1, len(lengths))))
+            self._mean_tokens = mean, time.monotonic()
+        return mean
 
     # ---- in the model's thread ------------------------------------------------------------------
 
@@ -95,13 +177,20 @@ class Engine:
         return [probability(m) for m in self.model.score_lists(queries, document_lists)]
 
     def search(
-        self, queries: Sequence[Input], *, top: int, filter: str, rerank: str
+        self, queries: Sequence[Input], *, top: int, filter: str, rerank: Sequence[Stage]
     ) -> list[Hits]:
         """The hits of each query; options as for
         :meth:`~rematch.search.index.Index.search`.
         """
         assert self.index is not None
-        return self.index.search(list(queries), top, filter=filter, rerank=rerank)
+        hits: list[list[Hit]] = []
+        with _index_errors():
+            for start in range(
+                0, len(queries), _QUERIES
+            ):  # a pass, and scans, which take time too
+                chunk = list(queries[start : start + _QUERIES])
+                hits += self.index.search(chunk, top, filter=filter, rerank=rerank)
+        return hits
 
     def attention_maps(
         self, inputs: Sequence[Input], *, task: Literal["query", "document"]
@@ -119,7 +208,8 @@ class Engine:
             ImageError: If its picture cannot be read.
         """
         assert self.index is not None
-        documents = self.index.documents([document_id])
+        with _index_errors():
+            documents = self.index.documents([document_id])
         if not documents:
             raise ClientError("the index has no document with this id.", 404)
         parts: Any = documents[0].item().as_input(self.index.settings.document_instructions)
@@ -151,14 +241,31 @@ class Engine:
         assert self.index is not None
         with_file = {hit.id for hit in hits if hit.path}
         others = [hit.id for hit in hits if not hit.path]
-        return with_file | self.index.with_stored_picture(others)
+        with _index_errors():
+            return with_file | self.index.with_stored_picture(others)
 
     def examples(self) -> list[str]:
         """A few short texts of the index, always the same ones."""
         assert self.index is not None
-        rows = self.index.table.search().where("text != ''").select(["text"]).limit(200).to_list()
-        texts = sorted({" ".join(row["text"].split()) for row in rows if len(row["text"]) < 80})
+        with _index_errors():
+            first_texts = self.index.texts(200)
+        texts = sorted({" ".join(text.split()) for text in first_texts if len(text) < 80})
         return random.Random(0).sample(texts, min(_EXAMPLES, len(texts)))
+
+    def document_count(self) -> int:
+        """How many documents the index has; none without an index."""
+        with _index_errors():
+            return 0 if self.index is None else len(self.index)
+
+    def probe(self) -> None:
+        """Read a row of the index, if there is one.
+
+        Raises:
+            ClientError: 503 if it cannot be read.
+        """
+        with _index_errors():
+            if self.index is not None:
+                self.index.probe()
 
     def overlays(
         self, pictures: Image.Image | list[Image.Image], maps: NDArray[np.float32]
@@ -175,6 +282,29 @@ class Engine:
         picture = pictures[0] if isinstance(pictures, list) else pictures
         selected = [maps.mean(0), *maps[:_OVERLAYS]]
         return [data_url(overlay(picture, weights), _OVERLAY_EDGE) for weights in selected]
+
+
+@contextmanager
+def _index_errors() -> Iterator[None]:
+    """An index that cannot be read is no fault of the client's, who need not know its path."""
+    try:
+        yield
+    except UnreadableIndexError:
+        raise ClientError("the index cannot be read at present. Try again.", 503) from None
+
+
+def _as_header(document: Document, files: ExitStack) -> dict[str, Any]:
+    """A document whose picture is opened but not decoded; without it if that is impossible."""
+    value: dict[str, Any] = {"text": document.text}
+    source: Path | io.BytesIO | None = None
+    if isinstance(document.image, EncodedPicture):
+        source = io.BytesIO(document.image.content)
+    elif document.image is not None and document.image.is_file():
+        source = document.image
+    if source is not None:
+        with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            value["image"] = files.enter_context(Image.open(source))
+    return value
 
 
 def _with_own_processor(model: ReMatch) -> ReMatch:

@@ -4,14 +4,14 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
+from anyio import to_thread
 from fastapi import Depends, Request
-from fastapi.concurrency import run_in_threadpool
 
 from rematch.serve.batching import Batcher
 from rematch.serve.engine import Engine
-from rematch.serve.inputs import Input
 from rematch.serve.limits import ClientError, Limits
 from rematch.serve.middleware import Metrics
 from rematch.serve.schemas import ErrorResponse
@@ -35,6 +35,7 @@ class Service:
         limits: Limits of a request.
         timeout: Seconds after which a request is given up.
         metrics: Counts of requests.
+        most_rerank: Documents that a stage of a search may rerank.
     """
 
     engine: Engine
@@ -42,16 +43,29 @@ class Service:
     limits: Limits
     timeout: float
     metrics: Metrics
+    most_rerank: int = 200
 
-    async def tokens(self, request: Request, inputs: Sequence[Input]) -> list[int]:
-        """How many tokens each input of a request has.
+    async def in_thread(
+        self, request: Request, function: Callable[..., Result], *arguments: Any
+    ) -> Result:
+        """The result of a function in the pool of threads.
 
         Raises:
-            ClientError: 429 or 503, if the inputs could not be computed now anyway; 504.
+            ClientError: 504.
         """
-        self.batcher.check_room(1)
-        work = run_in_threadpool(self.engine.measure, inputs)
-        return await _until_timeout(request, work, self.timeout)
+        work = to_thread.run_sync(partial(function, *arguments), abandon_on_cancel=True)
+        return await _until_deadline(request, work, self.timeout)
+
+    async def prepare(
+        self, request: Request, function: Callable[..., Result], *arguments: Any
+    ) -> Result:
+        """:meth:`in_thread` for what prepares a computation.
+
+        Raises:
+            ClientError: 429 or 503, if the computation could not be queued now anyway; 504.
+        """
+        self.batcher.check_room()
+        return await self.in_thread(request, function, *arguments)
 
     async def compute(
         self,
@@ -60,6 +74,7 @@ class Service:
         compute: Callable[[list[Value]], Sequence[Result]],
         values: Sequence[Value],
         tokens: Sequence[int],
+        kind: Hashable,
     ) -> list[Result]:
         """The results for a request's values; arguments as for
         :meth:`~rematch.serve.batching.Batcher.run`.
@@ -67,27 +82,38 @@ class Service:
         Raises:
             ClientError: 429, 503 or 504.
         """
-        work = self.batcher.run(key, compute, values, tokens)
-        return await _until_timeout(request, work, self.timeout)
+        work = self.batcher.run(key, compute, values, tokens, kind)
+        return await _until_deadline(request, work, self.timeout)
 
 
-async def _until_timeout(request: Request, work: Awaitable[Result], seconds: float) -> Result:
-    """The result of ``work``, which is cancelled if the client disconnects or time runs out."""
+async def _until_deadline(request: Request, work: Awaitable[Result], seconds: float) -> Result:
+    """The result of ``work``, which is cancelled if nobody waits for it any longer.
+
+    Args:
+        request: The request that needs it; its time counts from its arrival.
+        work: What is to be done.
+        seconds: The request's time.
+
+    Raises:
+        ClientError: 504 if time runs out or the client disconnects.
+    """
     task = asyncio.ensure_future(work)
-    deadline = time.monotonic() + seconds
-    while True:
-        done, _ = await asyncio.wait({task}, timeout=0.2)
-        if done:
-            return task.result()
-        if await request.is_disconnected() or time.monotonic() > deadline:
-            task.cancel()
-            await asyncio.wait({task})
-            raise ClientError(
-                f"not done within {seconds:g} seconds. Send less, or try again later.", 504
-            )
+    deadline = request.state.arrived + seconds
+    try:
+        while not task.done():
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or await request.is_disconnected():
+                raise ClientError(
+                    f"not done within {seconds:g} seconds. Send less, or try again later.", 504
+                )
+            await asyncio.wait({task}, timeout=min(0.2, remaining))
+        return task.result()
+    finally:
+        task.cancel()
 
 
 async def _service(request: Request) -> Service:
+    request.state.arrived = time.monotonic()
     service: Service = request.app.state.service
     return service
 

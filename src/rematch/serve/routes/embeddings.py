@@ -5,7 +5,6 @@ from typing import Literal
 
 import numpy as np
 from fastapi import APIRouter, Request
-from fastapi.concurrency import run_in_threadpool
 from numpy.typing import NDArray
 
 from rematch.scoring import truncate
@@ -35,12 +34,12 @@ async def embeddings(
     task = body.task or _TASKS.get(body.input_type or "document")
     if task is None:
         raise ClientError(f"input_type {body.input_type!r} is unknown; use query or document.")
-    inputs = await run_in_threadpool(embedding_inputs, body, service.limits)
+    inputs = await service.prepare(request, embedding_inputs, body, service.limits)
     if body.dimensions and body.dimensions > width:
         raise ClientError(f"dimensions {body.dimensions}: the vectors have {width}.")
-    tokens = await service.tokens(request, inputs)
+    tokens = await service.prepare(request, engine.measure, inputs)
     embed = engine.embed_queries if task == "query" else engine.embed_documents
-    rows = await service.compute(request, ("embed", task), embed, inputs, tokens)
+    rows = await service.compute(request, ("embed", task), embed, inputs, tokens, "embed")
     vectors = truncate(np.stack(rows), body.dimensions or width)
     return EmbeddingResponse(
         data=[

@@ -4,7 +4,6 @@ import uuid
 
 import numpy as np
 from fastapi import APIRouter, Request
-from fastapi.concurrency import run_in_threadpool
 
 from rematch.serve.inputs import multimodal_inputs
 from rematch.serve.limits import ClientError
@@ -25,12 +24,13 @@ async def rerank(
         raise ClientError(
             f"{len(body.documents)} documents; this server takes {limits.inputs}.", 413
         )
-    inputs = await run_in_threadpool(multimodal_inputs, [body.query, *body.documents], limits)
-    total = sum(await service.tokens(request, inputs))
-    query, *documents = inputs
-    (scores,) = await service.compute(
-        request, "match", engine.match, [(query, documents)], [total]
+    inputs = await service.prepare(
+        request, multimodal_inputs, [body.query, *body.documents], limits
     )
+    lengths = await service.prepare(request, engine.measure, inputs)
+    query, *documents = inputs
+    value, tokens = (query, documents), engine.match_tokens(lengths[0], lengths[1:])
+    (scores,) = await service.compute(request, "match", engine.match, [value], [tokens], "match")
     order = np.argsort(-scores, kind="stable")[: body.top_n]
     results = [
         RerankResult(
@@ -40,7 +40,7 @@ async def rerank(
         )
         for i in order
     ]
-    usage = Usage(prompt_tokens=total, total_tokens=total)
+    usage = Usage(prompt_tokens=sum(lengths), total_tokens=sum(lengths))
     return RerankResponse(id=str(uuid.uuid4()), model=engine.name, results=results, usage=usage)
 
 

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Literal
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
 
 from rematch.serve.inputs import multimodal_inputs
 from rematch.serve.limits import ClientError
@@ -32,12 +31,15 @@ async def search(
         raise ClientError("no query. Send text, image, or both.")
     engine = service.engine
     query = Multimodal(text=body.text, image=body.image)
-    inputs = await run_in_threadpool(multimodal_inputs, [query], service.limits)
-    tokens = await service.tokens(request, inputs)
-    key = ("search", body.top, body.filter, body.rerank)
-    compute = partial(engine.search, top=body.top, filter=body.filter, rerank=body.rerank)
-    (hits,) = await service.compute(request, key, compute, inputs, tokens)
-    ids_with_picture = await run_in_threadpool(engine.ids_with_picture, hits)
+    stages = engine.stages(body.rerank, service.most_rerank)
+    inputs = await service.prepare(request, multimodal_inputs, [query], service.limits)
+    lengths = await service.prepare(request, engine.measure, inputs)
+    tokens = await service.prepare(request, engine.search_tokens, lengths[0], stages)
+    key = ("search", body.top, body.filter, stages)
+    kind = ("search", frozenset(stage.by for stage in stages))
+    compute = partial(engine.search, top=body.top, filter=body.filter, rerank=stages)
+    (hits,) = await service.compute(request, key, compute, inputs, [tokens], kind)
+    ids_with_picture = await service.in_thread(request, engine.ids_with_picture, hits)
     return SearchResponse(
         hits=[
             SearchHit(
@@ -62,11 +64,14 @@ async def search(
     response_class=Response,
 )
 async def picture(
-    name: str, service: ServiceDependency, edge: int = Query(320, ge=16, le=2048)
+    request: Request,
+    name: str,
+    service: ServiceDependency,
+    edge: int = Query(320, ge=16, le=2048),
 ) -> Response:
     """A document's picture as JPEG; its longer side has at most ``edge`` pixels."""
-    content = await run_in_threadpool(service.engine.picture, name, edge)
-    headers = {"Cache-Control": "private, max-age=3600"}
+    content = await service.in_thread(request, service.engine.picture, name, edge)
+    headers = {"Cache-Control": "private, no-cache"}  # the index may have another one by now
     return Response(content, media_type="image/jpeg", headers=headers)
 
 
@@ -79,23 +84,24 @@ async def attention(
     task: Literal["query", "document"]
     if body.id is not None:
         task = "document"
-        inputs = [await run_in_threadpool(engine.document, body.id)]
+        inputs = [await service.prepare(request, engine.document, body.id)]
     else:
         task = "query"
         query = Multimodal(text=body.text, image=body.image)
-        inputs = await run_in_threadpool(multimodal_inputs, [query], service.limits)
+        inputs = await service.prepare(request, multimodal_inputs, [query], service.limits)
     if "image" not in inputs[0]:
         raise ClientError(
             "there is no picture to look at. Send one, or the id of a document that has one."
         )
-    tokens = await service.tokens(request, inputs)
+    tokens = await service.prepare(request, engine.measure, inputs)
     compute = partial(engine.attention_maps, task=task)
-    (maps,) = await service.compute(request, ("attention", task), compute, inputs, tokens)
-    together, *single = await run_in_threadpool(engine.overlays, inputs[0]["image"], maps)
+    key = ("attention", task)
+    (maps,) = await service.compute(request, key, compute, inputs, tokens, "attention")
+    together, *single = await service.in_thread(request, engine.overlays, inputs[0]["image"], maps)
     return AttentionResponse(together=together, tokens=single)
 
 
 @router.get("/v1/examples")
-async def examples(service: ServiceDependency) -> list[str]:
+async def examples(request: Request, service: ServiceDependency) -> list[str]:
     """A few texts of the index, as examples of queries."""
-    return await run_in_threadpool(service.engine.examples)
+    return await service.in_thread(request, service.engine.examples)
