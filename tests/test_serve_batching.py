@@ -1,9 +1,11 @@
 """The queue in front of the model: batches, limits, cancellation, requests at the same time."""
 
 import asyncio
+import random
 import threading
 import time
 import urllib.request
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from fastapi.testclient import TestClient
 from shared_server import NOISE, card_engine, data_url, file_of, post, running
 
 from rematch.encoding.encoder import Encoder
+from rematch.serve import batching
 from rematch.serve.app import create_app
 from rematch.serve.batching import Batcher
 from rematch.serve.engine import Engine
@@ -130,6 +133,117 @@ def test_closing_finishes_the_queue_and_refuses_new_calls():
         assert closed.value.status == 503
 
     asyncio.run(scene())
+
+
+class Clock:
+    """Stands for the module time; it advances only when something is computed."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("slowdown", [1, 8])
+def test_what_is_accepted_comes_in_time(monkeypatch, tally, slowdown):
+    """Bursts of calls of different kinds and lengths, some of whose callers give up.
+
+    From the middle of a burst on, the machine is ``slowdown`` times as slow.
+    """
+    clock = Clock()
+    monkeypatch.setattr(batching, "time", clock)
+    timeout, pace = 10.0, 0.01
+    rng = random.Random(0)
+    outcomes = tally("Rerank requests")
+    work = {"answered": 0.0, "computed": 0.0}
+    late: list[int] = []
+
+    async def scene():
+        batcher = Batcher(batch_tokens=200, waiting=500, timeout=timeout, seconds_per_token=pace)
+        batcher.pace.measured = dict.fromkeys(range(3), pace)
+        for _ in range(15):
+            finished: dict[int, float] = {}
+            slow_from = clock.now + 3.0
+
+            def compute(values):
+                for _ in range(4):  # passes
+                    batching.check_wanted()
+                    slow = slowdown if clock.now > slow_from else 1  # noqa: B023
+                    seconds = slow * pace * sum(tokens for _, tokens in values) / 4
+                    clock.now += seconds
+                    work["computed"] += seconds / slow
+                finished.update({number: clock.now for number, _ in values})  # noqa: B023
+                return values
+
+            started = clock.now
+            lengths = [rng.choice((5, 20, 100, 400)) for _ in range(60)]
+            tasks = []
+            for number, tokens in enumerate(lengths):
+                kind = rng.randrange(3)
+                arguments = (kind, compute, [(number, tokens)], [tokens], kind)
+                tasks.append(asyncio.create_task(batcher.run(*arguments)))
+            await asyncio.sleep(0)
+            for task in rng.sample(tasks, 5):
+                task.cancel()
+            for number, result in enumerate(await asyncio.gather(*tasks, return_exceptions=True)):
+                if isinstance(result, asyncio.CancelledError):
+                    outcomes["given up"] += 1
+                elif isinstance(result, ClientError):
+                    assert result.status == 429
+                    assert 1 <= result.retry_after < slowdown * pace * sum(lengths)
+                    outcomes["refused"] += 1
+                elif finished[number] - started <= timeout:
+                    work["answered"] += pace * lengths[number]
+                    outcomes["answered"] += 1
+                else:
+                    late.append(number)
+        await batcher.close()
+
+    asyncio.run(scene())
+    if slowdown == 1:
+        assert not late
+        assert work["answered"] >= 0.8 * work["computed"]
+    else:  # only what was computed when the pace dropped
+        assert len(late) <= 15 * 2
+    assert work["computed"] > 15 * 2.0, "the thread had work"
+
+
+def test_a_pause_of_the_machine_does_not_shut_the_server():
+    """After it, calls are refused for a while at most."""
+    pace = batching.Pace(0.0)
+    clock = Clock()
+    for seconds in (1.0, 3600.0, *[1.0] * 20):
+        batch = batching._Batch([SimpleNamespace(tokens=100, kind="k")], started=0.0)
+        clock.now = seconds
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(batching, "time", clock)
+            pace.learn(batch, complete=True)
+        assert pace.measured["k"] < 0.02
+    assert pace.measured["k"] < 0.0101
+
+
+def test_a_batch_that_nobody_waits_for_is_not_computed_to_its_end():
+    passes = []
+    first_pass = threading.Event()
+
+    def compute(values):
+        for number in range(500):
+            passes.append(number)
+            first_pass.set()
+            time.sleep(0.02)
+            batching.check_wanted()
+        return values
+
+    async def scene():
+        batcher = Batcher(batch_tokens=100, waiting=3)
+        task = asyncio.create_task(batcher.run("k", compute, ["a"], [1]))
+        await asyncio.to_thread(first_pass.wait, 10)
+        task.cancel()
+        await batcher.close()
+
+    asyncio.run(scene())
+    assert len(passes) < 250
+    batching.check_wanted()  # outside of a batch it does nothing
 
 
 PICTURE_MESSAGE = {

@@ -50,7 +50,7 @@ def create_app(
         batch_tokens,
         waiting,
         batching,
-        patience=timeout / 2,
+        timeout=timeout,
         seconds_per_token=engine.seconds_per_token,
     )
     metrics = Metrics()

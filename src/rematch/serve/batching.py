@@ -5,9 +5,9 @@ call, and with it those calls that have the same key and fit into the batch toke
 never waits for a batch to fill: a single call starts at once.
 
 What counts is the number of tokens that a call makes the model read. The pace of earlier batches
-tells how long the queue will take. A call that would wait too long is refused when it arrives.
-Between forward passes the thread calls :func:`check_wanted`, and drops a batch for which nobody
-waits any longer.
+tells how long the queue will take. A call that would wait too long is refused when it arrives, or
+as soon as the pace shows it. Between forward passes the thread calls :func:`check_wanted`, and
+drops a batch for which nobody waits any longer.
 """
 
 import asyncio
@@ -26,11 +26,27 @@ Value = TypeVar("Value")
 Result = TypeVar("Result")
 
 _WEIGHT_OF_LATEST = 0.3  # in the moving average of the pace
+_MOST_RISE = 4.0  # of a batch's pace over the average
+# shares of the timeout: what a call may be expected to take when it arrives, and while it waits;
+# the pace is an estimate, and later calls of the same key may be computed first
+_ADMITTED, _KEPT = 0.5, 0.9
 _thread = threading.local()  # its batch is the one that the thread computes
 
 
 class AbandonedError(Exception):
     """Nobody waits any longer for what is being computed."""
+
+
+class OverloadedError(ClientError):
+    """There is too much work before a call: 429.
+
+    Attributes:
+        retry_after: Seconds after which it may be worth trying again.
+    """
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message, 429)
+        self.retry_after = max(1, math.ceil(retry_after))
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,7 @@ class _Call:
     value: Any
     tokens: int
     result: asyncio.Future[Any]
+    arrived: float = field(default_factory=lambda: time.monotonic())
 
 
 @dataclass
@@ -54,8 +71,8 @@ class _Batch:
     """
 
     calls: list[_Call]
-    started: float = field(default_factory=time.monotonic)
-    progressed: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=lambda: time.monotonic())
+    progressed: float = field(default_factory=lambda: time.monotonic())
 
     def is_wanted(self) -> bool:
         return not all(call.result.done() for call in self.calls)
@@ -104,6 +121,7 @@ class Pace:
         tokens = sum(call.tokens for call in batch.calls)
         latest = (time.monotonic() - batch.started) / max(1, tokens)
         average = self.measured.get(kind, latest)
+        latest = min(latest, _MOST_RISE * average)  # the machine may have been suspended
         if complete or latest > average:
             self.measured[kind] = average + _WEIGHT_OF_LATEST * (latest - average)
 
@@ -115,8 +133,8 @@ class Batcher:
         batch_tokens: Tokens of a batch, padding included.
         waiting: Longest queue; further calls are refused.
         batching: Whether calls are batched; otherwise they are computed one at a time.
-        patience: Seconds that a call may take, from its arrival to its result; calls for which it
-            will not be enough are refused.
+        timeout: Seconds after which callers give up; calls for which they will not be enough are
+            refused.
         seconds_per_token: Pace that is assumed until it can be measured.
     """
 
@@ -126,13 +144,13 @@ class Batcher:
         waiting: int,
         batching: bool = True,
         *,
-        patience: float = math.inf,
+        timeout: float = math.inf,
         seconds_per_token: float = 0.0,
     ) -> None:
         self.batch_tokens = batch_tokens
         self.waiting = waiting
         self.batching = batching
-        self.patience = patience
+        self.timeout = timeout
         self.pace = Pace(seconds_per_token)
         self.queue: deque[_Call] = deque()
         self.batches = 0
@@ -200,17 +218,26 @@ class Batcher:
             return  # a request of any size is served some time, whatever the pace seems to be
         # an empty queue takes any number of calls, which could never be served otherwise
         if waiting and len(waiting) + max(1, len(calls)) > self.waiting:
-            raise ClientError("too many requests are waiting. Try again in a second.", 429)
+            raise OverloadedError("too many requests are waiting. Try again in a second.")
         seconds = self.pace.seconds([*waiting, *calls])
         if self._batch is not None:
             expected = self.pace.seconds(self._batch.calls)
             seconds += max(0.0, expected - (time.monotonic() - self._batch.started))
-        if seconds > self.patience:
-            raise ClientError(
-                f"it would take about {seconds:.0f} seconds until this was done, which is too "
-                "long. Send less, or try again later.",
-                429,
-            )
+        if seconds > _ADMITTED * self.timeout:
+            raise _too_late(seconds, seconds - _ADMITTED * self.timeout)
+
+    def _refuse_late(self) -> None:
+        """Refuse the calls in the queue that will be too late at the pace of now."""
+        now = time.monotonic()
+        seconds = 0.0
+        for call in self.queue:
+            if not call.result.done():
+                waited, expected = now - call.arrived, seconds + self.pace.seconds([call])
+                has_waited = seconds > 0 or waited > (1 - _KEPT) * self.timeout
+                if has_waited and waited + expected > _KEPT * self.timeout:
+                    call.result.set_exception(_too_late(expected, seconds))
+                else:
+                    seconds = expected
 
     def stalled_seconds(self) -> float:
         """How long the thread has been computing a single forward pass; 0 if it has none."""
@@ -219,6 +246,7 @@ class Batcher:
     async def _work(self) -> None:
         while True:
             await self._arrived.wait()
+            self._refuse_late()
             calls = self._next_calls()
             if calls:
                 self.batches += 1
@@ -280,6 +308,14 @@ class Batcher:
         if self._worker is not None:
             await self._worker
         self._thread.shutdown()
+
+
+def _too_late(seconds: float, retry_after: float) -> OverloadedError:
+    return OverloadedError(
+        f"it would take about {seconds:.0f} seconds until this was done, which is too long. Send "
+        "less, or try again later.",
+        retry_after,
+    )
 
 
 def _compute_batch(batch: _Batch) -> Sequence[Any]:

@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from rematch.errors import ImageError, RematchError
+from rematch.serve.batching import OverloadedError
 from rematch.serve.limits import ClientError
 
 SECURITY_HEADERS = (
@@ -54,7 +55,10 @@ def add_error_handlers(app: FastAPI) -> None:
         if isinstance(error, ImageError):  # a client's picture would have been a ClientError
             return error_response(404, "the document's picture is gone or broken.")
         status = error.status if isinstance(error, ClientError) else 400
-        return error_response(status, str(error))
+        response = error_response(status, str(error))
+        if isinstance(error, OverloadedError):
+            response.headers["Retry-After"] = str(error.retry_after)
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
