@@ -64,21 +64,27 @@ class Client:
 
     async def embed(self, text: str) -> bool:
         """Request an embedding; whether the answer was one."""
-        body = json.dumps({"input": text, "encoding_format": "base64", "task": "query"}).encode()
+        body = {"input": text, "encoding_format": "base64", "task": "query"}
+        status, _, answer = await self.post("/v1/embeddings", body)
+        return status == 200 and b'"embedding"' in answer
+
+    async def post(self, path: str, content: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+        """Send a request; the status, the headers and the body of the answer."""
+        body = json.dumps(content).encode()
         head = (
-            "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\n\r\n"
         )
         self.writer.write(head.encode() + body)
-        status = await self.reader.readline()
-        length = 0
+        status = int((await self.reader.readline()).split()[1])
+        headers = {}
         while (line := await self.reader.readline()) != b"\r\n":
             if not line:
                 raise ConnectionError("the server closed the connection")
-            if line.lower().startswith(b"content-length:"):
-                length = int(line.split(b":")[1])
-        answer = await self.reader.readexactly(length)
-        return b" 200 " in status and b'"embedding"' in answer
+            name, _, value = line.decode("latin-1").partition(":")
+            headers[name.lower()] = value.strip()
+        answer = await self.reader.readexactly(int(headers.get("content-length", 0)))
+        return status, headers, answer
 
 
 async def load(

@@ -1,12 +1,14 @@
 """A request costs what the model reads for it, and nothing is computed that nobody waits for."""
 
+import http.client
 import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
 from shared_server import card_engine, post, running
 
@@ -34,6 +36,16 @@ def hooked(engine, hook):
         yield
     finally:
         handle.remove()
+
+
+def long_rerank(engine) -> tuple[dict, int]:
+    """The body of a request, and how many forward passes it takes."""
+    documents = ["a red card " * 100 + str(i) for i in range(60)]
+    passes: list[int] = []
+    with hooked(engine, passes.append):
+        engine.match([({"text": "a card"}, [{"text": text} for text in documents])])
+    assert len(passes) > 5
+    return {"query": "a card", "documents": documents}, len(passes)
 
 
 def wait_until(condition) -> None:
@@ -93,13 +105,8 @@ def test_a_burst_of_expensive_searches_is_answered_or_refused_at_once(engine, ta
 
 
 def test_a_request_that_is_given_up_is_not_computed_to_its_end(engine):
-    body = {"query": "a card", "documents": ["a red card " * 100 + str(i) for i in range(60)]}
     passes: list[int] = []
-    with hooked(engine, passes.append):
-        engine.match([({"text": "a card"}, [{"text": text} for text in body["documents"]])])
-    total = len(passes)
-    assert total > 5
-    passes.clear()
+    body, total = long_rerank(engine)
 
     def slow_pass(tokens: int) -> None:
         passes.append(tokens)
@@ -113,6 +120,42 @@ def test_a_request_that_is_given_up_is_not_computed_to_its_end(engine):
         )
         assert status in (200, 429, 504)
     assert len(passes) < total
+
+
+def test_a_busy_server_ends_within_its_grace_period(engine):
+    passes: list[int] = []
+    first_pass = threading.Event()
+    body, total = long_rerank(engine)
+
+    def slow_pass(tokens: int) -> None:
+        passes.append(tokens)
+        first_pass.set()
+        time.sleep(0.3)
+
+    config = uvicorn.Config(
+        create_app(engine), port=0, log_level="critical", timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    with hooked(engine, slow_pass):
+        thread.start()
+        wait_until(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+
+        def send() -> None:
+            with suppress(OSError, ValueError, http.client.HTTPException):  # it is cut off
+                post(f"http://127.0.0.1:{port}/v1/rerank", body)
+
+        senders = [threading.Thread(target=send) for _ in range(3)]
+        for sender in senders:
+            sender.start()
+        first_pass.wait(30)
+        server.should_exit = True  # as SIGTERM does
+        thread.join(60)
+    assert not thread.is_alive()
+    assert len(passes) < total
+    for sender in senders:
+        sender.join()
 
 
 def test_ready_tells_of_the_thread_and_of_the_index(engine, monkeypatch):
