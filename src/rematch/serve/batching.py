@@ -27,9 +27,11 @@ Result = TypeVar("Result")
 
 _WEIGHT_OF_LATEST = 0.3  # in the moving average of the pace
 _MOST_RISE = 4.0  # of a batch's pace over the average
-# shares of the timeout: what a call may be expected to take when it arrives, and while it waits;
-# the pace is an estimate, and later calls of the same key may be computed first
-_ADMITTED, _KEPT = 0.5, 0.9
+# Shares of the timeout. A call is admitted if it will wait no longer than the first, whatever its
+# own size, so that expensive ones get their turn; and if it will be done within the second, which
+# is also checked while it waits. The rest is for errors of the pace, and for later calls of
+# another key that are computed before.
+_LONGEST_WAIT, _DONE = 0.4, 0.75
 _thread = threading.local()  # its batch is the one that the thread computes
 
 
@@ -219,12 +221,13 @@ class Batcher:
         # an empty queue takes any number of calls, which could never be served otherwise
         if waiting and len(waiting) + max(1, len(calls)) > self.waiting:
             raise OverloadedError("too many requests are waiting. Try again in a second.")
-        seconds = self.pace.seconds([*waiting, *calls])
+        seconds = self.pace.seconds(waiting)
         if self._batch is not None:
             expected = self.pace.seconds(self._batch.calls)
             seconds += max(0.0, expected - (time.monotonic() - self._batch.started))
-        if seconds > _ADMITTED * self.timeout:
-            raise _too_late(seconds, seconds - _ADMITTED * self.timeout)
+        done = seconds + self.pace.seconds(calls)
+        if seconds > _LONGEST_WAIT * self.timeout or done > _DONE * self.timeout:
+            raise _too_late(done, seconds - _LONGEST_WAIT * self.timeout)
 
     def _refuse_late(self) -> None:
         """Refuse the calls in the queue that will be too late at the pace of now."""
@@ -233,8 +236,8 @@ class Batcher:
         for call in self.queue:
             if not call.result.done():
                 waited, expected = now - call.arrived, seconds + self.pace.seconds([call])
-                has_waited = seconds > 0 or waited > (1 - _KEPT) * self.timeout
-                if has_waited and waited + expected > _KEPT * self.timeout:
+                has_waited = seconds > 0 or waited > (1 - _DONE) * self.timeout
+                if has_waited and waited + expected > _DONE * self.timeout:
                     call.result.set_exception(_too_late(expected, seconds))
                 else:
                     seconds = expected
