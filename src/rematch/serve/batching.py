@@ -15,7 +15,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ Value = TypeVar("Value")
 Result = TypeVar("Result")
 
 _WEIGHT_OF_LATEST = 0.3  # in the moving average of the pace
+_LEAST_TOKENS = 100  # a pass of fewer takes about as long
 _MOST_RISE = 4.0  # of a batch's pace over the average
 # Shares of the timeout. A call is admitted if it will wait no longer than the first, whatever its
 # own size, so that expensive ones get their turn; and if it will be done within the second, which
@@ -109,7 +110,24 @@ class Pace:
 
     def seconds(self, calls: Sequence[_Call]) -> float:
         """How long the calls will take."""
-        return sum(call.tokens * self.measured.get(call.kind, self.assumed) for call in calls)
+        seconds = 0.0
+        tokens: dict[Hashable, int] = {}
+        for call in calls:
+            seconds += self.more_seconds(tokens, call)
+            tokens[call.key] = tokens.get(call.key, 0) + call.tokens
+        return seconds
+
+    def more_seconds(self, tokens: Mapping[Hashable, int], call: _Call) -> float:
+        """How much longer it will take with one more call.
+
+        Args:
+            tokens: Tokens of the other calls by their keys; those of a key share batches.
+            call: The call.
+        """
+        others = tokens.get(call.key, 0)
+        before = max(_LEAST_TOKENS, others) if others else 0
+        more = max(_LEAST_TOKENS, others + call.tokens) - before
+        return more * self.measured.get(call.kind, self.assumed)
 
     def learn(self, batch: _Batch, *, complete: bool) -> None:
         """Take the duration of a batch that has just ended into account.
@@ -121,8 +139,8 @@ class Pace:
         """
         kind = batch.calls[0].kind
         tokens = sum(call.tokens for call in batch.calls)
-        latest = (time.monotonic() - batch.started) / max(1, tokens)
-        average = self.measured.get(kind, latest)
+        latest = (time.monotonic() - batch.started) / max(_LEAST_TOKENS, tokens)
+        average = self.measured.get(kind, self.assumed or latest)
         latest = min(latest, _MOST_RISE * average)  # the machine may have been suspended
         if complete or latest > average:
             self.measured[kind] = average + _WEIGHT_OF_LATEST * (latest - average)
@@ -233,14 +251,17 @@ class Batcher:
         """Refuse the calls in the queue that will be too late at the pace of now."""
         now = time.monotonic()
         seconds = 0.0
+        tokens: dict[Hashable, int] = {}
         for call in self.queue:
             if not call.result.done():
-                waited, expected = now - call.arrived, seconds + self.pace.seconds([call])
+                waited = now - call.arrived
+                done = seconds + self.pace.more_seconds(tokens, call)
                 has_waited = seconds > 0 or waited > (1 - _DONE) * self.timeout
-                if has_waited and waited + expected > _DONE * self.timeout:
-                    call.result.set_exception(_too_late(expected, seconds))
+                if has_waited and waited + done > _DONE * self.timeout:
+                    call.result.set_exception(_too_late(done, seconds))
                 else:
-                    seconds = expected
+                    seconds = done
+                    tokens[call.key] = tokens.get(call.key, 0) + call.tokens
 
     def stalled_seconds(self) -> float:
         """How long the thread has been computing a single forward pass; 0 if it has none."""
