@@ -32,7 +32,7 @@ _MOST_RISE = 4.0  # of a batch's pace over the average
 # own size, so that expensive ones get their turn; and if it will be done within the second, which
 # is also checked while it waits. The rest is for errors of the pace, and for later calls of
 # another key that are computed before.
-_LONGEST_WAIT, _DONE = 0.4, 0.75
+_LONGEST_WAIT, _DONE = 0.3, 0.6
 _thread = threading.local()  # its batch is the one that the thread computes
 
 
