@@ -183,7 +183,7 @@ class Engine:
         :meth:`~rematch.search.index.Index.search`.
         """
         assert self.index is not None
-        hits: list[list[Hit]] = []
+        hits: list[Hits] = []
         with _index_errors():
             for start in range(
                 0, len(queries), _QUERIES
