@@ -13,6 +13,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from rematch.files import PartialDirectory, remove
+
 TINY = Path(__file__).parents[1] / "src" / "rematch" / "assets" / "tiny"
 LEFT_OUT = shutil.ignore_patterns("tensorboard", "README.md", "training_args.bin")
 
@@ -30,9 +32,13 @@ def main() -> None:
     """Copy, halve, and print the size."""
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    shutil.rmtree(TINY, ignore_errors=True)
-    shutil.copytree(sys.argv[1], TINY, ignore=LEFT_OUT)
-    halve(TINY)
+    with PartialDirectory(TINY) as partial:
+        partial.empty()
+        shutil.copytree(sys.argv[1], partial.path, ignore=LEFT_OUT, dirs_exist_ok=True)
+        halve(partial.path)
+        if TINY.exists():
+            remove(TINY)
+        partial.publish()
     size = sum(file.stat().st_size for file in TINY.rglob("*") if file.is_file())
     print(f"{TINY}: {size / 1e6:.1f} MB")
 

@@ -236,7 +236,7 @@ def test_a_picture_is_the_same_wherever_it_lies(tmp_path):
     assert _content_key(Item("text", same[0])) != _content_key(Item("other", same[0]))
     assert _content_key(Item("text", [path])) != _content_key(Item("text", [path, path]))
     output = tmp_path / "mined.jsonl"
-    cells = [_cell(Item("text", picture), output, tmp_path) for picture in same]
+    cells = [_cell(Item("text", picture), output) for picture in same]
     assert cells[0] == cells[3] == {"text": "text", "image": ["a.png"]}
     assert cells[1] == cells[2]
     assert (tmp_path / cells[1]["image"][0]).read_bytes() == content

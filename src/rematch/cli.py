@@ -482,7 +482,7 @@ def _views(names: str, option: str) -> "tuple[View, ...]":
 
 
 def main() -> None:
-    """Entry point: an error that the user can fix is one line and exit code 2, not a traceback."""
+    """Entry point: an error that the user can fix is one line and an exit code, no traceback."""
     # on CPUs, bitsandbytes warns of kernels that nothing here uses
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
@@ -492,7 +492,11 @@ def main() -> None:
         last_line = str(error).strip().splitlines()[-1]
         prefix = f"{type(error).__module__}.{type(error).__name__}: "
         typer.echo(f"error: {last_line.removeprefix(prefix)}", err=True)
-        sys.exit(2)
+        sys.exit(error.exit_status)
+    except OSError as error:
+        path = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"error: {path}{error.strerror or error}. Fix the cause and try again.", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

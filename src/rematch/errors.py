@@ -6,6 +6,7 @@ Every message says what was seen, why it is wrong and what to do::
     ├── ImageError
     ├── TooLongError
     ├── DataError
+    │   └── StorageError
     ├── RecipeError
     ├── ModelError
     └── TrainingError
@@ -15,8 +16,13 @@ Every message says what was seen, why it is wrong and what to do::
 class RematchError(ValueError):
     """Base class of every error that input, data or settings can cause.
 
-    The command line prints it and exits with status 2.
+    The command line prints it and exits with :attr:`exit_status`.
+
+    Attributes:
+        exit_status: 2, or 1 for a :class:`StorageError`.
     """
+
+    exit_status = 2
 
 
 class ImageError(RematchError):
@@ -31,6 +37,12 @@ class DataError(RematchError):
     """A data file or one of its rows cannot be used."""
 
 
+class StorageError(DataError):
+    """A file or directory is damaged, in use or not ours, or cannot be written."""
+
+    exit_status = 1
+
+
 class RecipeError(RematchError):
     """A recipe has an unknown key or an invalid value."""
 
@@ -41,3 +53,21 @@ class ModelError(RematchError):
 
 class TrainingError(RematchError):
     """A training run cannot continue."""
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """An error of a library as a part of one line.
+
+    >>> first_line(KeyError("a")), first_line(MemoryError())
+    ("KeyError: 'a'", 'MemoryError')
+    """
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:
+        lines = []
+    name = type(error).__name__
+    text = lines[0].strip() if lines else ""
+    text = text if len(text) <= limit else text[: limit - 1] + "…"
+    if isinstance(error, OSError) and text:
+        return text
+    return f"{name}: {text}" if text else name

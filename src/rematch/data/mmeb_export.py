@@ -10,7 +10,6 @@ empty path.
 """
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from rematch.data.mmeb import MARKER
 from rematch.data.picto_pages import export_picto_v2
 from rematch.data.schema import Item, RetrievalTask
 from rematch.errors import DataError
+from rematch.files import PartialDirectory, writing
 
 _TRAIN_COLUMNS = (
     "qry",
@@ -51,26 +51,30 @@ def export_picto(
 
     Raises:
         DataError: If the directory exists or the layout is unknown.
+        StorageError: If it cannot be written.
     """
-    directory = Path(directory)
-    if directory.exists():
-        raise DataError(f"{directory}: exists already. Choose another directory or delete it.")
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if layout == "mmeb-train":
-        for name in picto_tasks.TRAINED_TASKS:
-            _write_train(partial, name, samples, seed)
-    elif layout == "mmeb-eval":
-        for unseen_style in (False, True):
-            for task in picto_tasks.evaluation_tasks(unseen_style=unseen_style):
-                _write_eval(partial, task)
-    elif layout == "mmeb-v2":
-        export_picto_v2(partial)
-    else:
-        partial.rmdir()
+    if layout not in ("mmeb-train", "mmeb-eval", "mmeb-v2"):
         raise DataError(f"unknown format {layout!r}. Choose mmeb-train, mmeb-eval or mmeb-v2.")
-    partial.rename(directory)
+    directory = Path(directory)
+    if os.path.lexists(directory):
+        raise DataError(f"{directory}: exists already. Choose another directory or delete it.")
+    with PartialDirectory(directory) as partial:
+        try:
+            with writing(partial.path):
+                partial.empty()
+                if layout == "mmeb-train":
+                    for name in picto_tasks.TRAINED_TASKS:
+                        _write_train(partial.path, name, samples, seed)
+                elif layout == "mmeb-eval":
+                    for unseen_style in (False, True):
+                        for task in picto_tasks.evaluation_tasks(unseen_style=unseen_style):
+                            _write_eval(partial.path, task)
+                else:
+                    export_picto_v2(partial.path)
+        except BaseException:
+            partial.discard()
+            raise
+        partial.publish()
 
 
 def _saver(root: Path, folder: str) -> Callable[[Item], tuple[str, str]]:
@@ -127,6 +131,4 @@ def _write_eval(root: Path, task: RetrievalTask) -> None:
 
 def _write(path: Path, columns: dict[str, list[Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    pq.write_table(pa.table(columns), partial)
-    os.replace(partial, path)
+    pq.write_table(pa.table(columns), path)

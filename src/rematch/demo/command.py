@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers.utils import logging
 
-from rematch.demo.report import write_reports
+from rematch.demo.report import check_output, write_reports
 from rematch.demo.run import demonstrate
 from rematch.errors import RematchError
 
@@ -28,10 +28,11 @@ def run_demo(options: DemoOptions) -> Path:
         Path of the HTML report.
 
     Raises:
-        RematchError: If the output is a file.
+        RematchError: If the output is a file, or cannot be written.
     """
     if options.output.exists() and not options.output.is_dir():
         raise RematchError(f"{options.output} is a file. Give a directory with --output.")
+    check_output(options.output)
     logging.disable_progress_bar()
     columns = (
         TextColumn("{task.description:<34}"),

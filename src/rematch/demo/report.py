@@ -12,7 +12,7 @@ from PIL import Image
 from rematch.data.images import data_url
 from rematch.demo.examples import ExampleMaps, ExampleSearch
 from rematch.demo.run import DemoResults, LogEntry
-from rematch.files import write_json, write_text
+from rematch.files import check_replaceable, check_writable, write_json, write_text
 
 _COLOURS = {
     "contrastive": "#888",
@@ -20,6 +20,17 @@ _COLOURS = {
     "orthogonality": "#0e7490",
     "matching": "#7c3aed",
 }
+
+
+def check_output(directory: Path) -> None:
+    """Check, before minutes of work, that the reports can be written.
+
+    Raises:
+        StorageError: If not, or if a file of that name is not from an earlier demo.
+    """
+    record, page = directory / "report.json", directory / "report.html"
+    check_replaceable([record, page], record, {"benchmark", "arms"})
+    check_writable(directory)
 
 
 def write_reports(directory: Path, results: DemoResults) -> Path:

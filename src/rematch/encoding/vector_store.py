@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from rematch.encoding.fingerprint import describe_model, digest_of
-from rematch.errors import DataError
+from rematch.errors import StorageError
+from rematch.files import writing
 
 
 class VectorStore:
@@ -31,7 +32,7 @@ class VectorStore:
         warn: Called with a message when the file or a row turns out to be damaged.
 
     Raises:
-        DataError: If the directory cannot be written.
+        StorageError: If the directory cannot be written.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class VectorStore:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open(description)
         except (OSError, sqlite3.OperationalError) as error:
-            raise DataError(
+            raise StorageError(
                 f"{self.path}: cannot be written ({error}). Choose another directory for it."
             ) from None
         except sqlite3.DatabaseError:
@@ -96,14 +97,26 @@ class VectorStore:
         return vectors
 
     def put(self, vectors: Mapping[bytes, NDArray[np.float32]]) -> None:
-        """Store the vectors of a batch, all of them or none."""
+        """Store the vectors of a batch, all of them or none.
+
+        Raises:
+            StorageError: If they cannot be written.
+        """
         rows = []
         for key, vector in vectors.items():
             content = vector.tobytes()
             rows.append((key, json.dumps(vector.shape), content, zlib.crc32(content)))
-        self.database.execute("begin immediate")
-        self.database.executemany("insert or replace into vectors values (?, ?, ?, ?)", rows)
-        self.database.execute("commit")
+        with writing(self.path):
+            try:
+                self.database.execute("begin immediate")
+                self.database.executemany(
+                    "insert or replace into vectors values (?, ?, ?, ?)", rows
+                )
+                self.database.execute("commit")
+            except sqlite3.Error:
+                if self.database.in_transaction:
+                    self.database.execute("rollback")
+                raise
 
     def close(self) -> None:
         """Close the file."""

@@ -24,7 +24,7 @@ from rematch.encoding.encoder import Encoder
 from rematch.encoding.vector_store import VectorStore
 from rematch.errors import ModelError, RematchError
 from rematch.evaluate.benchmarks import Benchmark, load_benchmark
-from rematch.evaluate.output import save_vectors, scores_json, write
+from rematch.evaluate.output import check_output, save_vectors, scores_json, write
 from rematch.evaluate.rerank import Reranking
 from rematch.evaluate.run import TaskResult, evaluate
 from rematch.matching import View
@@ -100,6 +100,8 @@ def _run(options: EvaluateOptions) -> dict[str, Any]:
         options.skip_missing,
         options.frames,
     )
+    if options.output and get_rank() == 0:
+        check_output(options.output)
     model = load_model(options)
     if not isinstance(model, ReMatch) and (options.rerank or options.maxsim):
         raise RematchError(

@@ -35,9 +35,16 @@ from rematch.evaluate.metrics import (
 from rematch.evaluate.report import write_report
 from rematch.evaluate.run import TaskResult, summary
 from rematch.evaluate.summary import baselines
-from rematch.files import write_json
+from rematch.files import (
+    check_replaceable,
+    check_writable,
+    replacing,
+    write_json,
+    writing,
+)
 from rematch.model import ReMatch
 
+_FILES = ("scores.json", "predictions.parquet", "report.html")
 _CUTOFFS = (1, 5, 10)  # of MMEB's leaderboard
 _PREDICTIONS = pa.schema(
     {
@@ -124,6 +131,17 @@ def _hardware(encoder: Encoder) -> str:
     return f"{name}, {os.cpu_count()} CPU cores"
 
 
+def check_output(directory: Path) -> None:
+    """Check, before hours of work, that the files of an evaluation can be written.
+
+    Raises:
+        StorageError: If not, or if a file of that name is not from an earlier evaluation.
+    """
+    files = [directory / name for name in (*_FILES, "leaderboard.json")]
+    check_replaceable(files, directory / "scores.json", {"benchmark", "model", "tasks"})
+    check_writable(directory)
+
+
 def write(
     directory: Path, content: dict[str, Any], results: Sequence[TaskResult], encoder: Encoder
 ) -> list[Path]:
@@ -138,9 +156,7 @@ def write(
     Returns:
         The files' paths.
     """
-    scores, predictions, report = (
-        directory / name for name in ("scores.json", "predictions.parquet", "report.html")
-    )
+    scores, predictions, report = (directory / name for name in _FILES)
     write_json(scores, content)
     _write_predictions(predictions, results)
     write_report(report, content, results)
@@ -158,19 +174,19 @@ def save_vectors(directory: Path, results: Sequence[TaskResult]) -> None:
     pools of all queries one after the other, relevant candidates first; ``sizes`` (Q,), the size
     of each pool; and ``right`` (Q,), how many of its candidates are relevant.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     for result in results:
         pools = [result.task.pool(i) for i in range(len(result.task.queries))]
-        unfinished = directory / f"{result.task.name}.partial.npz"
-        np.savez(
-            unfinished,
-            queries=result.queries,
-            documents=result.documents,
-            candidates=np.concatenate([candidates for candidates, _ in pools]),
-            sizes=np.array([len(candidates) for candidates, _ in pools]),
-            right=np.array([relevant for _, relevant in pools]),
-        )
-        os.replace(unfinished, directory / f"{result.task.name}.npz")
+        with replacing(directory / f"{result.task.name}.npz") as temporary:
+            np.savez(
+                temporary,
+                queries=result.queries,
+                documents=result.documents,
+                candidates=np.concatenate([candidates for candidates, _ in pools]),
+                sizes=np.array([len(candidates) for candidates, _ in pools]),
+                right=np.array([relevant for _, relevant in pools]),
+            )
 
 
 def leaderboard(model: str, results: Sequence[TaskResult], encoder: Encoder) -> dict[str, Any]:
@@ -239,9 +255,8 @@ def _write_predictions(path: Path, results: Sequence[TaskResult]) -> None:
                     "scores": [float(score) for score in best.scores],
                 }
             )
-    unfinished = path.with_name(path.name + ".partial")
-    pq.write_table(pa.Table.from_pylist(rows, schema=_PREDICTIONS), unfinished)
-    os.replace(unfinished, path)
+    with replacing(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=_PREDICTIONS), temporary)
 
 
 def _files(query: Item) -> list[str]:

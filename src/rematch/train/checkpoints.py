@@ -1,15 +1,24 @@
 """Checkpoints of an unfinished run: which are complete, and which run they belong to."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rematch.errors import RecipeError, TrainingError
-from rematch.files import write_json
+from transformers import TrainerState
+
+from rematch.errors import RecipeError, RematchError, TrainingError, first_line
+from rematch.files import read_regular, write_json
 from rematch.train.build import precision_of
 from rematch.train.recipe import Recipe
 
 COMPLETE = "complete.json"  # written last; lists the files of a checkpoint with their sizes
+_LARGEST_LIST = 16 << 20  # bytes
+_REMEDY = (
+    "Restore it, or remove the checkpoint: the run then resumes from the one before it, or starts "
+    "again."
+)
 
 
 def mark_complete(checkpoint: Path, step: int) -> None:
@@ -24,7 +33,11 @@ def mark_complete(checkpoint: Path, step: int) -> None:
 
 def newest_checkpoint(directory: Path) -> Path | None:
     """The last complete checkpoint in a directory, or ``None``."""
-    complete = [mark.parent for mark in directory.glob(f"checkpoint-*/{COMPLETE}")]
+    complete = [
+        mark.parent
+        for mark in directory.glob(f"checkpoint-*/{COMPLETE}")
+        if mark.parent.name.removeprefix("checkpoint-").isdecimal()
+    ]
     return max(complete, key=checkpoint_step, default=None)
 
 
@@ -41,31 +54,51 @@ def check_checkpoint(checkpoint: Path) -> None:
     """Check that a checkpoint has every file that it was written with, in full size.
 
     Raises:
-        TrainingError: If a file is missing or has another size; the message names the file.
+        TrainingError: If a file is missing or has another size, or the state of the run cannot be
+            read; the message names the file.
     """
-    remedy = (
-        "Restore it, or remove the checkpoint: the run then resumes from the one before it, or "
-        "starts again."
-    )
     try:
-        sizes = json.loads((checkpoint / COMPLETE).read_text())["files"]
-    except (ValueError, TypeError, KeyError):
+        content = json.loads(read_regular(checkpoint / COMPLETE, _LARGEST_LIST))
+        sizes = {str(name): int(size) for name, size in content["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise TrainingError(
             f"{checkpoint / COMPLETE}: does not list the files of its checkpoint, so they cannot "
-            f"be checked. {remedy}"
+            f"be checked. {_REMEDY}"
         ) from None
     for name, size in sizes.items():
         file = checkpoint / name
         if not file.is_file():
             raise TrainingError(
-                f"{file}: is missing, so the run cannot resume from this checkpoint. {remedy}"
+                f"{file}: is missing, so the run cannot resume from this checkpoint. {_REMEDY}"
             )
         actual_size = file.stat().st_size
         if actual_size != size:
             raise TrainingError(
                 f"{file}: has {actual_size:,} bytes, but was written with {size:,}, so the run "
-                f"cannot resume from this checkpoint. {remedy}"
+                f"cannot resume from this checkpoint. {_REMEDY}"
             )
+    with loading(checkpoint, "trainer_state.json"):
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step != checkpoint_step(checkpoint):
+            raise ValueError(f"it is of step {state.global_step}")
+
+
+@contextmanager
+def loading(checkpoint: Path, part: str) -> Iterator[None]:
+    """Turn whatever loading a part of a checkpoint raises into an error that names the part.
+
+    Raises:
+        TrainingError: If the block raises anything.
+    """
+    try:
+        yield
+    except RematchError:
+        raise
+    except Exception as error:
+        raise TrainingError(
+            f"{checkpoint}: {part} cannot be loaded ({first_line(error)}), so the run cannot "
+            f"resume from this checkpoint. {_REMEDY}"
+        ) from error
 
 
 def recipe_record(recipe: Recipe) -> dict[str, Any]:
@@ -87,9 +120,9 @@ def resumable_checkpoint(recipe: Recipe, directory: Path) -> Path | None:
     if checkpoint is None:
         return None
     try:
-        content = json.loads((directory / "recipe.json").read_text())
+        content = json.loads(read_regular(directory / "recipe.json", _LARGEST_LIST))
         previous = {section: dict(settings) for section, settings in content.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         missing = isinstance(error, FileNotFoundError)
         problem = "is missing" if missing else "cannot be read as a recipe"
         raise RecipeError(

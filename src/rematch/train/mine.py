@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from xxhash import xxh3_128
 
 from rematch.console import say
@@ -28,13 +29,14 @@ from rematch.encoding.encoder import Encoder
 from rematch.encoding.fingerprint import model_fingerprint
 from rematch.encoding.inputs import content_key
 from rematch.encoding.vector_store import VectorStore
-from rematch.errors import DataError
-from rematch.files import write_json
+from rematch.errors import DataError, StorageError, first_line
+from rematch.files import PartialDirectory, read_regular, write_json
 from rematch.model import ReMatch
-from rematch.train.candidates import Candidate, Inputs, JudgedQuery, Pool, Rules, judge
-from rematch.train.mine_output import pictures_folder, write_output
+from rematch.train.candidates import REASONS, Inputs, JudgedQuery, Pool, Rules, judge
+from rematch.train.mine_output import check_reports, pictures_folder, write_output
 
 QUERIES_PER_BLOCK = 64
+_LARGEST_FILE = 256 << 20  # bytes, of those in the directory of an unfinished run
 
 Progress = Callable[[str, int, int], None]
 _DEFAULTS = Rules()
@@ -68,24 +70,24 @@ def mine(
     Raises:
         DataError: If a file cannot be read, the output exists, or an unfinished run with other
             settings is in the way.
+        StorageError: If ``OUTPUT.partial`` is damaged, not from an earlier run or in use, or a
+            file cannot be written.
         ImageError: If a picture cannot be read.
     """
     _check_output(output)
-    pool = _load_pool(data, corpus)
-    work = output.with_name(output.name + ".partial")
-    _claim(work, model, pool, rules)
-    inputs = _encode(model, pool, work, progress)
-    judged: list[JudgedQuery] = []
-    count = len(pool.queries)
-    for start in range(0, count, QUERIES_PER_BLOCK):
-        progress("judging", start, count)
-        file = work / f"block-{start:09}.json"
-        if not file.exists():
-            block = range(start, min(start + QUERIES_PER_BLOCK, count))
-            write_json(file, [asdict(q) for q in judge(model, pool, inputs, block, rules)])
-        judged += _read_block(file)
-    progress("judging", count, count)
-    return write_output(output, work, pool, judged, rules)
+    with PartialDirectory(output) as directory:
+        try:
+            check_reports(output, directory.path)
+            pool = _load_pool(data, corpus)
+            _claim(directory, model, pool, rules)
+            judged = _judge(model, pool, directory.path, rules, progress)
+            report = write_output(output, directory.path, pool, judged, rules)
+        except BaseException:
+            if directory.is_empty():
+                directory.discard()
+            raise
+        directory.discard()
+    return report
 
 
 def _check_output(output: Path) -> None:
@@ -134,8 +136,9 @@ def _content_key(item: Item) -> str:
     return content_key({"text": item.text, "image": item.image}).hex()
 
 
-def _claim(work: Path, model: ReMatch, pool: Pool, rules: Rules) -> None:
-    """Make the directory of the unfinished run, or check that it belongs to this run."""
+def _claim(directory: PartialDirectory, model: ReMatch, pool: Pool, rules: Rules) -> None:
+    """Write into the directory whose run it is, or check that it belongs to this run."""
+    work = directory.path
     settings = {
         "rules": asdict(rules),
         "contents": pool.digest,
@@ -145,12 +148,39 @@ def _claim(work: Path, model: ReMatch, pool: Pool, rules: Rules) -> None:
         "document_instructions": model.backbone.document_instructions,
     }
     file = work / "settings.json"
-    if file.exists() and json.loads(file.read_text()) != settings:
+    if directory.is_empty():
+        write_json(file, settings)
+    try:
+        previous = json.loads(read_regular(file, _LARGEST_FILE))
+    except (OSError, ValueError, RecursionError) as error:
+        raise StorageError(
+            f"{work}: holds an unfinished run, but its settings.json cannot be read "
+            f"({first_line(error)}), so nothing says which run it is. Restore settings.json, "
+            "choose another --output, or remove the directory."
+        ) from None
+    if previous != settings:
         raise DataError(
             f"{work}: holds an unfinished run with another model, data or options. Finish it with "
             "its own arguments, choose another --output, or remove the directory."
         )
-    write_json(file, settings)
+
+
+def _judge(
+    model: ReMatch, pool: Pool, work: Path, rules: Rules, progress: Progress
+) -> list[JudgedQuery]:
+    """Encode, then judge the candidates of each query; blocks that were judged before are read."""
+    inputs = _encode(model, pool, work, progress)
+    judged: list[JudgedQuery] = []
+    count = len(pool.queries)
+    for start in range(0, count, QUERIES_PER_BLOCK):
+        progress("judging", start, count)
+        file = work / f"block-{start:09}.json"
+        block = range(start, min(start + QUERIES_PER_BLOCK, count))
+        if not file.exists():
+            write_json(file, [asdict(q) for q in judge(model, pool, inputs, block, rules)])
+        judged += _read_block(file, block, len(pool.documents))
+    progress("judging", count, count)
+    return judged
 
 
 def _encode(model: ReMatch, pool: Pool, work: Path, progress: Progress) -> Inputs:
@@ -176,12 +206,30 @@ def _encode(model: ReMatch, pool: Pool, work: Path, progress: Progress) -> Input
     return Inputs(queries, documents, *embeddings)
 
 
-def _read_block(file: Path) -> list[JudgedQuery]:
-    return [
-        JudgedQuery(
-            row["query"],
-            row["positive_p_yes"],
-            [Candidate(**candidate) for candidate in row["candidates"]],
-        )
-        for row in json.loads(file.read_text())
-    ]
+def _read_block(file: Path, block: range, documents: int) -> list[JudgedQuery]:
+    """The judged queries of a block, from its file.
+
+    Args:
+        file: The file.
+        block: Indices of the block's queries.
+        documents: Number of documents of the pool.
+
+    Raises:
+        StorageError: If the file is damaged.
+    """
+    try:
+        content = json.loads(read_regular(file, _LARGEST_FILE))
+        judged = TypeAdapter(list[JudgedQuery]).validate_python(content)
+        candidates = [candidate for result in judged for candidate in result.candidates]
+        if (
+            [result.query for result in judged] != list(block)
+            or any(candidate.reason not in REASONS for candidate in candidates)
+            or any(not 0 <= candidate.document < documents for candidate in candidates)
+        ):
+            raise ValueError("it is not of these queries")
+        return judged
+    except (OSError, ValueError, RecursionError) as error:
+        raise StorageError(
+            f"{file}: cannot be read ({first_line(error)}). Remove it; its queries are then "
+            "judged again."
+        ) from None

@@ -7,7 +7,6 @@ Pictures that are not files, such as those inside a parquet file, are written on
 import io
 import json
 import os
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,8 +20,11 @@ from PIL import Image
 from rematch.data.images import CheckedPicture, PictureSource, data_url, load_image
 from rematch.data.schema import Item
 from rematch.encoding.inputs import inspect_picture
+from rematch.errors import DataError
+from rematch.files import replacing, write_text, writing
 from rematch.train.candidates import REASONS, Candidate, JudgedQuery, Pool, Rules
 
+_PUBLISHING = "publishing"  # a file in the run's directory: from here on the reports are its own
 _EXAMPLES = 8  # per reason, in the report
 _PICTURES_SHOWN = 2  # of an input, in the report
 
@@ -38,10 +40,24 @@ class _Example:
     candidate: Candidate
 
 
+def check_reports(output: Path, work: Path) -> None:
+    """Refuse to replace files that have the reports' names, unless this run wrote them.
+
+    Raises:
+        DataError: If there are such files.
+    """
+    for path in (output.with_suffix(".html"), output.with_suffix(".json")):
+        if os.path.lexists(path) and not (work / _PUBLISHING).exists():
+            raise DataError(
+                f"{path}: exists already, and the report would take its place. Choose another "
+                "--output, or move the file away."
+            )
+
+
 def write_output(
     output: Path, work: Path, pool: Pool, judged: Sequence[JudgedQuery], rules: Rules
 ) -> dict[str, Any]:
-    """Write training data and report, and remove the directory of the unfinished run.
+    """Write training data and report.
 
     Args:
         output: The .jsonl file; the report is written beside it.
@@ -53,7 +69,7 @@ def write_output(
     Returns:
         The report, as in the .json file.
     """
-    rows = _rows(output, work, pool, judged)
+    rows = _rows(output, pool, judged)
     report = _report(pool, judged, rules, negatives=len(rows))
     contents = {
         output.with_suffix(".html"): _page(report, _examples(pool, judged)),
@@ -61,16 +77,15 @@ def write_output(
         output: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
     }
     for path, text in contents.items():
-        temporary = work / path.name
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    shutil.rmtree(work)
+        write_text(work / path.name, text)
+    with writing(output):
+        (work / _PUBLISHING).touch()
+        for path in contents:  # the training data last
+            os.replace(work / path.name, path)
     return report
 
 
-def _rows(
-    output: Path, work: Path, pool: Pool, judged: Sequence[JudgedQuery]
-) -> list[dict[str, Any]]:
+def _rows(output: Path, pool: Pool, judged: Sequence[JudgedQuery]) -> list[dict[str, Any]]:
     """A row of training data for each query and negative."""
     rows = []
     for result in judged:
@@ -82,9 +97,9 @@ def _rows(
             assert candidate.p_yes is not None
             rows.append(
                 {
-                    "query": _cell(query, output, work),
-                    "positive": _cell(positive, output, work),
-                    "negative": _cell(pool.documents[candidate.document], output, work),
+                    "query": _cell(query, output),
+                    "positive": _cell(positive, output),
+                    "negative": _cell(pool.documents[candidate.document], output),
                     "cosine": round(candidate.cosine, 4),
                     "p_yes": round(candidate.p_yes, 4),
                     "positive_p_yes": round(result.positive_p_yes, 4),
@@ -180,10 +195,10 @@ def pictures_folder(output: Path) -> Path:
     return output.with_name(output.stem + "-pictures")
 
 
-def _cell(item: Item, output: Path, work: Path) -> str | dict[str, Any]:
+def _cell(item: Item, output: Path) -> str | dict[str, Any]:
     """An item in the form of training data; paths of pictures are relative to the output."""
     paths = [
-        os.path.relpath(_as_file(picture, output, work), output.parent)
+        os.path.relpath(_as_file(picture, output), output.parent)
         for picture in pictures_of_item(item)
     ]
     if not paths:
@@ -191,7 +206,7 @@ def _cell(item: Item, output: Path, work: Path) -> str | dict[str, Any]:
     return {"text": item.text, "image": paths} if item.text else {"image": paths}
 
 
-def _as_file(picture: PictureSource, output: Path, work: Path) -> Path:
+def _as_file(picture: PictureSource, output: Path) -> Path:
     """The file of a picture; it is written if there is none."""
     if isinstance(picture, Path):
         return picture
@@ -207,8 +222,7 @@ def _as_file(picture: PictureSource, output: Path, work: Path) -> Path:
     extension = str(Image.open(io.BytesIO(content)).format).lower()
     path = pictures_folder(output) / f"{digest.hex()}.{extension}"
     if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        temporary = work / path.name
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            path.parent.mkdir(exist_ok=True)
+            temporary.write_bytes(content)
     return path

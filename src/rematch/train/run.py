@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,10 +16,11 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import PrinterCallback, TrainerCallback
 
 from rematch.errors import RecipeError, RematchError, TrainingError
-from rematch.files import write_json, write_text
+from rematch.files import PartialDirectory, remove, write_json, write_text, writing
 from rematch.model import ReMatch
 from rematch.train.build import build_collator, build_loss, build_model, precision_of
 from rematch.train.checkpoints import (
+    COMPLETE,
     checkpoint_step,
     newest_checkpoint,
     recipe_record,
@@ -53,11 +53,27 @@ def train(
         DataError: If the data cannot be read, or does not fill one batch.
         TrainingError: If the loss is not finite, SIGTERM stopped the run after a checkpoint, or
             the checkpoint to resume from is damaged.
+        StorageError: If ``OUTPUT.partial`` is not from an earlier run or another process uses it,
+            or a file cannot be written.
     """
     _check_launch(recipe)
-    output = Path(recipe.train.output)
-    partial = output.with_name(output.name + ".partial")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    directory = PartialDirectory(Path(recipe.train.output))
+    if not _is_first_process():
+        return _train(recipe, callbacks, quiet, directory)
+    with directory:
+        try:
+            return _train(recipe, callbacks, quiet, directory)
+        except BaseException:
+            _clean_up(directory)
+            raise
+
+
+def _train(
+    recipe: Recipe, callbacks: Sequence[TrainerCallback], quiet: bool, directory: PartialDirectory
+) -> ReMatch:
+    """:func:`train`; the first process holds the directory."""
+    partial = directory.path
     checkpoint = resumable_checkpoint(recipe, partial)
     dataset = build_dataset(recipe)
     validation = build_validation(recipe)
@@ -69,7 +85,7 @@ def train(
     loss = build_loss(recipe, model)
     collator = build_collator(recipe, model)
     if _is_first_process():
-        _prepare_directory(recipe, partial, checkpoint)
+        _prepare_directory(recipe, directory, checkpoint)
     # joins the other processes, if there are any
     arguments = _arguments(recipe, partial, validate=validation is not None, quiet=quiet)
     scales = measure(model)
@@ -95,7 +111,7 @@ def train(
     if _is_first_process():
         start = {"step": 0} | arithmetic | {"rms": scales, "rate_factors": factors}
         history = [start, *trainer.state.log_history]
-        _save(model, recipe, history, partial, output)
+        _save(model, recipe, history, directory)
     return model
 
 
@@ -153,14 +169,16 @@ def _scale_line(recipe: Recipe, scales: dict[str, float], factors: dict[str, flo
     return f"RMS of weights: {rms}; learning rates: {', '.join([*rates, f'the rest {rate:g}'])}\n"
 
 
-def _prepare_directory(recipe: Recipe, partial: Path, checkpoint: Path | None) -> None:
-    """Make the directory of the unfinished run; empty it unless the run resumes."""
+def _prepare_directory(
+    recipe: Recipe, directory: PartialDirectory, checkpoint: Path | None
+) -> None:
+    """Empty the directory of the unfinished run, unless the run resumes."""
     if checkpoint is None:
-        shutil.rmtree(partial, ignore_errors=True)
+        directory.empty()
     else:
-        sys.stderr.write(f"{partial}: resuming after step {checkpoint_step(checkpoint)}\n")
-    partial.mkdir(parents=True, exist_ok=True)
-    write_json(partial / "recipe.json", recipe_record(recipe))
+        step = checkpoint_step(checkpoint)
+        sys.stderr.write(f"{directory.path}: resuming after step {step}\n")
+    write_json(directory.path / "recipe.json", recipe_record(recipe))
 
 
 @contextmanager
@@ -217,18 +235,15 @@ def _arguments(
 def _run(trainer: Trainer, stop: StopOnSignal, checkpoint: Path | None) -> None:
     """Train to the last step.
 
-    A run that fails before its first checkpoint leaves no directory behind.
-
     Raises:
         TrainingError: If SIGTERM stopped the run early.
+        StorageError: If a file of the run cannot be written.
     """
-    partial = Path(trainer.args.output_dir)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with writing(trainer.args.output_dir):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RematchError:
         sys.stderr.write("\n")  # ends the line of the progress bar
-        if _is_first_process() and newest_checkpoint(partial) is None:
-            shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
         stop.restore()
@@ -257,17 +272,28 @@ def _trained_model(trainer: Trainer, model: ReMatch, recipe: Recipe) -> ReMatch:
 
 
 def _save(
-    model: ReMatch, recipe: Recipe, history: list[dict[str, Any]], partial: Path, output: Path
+    model: ReMatch, recipe: Recipe, history: list[dict[str, Any]], directory: PartialDirectory
 ) -> None:
     """Save the model with log and model card, drop the checkpoints, and rename the directory."""
-    model.save_pretrained(str(partial))
-    write_text(partial / "log.json", json.dumps(history, indent=1) + "\n")
-    _extend_model_card(partial / "README.md", recipe, history)
-    for checkpoint in partial.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
+    partial = directory.path
+    with writing(partial):
+        model.save_pretrained(str(partial))
+        write_text(partial / "log.json", json.dumps(history, indent=1) + "\n")
+        _extend_model_card(partial / "README.md", recipe, history)
+        for checkpoint in partial.glob("checkpoint-*"):
+            remove(checkpoint)
+    directory.publish()
+
+
+def _clean_up(directory: PartialDirectory) -> None:
+    """After a failure, keep only what a run can resume from."""
+    if newest_checkpoint(directory.path) is None:
+        if not directory.holds_earlier_files:
+            directory.discard()
+        return
+    for checkpoint in directory.path.glob("checkpoint-*"):
+        if not (checkpoint / COMPLETE).exists():
+            remove(checkpoint)
 
 
 def _extend_model_card(card: Path, recipe: Recipe, history: list[dict[str, Any]]) -> None:

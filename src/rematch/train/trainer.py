@@ -22,7 +22,7 @@ from transformers.utils import logging
 from rematch.backbone.lora import restore
 from rematch.errors import TrainingError
 from rematch.train.batch import Batch
-from rematch.train.checkpoints import check_checkpoint, mark_complete
+from rematch.train.checkpoints import check_checkpoint, loading, mark_complete
 from rematch.train.scale import Movement, ScaledSteps, scaled_parts
 
 logger = logging.get_logger("rematch")
@@ -106,7 +106,7 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # untyped libr
             return
         file = Path(self.args.output_dir) / "skipped.txt"
         if file.exists() and not self._skipped:  # of the run that this one resumes
-            self._skipped.update(file.read_text().splitlines())
+            self._skipped.update(file.read_text(errors="replace").splitlines())
         new = [line for line in dict.fromkeys(skipped) if line not in self._skipped]
         with file.open("a") as stream:
             stream.writelines(line + "\n" for line in new)
@@ -219,6 +219,22 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # untyped libr
             super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
+        with loading(Path(checkpoint_path), "its model"):
+            self._load_weights(checkpoint_path, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        with loading(Path(checkpoint), "its optimizer or schedule"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        with loading(Path(checkpoint), "its state of random numbers"):
+            super()._load_rng_state(checkpoint)
+
+    def _load_weights(self, checkpoint_path: str, model: Any) -> None:
         checkpoint = Path(checkpoint_path)
         if self.is_fsdp_enabled:
             transformers.Trainer._load_from_checkpoint(self, checkpoint_path, model)
