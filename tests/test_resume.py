@@ -14,7 +14,7 @@ from shared_training import Interrupt, assert_same_run, small_recipe
 from transformers import TrainerCallback
 
 from rematch.errors import RecipeError, TrainingError
-from rematch.files import write_json
+from rematch.files import MARKER, write_json
 from rematch.train.checkpoints import newest_checkpoint, recipe_record
 from rematch.train.run import train
 
@@ -116,6 +116,7 @@ def test_another_recipe_does_not_resume_from_a_checkpoint(backbone_path, tmp_pat
     checkpoint = output.with_name("model.partial") / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     (checkpoint / "complete.json").write_text("{}")
+    (checkpoint.parent / MARKER).touch()
     record = recipe_record(small_recipe(backbone_path, output))
     write_json(checkpoint.parent / "recipe.json", record)
     with pytest.raises(RecipeError, match=r"train\.learning_rate"):

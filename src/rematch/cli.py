@@ -495,7 +495,9 @@ def main() -> None:
         sys.exit(error.exit_status)
     except OSError as error:
         path = f"{error.filename}: " if error.filename else ""
-        typer.echo(f"error: {path}{error.strerror or error}. Fix the cause and try again.", err=True)
+        typer.echo(
+            f"error: {path}{error.strerror or error}. Fix the cause and try again.", err=True
+        )
         sys.exit(1)
 
 

@@ -328,7 +328,7 @@ class PartialDirectory:
         """
         self._check_locked()
         try:
-            os.rename(self.path, self.output)
+            self.path.rename(self.output)
         except OSError as error:
             raise StorageError(
                 f"{self.output}: cannot take its place ({error.strerror}). What was written is "

@@ -1,9 +1,12 @@
 """A corpus, document by document.
 
-It is a folder of pictures, a JSONL or parquet file, or a Hugging Face data set.
+It is a folder of pictures, a JSONL or parquet file, or a Hugging Face data set. Whatever is wrong
+with a document makes it :class:`Unreadable`, with the reason; the others are not affected.
 """
 
+import errno
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,14 +15,20 @@ from typing import Any
 
 from xxhash import xxh3_64
 
-from rematch.data.images import EXTENSIONS, EncodedPicture
-from rematch.data.rows import load_rows, parse_item
+from rematch.data.images import EXTENSIONS, EncodedPicture, read_picture
+from rematch.data.inputs import check_unicode
+from rematch.data.rows import load_lenient_rows, parse_item
 from rematch.data.schema import Item
-from rematch.errors import DataError, ImageError, RematchError
+from rematch.errors import DataError, ImageError, RematchError, first_line
+from rematch.files import read_regular
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
 
 Value = str | float | bool | None
 Metadata = dict[str, Value]
+
+LARGEST_SIDECAR = 16 << 20  # bytes
+LONGEST_TEXT, LONGEST_ID = 1_000_000, 4_096  # characters
+MOST_FIELDS = 256  # of one document's metadata
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,9 @@ class Document:
             try:
                 status = self.image.stat()
             except OSError as error:
-                raise _unreadable_picture(self.image, error) from None
+                raise ImageError(
+                    f"{self.image}: cannot be read ({error.strerror}). Check the file."
+                ) from None
             parts += [str(self.image), status.st_mtime_ns, status.st_size]
         digest = xxh3_64(repr(parts).encode())
         if isinstance(self.image, EncodedPicture):
@@ -72,10 +83,7 @@ class Document:
         """
         if not isinstance(self.image, Path):
             return self.item().as_input(instruction)
-        try:
-            content = self.image.read_bytes()
-        except OSError as error:
-            raise _unreadable_picture(self.image, error) from None
+        content = read_picture(self.image)
         return self.item(EncodedPicture(str(self.image), content)).as_input(instruction)
 
     def item(self, image: EncodedPicture | None = None) -> Item:
@@ -146,7 +154,11 @@ def open_corpus(source: Path | str) -> Corpus:
             raise DataError(f"{path}: holds no pictures ({', '.join(EXTENSIONS)}).")
 
         def documents() -> Iterator[Document | Unreadable]:
-            return (_from_folder(path, picture) for picture in _picture_paths(path))
+            for picture in _picture_paths(path):
+                if isinstance(picture, Unreadable):
+                    yield picture
+                else:
+                    yield _from_folder(path, picture)
 
         return Corpus(str(path.resolve()), count, documents)
     if not path.is_file():
@@ -177,59 +189,129 @@ def documents_of(source: Path) -> list[Item]:
     return items
 
 
-def _unreadable_picture(path: Path, error: OSError) -> ImageError:
-    return ImageError(f"{path}: cannot be read ({error.strerror}).")
+def unreadable(name: str, error: Exception) -> Unreadable:
+    """A document that cannot be used because of whatever reading it has raised."""
+    if not isinstance(error, RematchError):
+        error = DataError(f"{name}: cannot be used ({first_line(error)}). Fix or remove it.")
+    return Unreadable(_printable(name), error)
 
 
-def _picture_paths(folder: Path) -> Iterator[Path]:
-    """Every picture in a folder, at any depth, ordered by name.
+def _printable(name: str) -> str:
+    """A name that can be written anywhere, and is not longer than ids may be."""
+    name = name.encode("utf-8", "backslashreplace").decode()
+    return name if len(name) <= LONGEST_ID else name[: LONGEST_ID - 1] + "…"
 
-    Links to folders are followed, unless they lead back to a folder above.
+
+def _checked(
+    name: str, text: Any, picture: Path | EncodedPicture | None, metadata: dict[str, Any]
+) -> Document:
+    """A document that can be stored and encoded, as far as can be told before it is read.
+
+    Raises:
+        DataError: If it cannot.
     """
+    if not isinstance(text, str):
+        raise DataError(f"{name[:80]}: its text is a {type(text).__name__}. Make it a string.")
+    for part, limit in ((name, LONGEST_ID), (text, LONGEST_TEXT)):
+        if len(part) > limit:
+            what = "id" if part is name else "text"
+            raise DataError(
+                f"{name[:80]}: its {what} has {len(part):,} characters; at most {limit:,} are "
+                "taken. Shorten it."
+            )
+        check_unicode(part)
+    if len(metadata) > MOST_FIELDS:
+        raise DataError(
+            f"{name}: has {len(metadata):,} fields of metadata; at most {MOST_FIELDS} are taken. "
+            "Leave some out."
+        )
+    return Document(name, text, picture, {k: _metadata_value(k, v) for k, v in metadata.items()})
 
-    def walk(directory: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+
+# ---- folders ------------------------------------------------------------------------------------
+
+
+def _picture_paths(folder: Path) -> Iterator[Path | Unreadable]:
+    """Every picture in a folder, at any depth, folder by folder, ordered by name.
+
+    Links to folders are followed last. A folder that can be reached in several ways counts once,
+    and none that holds ``folder`` itself is followed.
+    """
+    above = [_inode(path.stat()) for path in folder.resolve().parents]
+    visited = {*above, _inode(folder.stat())}
+    waiting, links = [folder], list[Path]()
+    while waiting or links:
+        directory = waiting.pop() if waiting else links.pop(0)
         try:
-            entries = sorted(os.scandir(directory), key=lambda e: e.name)
+            if directory is not folder and _is_visited(directory, visited):
+                continue
+            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
         except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+                yield unreadable(_id_in(folder, directory), error)
+                continue
             raise DataError(
                 f"{directory}: cannot be listed ({error.strerror}). Check its permissions."
             ) from None
+        folders = []
         for entry in entries:
-            if entry.is_dir():
-                status = entry.stat()
-                inode = (status.st_dev, status.st_ino)
-                if inode not in above:
-                    yield from walk(directory / entry.name, above | {inode})
+            path = directory / entry.name
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+            elif entry.is_symlink() and _leads_to_folder(path):
+                links.append(path)
             elif entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("._"):
-                yield directory / entry.name
+                yield path
+        waiting += reversed(folders)
 
-    top = folder.stat()
-    return walk(folder, frozenset({(top.st_dev, top.st_ino)}))
+
+def _leads_to_folder(link: Path) -> bool:
+    try:
+        return link.is_dir()
+    except OSError:
+        return False
+
+
+def _inode(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _is_visited(directory: Path, visited: set[tuple[int, int]]) -> bool:
+    """Whether a folder was visited; it is from now on."""
+    inode = _inode(directory.stat())
+    is_visited = inode in visited
+    visited.add(inode)
+    return is_visited
+
+
+def _id_in(folder: Path, path: Path) -> str:
+    return os.fsencode(path.relative_to(folder)).decode("utf-8", "backslashreplace")
 
 
 def _from_folder(folder: Path, picture: Path) -> Document | Unreadable:
-    name = os.fsencode(picture.relative_to(folder)).decode("utf-8", "backslashreplace")
+    name = _id_in(folder, picture)
     try:
         str(picture).encode()
+        text, metadata = _sidecar(picture)
+        return _checked(name, text, picture, metadata)
     except UnicodeEncodeError:
         return Unreadable(name, ImageError(f"{name}: its name is not UTF-8. Rename it."))
-    try:
-        text, metadata = _sidecar(picture)
-    except DataError as error:
-        return Unreadable(name, error)
-    return Document(name, text, picture, metadata)
+    except Exception as error:
+        return unreadable(name, error)
 
 
-def _sidecar(picture: Path) -> tuple[str, Metadata]:
+def _sidecar(picture: Path) -> tuple[str, dict[str, Any]]:
     """Text and metadata from the .json or .txt file beside a picture, if there is one."""
     json_path, text_path = picture.with_suffix(".json"), picture.with_suffix(".txt")
     for path in (json_path, text_path):
         try:
-            content = path.read_text()
+            content = read_regular(path, LARGEST_SIDECAR).decode("utf-8-sig")
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read ({error}).") from None
+            if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+                continue  # so there is no such file
+            raise DataError(f"{path}: cannot be read ({first_line(error)}).") from None
         if path == text_path:
             return content.strip(), {}
         try:
@@ -243,39 +325,60 @@ def _sidecar(picture: Path) -> tuple[str, Metadata]:
                 f"{path}: holds a {type(record).__name__}; it should hold an object with 'text'."
             )
         text = record.pop("text", None) or record.pop("caption", None) or ""
-        return str(text).strip(), _metadata(record)
+        if isinstance(text, int | float):
+            text = str(text)
+        return text.strip() if isinstance(text, str) else text, record
     return "", {}
 
 
+# ---- files of rows ------------------------------------------------------------------------------
+
+
 def _from_rows(path: Path) -> Iterator[Document | Unreadable]:
-    for number, record in load_rows(path):
-        yield _from_row(path, number, record)
+    for number, record in load_lenient_rows(path):
+        if isinstance(record, RematchError):
+            yield Unreadable(str(number), record)
+        else:
+            yield _from_row(path, number, record)
 
 
 def _from_row(path: Path, number: int, record: Any) -> Document | Unreadable:
-    name, value, metadata = str(number), record, {}
+    name = str(number)
+    try:
+        if isinstance(record, dict) and record.get("id") is not None:
+            name = _id_of(record["id"], path, number)
+        return _parsed_row(path, number, name, record)
+    except Exception as error:
+        return unreadable(name, error)
+
+
+def _id_of(value: Any, path: Path, number: int) -> str:
+    if not isinstance(value, str | int | float):
+        raise DataError(
+            f"{path}:{number}: its id is a {type(value).__name__}. Make it a string or a number."
+        )
+    return str(value)
+
+
+def _parsed_row(path: Path, number: int, name: str, record: Any) -> Document:
+    value, metadata = record, {}
     if isinstance(record, dict):
-        if record.get("id") is not None:
-            name = str(record["id"])
         value = record.get("document") or {
             k: record[k] for k in ("text", "image") if record.get(k)
         }
         metadata = {
             k: v for k, v in record.items() if k not in ("id", "document", "text", "image")
         }
-    try:
-        if isinstance(value, dict) and isinstance(value.get("image"), dict | bytes):
-            return _with_encoded(name, value, metadata)
-        content = parse_item(value, path, number, "document")
-    except DataError as error:
-        return Unreadable(name, error)
+    if isinstance(value, dict) and isinstance(value.get("image"), dict | bytes):
+        return _with_encoded(name, value, metadata)
+    content = parse_item(value, path, number, "document")
     if isinstance(content.image, list):
-        return Unreadable(
-            name, DataError(f"{path}:{number}: several pictures. A document has one.")
-        )
+        raise DataError(f"{path}:{number}: several pictures. A document has one.")
     assert content.image is None or isinstance(content.image, Path)
-    picture = content.image and content.image.resolve()
-    return Document(name, content.text, picture, _metadata(metadata))
+    return _checked(name, content.text, content.image and content.image.resolve(), metadata)
+
+
+# ---- data sets ----------------------------------------------------------------------------------
 
 
 def _data_set(name: str) -> Corpus:
@@ -288,7 +391,7 @@ def _data_set(name: str) -> Corpus:
             loaded = datasets.load_from_disk(name)
     except Exception as error:
         raise DataError(
-            f"{name}: cannot be loaded as a data set ({str(error).splitlines()[0]})."
+            f"{name}: cannot be loaded as a data set ({first_line(error)})."
         ) from error
     splits = loaded if isinstance(loaded, dict) else {"": loaded}
     columns = {n: c for split in splits.values() for n, c in (split.features or {}).items()}
@@ -303,38 +406,93 @@ def _data_set(name: str) -> Corpus:
         for split_name, split in splits.items():
             if isinstance(columns.get("image"), datasets.Image):
                 split = split.cast_column("image", datasets.Image(decode=False))
-            for number, record in enumerate(split):
-                key = record.pop("id", None)
-                value = {
-                    "image": record.pop("image", None),
-                    "text": record.pop("text", None) or record.get("caption"),
-                }
+            for number, record in enumerate(_records(name, split)):
                 position = f"{split_name}/{number}" if split_name else str(number)
-                yield _with_encoded(str(key) if key is not None else position, value, record)
+                try:
+                    key = record.pop("id", None)
+                    value = {
+                        "image": record.pop("image", None),
+                        "text": record.pop("text", None) or record.get("caption"),
+                    }
+                    yield _with_encoded(position if key is None else str(key), value, record)
+                except Exception as error:
+                    yield unreadable(position, error)
 
     return Corpus(name if name.startswith("hf:") else str(Path(name).resolve()), size, documents)
 
 
-def _with_encoded(
-    name: str, value: dict[str, Any], metadata: dict[str, Any]
-) -> Document | Unreadable:
-    """A document from a row whose picture is a file's content, or a path, as data sets have it."""
+def _records(name: str, split: Iterable[Any]) -> Iterator[Any]:
+    """The rows of a split.
+
+    Raises:
+        DataError: If the data set is broken, so that no further row can be read.
+    """
+    rows = iter(split)
+    while True:
+        try:
+            record = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise DataError(
+                f"{name}: the data set is broken ({first_line(error)}). Download or write it "
+                "again."
+            ) from error
+        yield record
+
+
+def _with_encoded(name: str, value: dict[str, Any], metadata: dict[str, Any]) -> Document:
+    """A document from a row whose picture is a file's content, or a path, as data sets have it.
+
+    Raises:
+        DataError: If it has neither text nor a picture, or they are of another kind.
+    """
     image, text = value.get("image"), value.get("text") or ""
-    content = image if isinstance(image, bytes) else (image or {}).get("bytes")
-    if content is None and image and image.get("path"):
-        return Document(name, text, Path(image["path"]), _metadata(metadata))
-    if content is None and not text:
-        return Unreadable(name, DataError(f"document {name}: neither text nor a picture."))
-    picture = EncodedPicture(name, content) if content else None
-    return Document(name, text, picture, _metadata(metadata))
+    if isinstance(image, bytes):
+        image = {"bytes": image}
+    if image is not None and not isinstance(image, dict):
+        raise DataError(
+            f"document {name}: its image is a {type(image).__name__}; it should be the content "
+            "of a file, or {'bytes': …, 'path': …}."
+        )
+    content, path = (image or {}).get("bytes"), (image or {}).get("path")
+    if not isinstance(content, bytes | None) or not isinstance(path, str | None):
+        raise DataError(
+            f"document {name}: the bytes of its image are a {type(content).__name__}, and its "
+            f"path a {type(path).__name__}."
+        )
+    picture: Path | EncodedPicture | None = EncodedPicture(name, content) if content else None
+    if content is None and path:
+        picture = Path(path)
+    if picture is None and not text:
+        raise DataError(f"document {name}: neither text nor a picture.")
+    return _checked(name, text, picture, metadata)
 
 
-def _metadata(record: dict[str, Any]) -> Metadata:
-    """Numbers become floats; strings and booleans stay; everything else becomes JSON."""
-    return {name: _metadata_value(value) for name, value in record.items()}
+def _metadata_value(name: str, value: Any) -> Value:
+    """Numbers become floats; strings and booleans stay; everything else becomes JSON.
 
-
-def _metadata_value(value: Any) -> Value:
-    if value is None or isinstance(value, str | bool):
+    Raises:
+        DataError: If a number is too large, or a string is not Unicode.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isinf(number):
+            raise DataError(f"metadata {name!r} is a number beyond ±1.8e308. Make it a string.")
+        return None if math.isnan(number) else number  # how tables write a missing number
+    if value is None or isinstance(value, bool):
         return value
-    return float(value) if isinstance(value, int | float) else json.dumps(value, default=str)
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    try:
+        check_unicode(text)
+    except DataError as error:
+        raise DataError(f"metadata {name!r}: {error}") from None
+    if len(text) > LONGEST_TEXT:
+        raise DataError(
+            f"metadata {name!r} has {len(text):,} characters; at most {LONGEST_TEXT:,} are "
+            "taken. Shorten it."
+        )
+    return text

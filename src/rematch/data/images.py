@@ -16,10 +16,12 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 from xxhash import xxh3_128
 
-from rematch.errors import ImageError
+from rematch.errors import DataError, ImageError, first_line
+from rematch.files import read_regular
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no other of Pillow's parsers runs
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # of these files, whatever their names
+LARGEST_FILE = 256 << 20  # bytes
 # MMEB's rule: a picture with a side under 28 pixels is scaled to 56×56
 SHORTEST = 28
 ENLARGED = 56
@@ -99,10 +101,7 @@ class CheckedPicture:
         Raises:
             ImageError: If the file cannot be read or has changed.
         """
-        try:
-            content = self.path.read_bytes()
-        except OSError as error:
-            raise ImageError(f"{self.path}: cannot be read ({error.strerror}).") from None
+        content = read_picture(self.path)
         if xxh3_128(content).digest() != self.digest:
             raise ImageError(f"{self.path}: the file changed during the run. Run again.")
         return content
@@ -179,41 +178,63 @@ def load_image(source: PictureSource | str) -> Image.Image:
             or cut off, or would decode to more pixels than Pillow's limit
             (``PIL.Image.MAX_IMAGE_PIXELS``) allows.
     """
-    name = "picture" if isinstance(source, Image.Image) else str(source)
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of metadata that Pillow doubts
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(source, Image.Image):
                 picture = source
-                picture.load()
-            elif isinstance(source, PictureFile):
-                picture = Image.open(io.BytesIO(source.read_bytes()), formats=FORMATS)
-                picture.load()
             else:
-                with Path(source).open("rb") as file:
-                    picture = Image.open(file, formats=FORMATS)
-                    picture.load()
+                content = (
+                    source.read_bytes()
+                    if isinstance(source, PictureFile)
+                    else read_picture(Path(source))
+                )
+                picture = Image.open(io.BytesIO(content), formats=FORMATS)
+            picture.load()
             return _as_rgb(picture)
-    except FileNotFoundError:
-        raise ImageError(
-            f"{name}: no such picture. Check the path; relative paths start at the data file's "
-            "folder."
-        ) from None
-    except ImageError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        limit = Image.MAX_IMAGE_PIXELS
-        raise ImageError(
-            f"{name}: has more than {limit:,} pixels and is refused as a decompression bomb. "
-            "Scale it down."
-        ) from None
-    except UnidentifiedImageError:
-        raise ImageError(
-            f"{name}: not a picture that Pillow can read. Convert it to PNG or JPEG."
-        ) from None
-    except Exception as error:  # Pillow's parsers raise whatever they hit on
-        reason = str(error) or type(error).__name__
-        raise ImageError(f"{name}: broken or cut off ({reason}). Replace the file.") from None
+    except Exception as error:
+        name = "picture" if isinstance(source, Image.Image) else str(source)
+        raise picture_error(name, error) from None
+
+
+def read_picture(path: Path) -> bytes:
+    """The content of a picture's file.
+
+    Raises:
+        ImageError: If it cannot be read, is not a regular file, or is too large.
+    """
+    try:
+        return read_regular(path, LARGEST_FILE)
+    except Exception as error:
+        raise picture_error(str(path), error) from None
+
+
+def picture_error(name: str, error: Exception) -> ImageError:
+    """What reading, opening or decoding a picture raised, as an error that a user can fix."""
+    if isinstance(error, ImageError):
+        return error
+    if isinstance(error, DataError):
+        return ImageError(str(error))
+    if isinstance(error, FileNotFoundError):
+        return ImageError(
+            f"{name}: no such picture ({error.strerror}). Check the path; relative paths start "
+            "at the data file's folder."
+        )
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return ImageError(
+            f"{name}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels and is refused as a "
+            "decompression bomb. Scale it down."
+        )
+    if isinstance(error, UnidentifiedImageError):
+        return ImageError(
+            f"{name}: not a picture in a format that is read ({', '.join(FORMATS)}). Convert it "
+            "to PNG or JPEG."
+        )
+    if isinstance(error, OSError) and error.errno:
+        return ImageError(f"{name}: cannot be read ({error.strerror}).")
+    reason = str(error) if isinstance(error, OSError | SyntaxError) else first_line(error)
+    return ImageError(f"{name}: broken or cut off ({reason}). Replace the file.")
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:

@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 
 from rematch.data.images import EXTENSIONS, PictureFile, load_image
-from rematch.errors import RematchError
+from rematch.errors import DataError, RematchError
 
 
 def pictures_and_text(value: Any, row: int) -> tuple[list[Image.Image], str]:
@@ -52,8 +52,24 @@ def pictures_and_text(value: Any, row: int) -> tuple[list[Image.Image], str]:
         raise RematchError(
             f"input {row}: 'text' must be text, and 'image' a picture, a path, or a list of them."
         )
+    check_unicode(text)
     if not text.strip() and not images:
         raise RematchError(
             f"input {row}: empty, so there is nothing to embed. Give it text or a picture."
         )
     return [load_image(image) for image in images], text
+
+
+def check_unicode(text: str) -> None:
+    """Refuse text with lone surrogates, which no tokenizer takes and no file can hold.
+
+    Raises:
+        DataError: If it has any.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text has a lone surrogate at character {error.start}, so it is not Unicode. "
+            "Remove it."
+        ) from None

@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from rematch.data.images import EXTENSIONS
 from rematch.data.schema import Item
-from rematch.errors import DataError
+from rematch.errors import DataError, first_line
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
+
+LONGEST_LINE = 64 << 20  # bytes, of a JSONL file
 
 
 def load_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -17,32 +20,75 @@ def load_rows(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         DataError: If the file is missing or has another format, or a row does not parse.
     """
+    for row, content in load_lenient_rows(path):
+        if isinstance(content, DataError):
+            raise content
+        yield row, content
+
+
+def load_lenient_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """:func:`load_rows`, with a DataError as the content of a row that does not parse.
+
+    Raises:
+        DataError: If the file is missing or broken, or has another format.
+    """
     if not path.is_file():
         raise DataError(f"{path}: no such file. Check the path.")
     if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except (OSError, pyarrow.ArrowInvalid) as error:
-            raise DataError(f"{path}: cannot be read as parquet ({error}).") from None
-        yield from enumerate(table.to_pylist(), 1)
-        return
-    if path.suffix not in (".jsonl", ".json"):
+        yield from _parquet_rows(path)
+    elif path.suffix in (".jsonl", ".json"):
+        yield from _json_rows(path)
+    else:
         raise DataError(f"{path}: is neither .jsonl nor .parquet. Convert it to one of them.")
-    with path.open("rb") as file:
-        for row, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except Exception as error:
+        raise DataError(f"{path}: cannot be read as parquet ({first_line(error)}).") from None
+    row = 0
+    for batch in table.to_batches(1024):
+        for position in range(len(batch)):
+            row += 1
             try:
-                yield row, json.loads(line)
-            except UnicodeDecodeError:
-                raise DataError(f"{path}:{row}: not UTF-8. Convert the file.") from None
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}:{row}: not valid JSON ({error.msg}, column {error.colno}). Fix the "
-                    "line."
-                ) from None
+                content: Any = {
+                    name: column[position].as_py()
+                    for name, column in zip(batch.schema.names, batch.columns, strict=True)
+                }
+            except Exception as error:
+                content = DataError(f"{path}:{row}: cannot be read ({first_line(error)}).")
+            yield row, content
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open("rb") as file:
+        for row in count(1):
+            line = file.readline(LONGEST_LINE + 1)
+            if not line:
+                return
+            if len(line) > LONGEST_LINE:
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(LONGEST_LINE)
+                yield row, DataError(f"{path}:{row}: longer than {LONGEST_LINE:,} bytes. Cut it.")
+            elif line.strip():
+                yield row, _parsed_line(line, f"{path}:{row}")
+
+
+def _parsed_line(line: bytes, place: str) -> Any:
+    """The content of a line, or a DataError."""
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError:
+        return DataError(f"{place}: not UTF-8. Convert the file.")
+    except json.JSONDecodeError as error:
+        return DataError(
+            f"{place}: not valid JSON ({error.msg}, column {error.colno}). Fix the line."
+        )
+    except Exception as error:  # nested too deeply, or a number of thousands of digits
+        return DataError(f"{place}: cannot be read as JSON ({first_line(error)}). Fix the line.")
 
 
 def parse_item(value: Any, path: Path, row: int, column: str, allow_missing: bool = False) -> Item:
@@ -72,8 +118,8 @@ def parse_item(value: Any, path: Path, row: int, column: str, allow_missing: boo
     well_typed = isinstance(text, str) and all(isinstance(name, str) for name in names)
     if not well_typed or not (text.strip() or names):
         raise DataError(
-            f"{path}:{row}: {column} = {value!r} is neither text, the path of a picture, nor "
-            "{'text': …, 'image': …} with content in it."
+            f"{path}:{row}: {column} = {repr(value)[:200]} is neither text, the path of a "
+            "picture, nor {'text': …, 'image': …} with content in it."
         )
     images = [path.parent / name for name in names]
     for image in images:

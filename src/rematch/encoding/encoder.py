@@ -46,7 +46,7 @@ from rematch.encoding.inputs import (
     inspect_input,
 )
 from rematch.encoding.vector_store import VectorStore
-from rematch.errors import RematchError
+from rematch.errors import RematchError, first_line
 from rematch.model import ReMatch
 
 Floats = NDArray[np.float32]
@@ -387,10 +387,13 @@ class _Preparation(Dataset[Any]):
         self.work = encoder._vectors if compute else encoder._prepare
 
     def __getitem__(self, batch: list[Any]) -> tuple[Any, dict[int, RematchError]]:
-        """Vectors or features of the readable inputs; errors of the others by position."""
+        """Vectors or features of the readable inputs; errors of the others by position.
+
+        Whatever preparing an input raises is that input's error.
+        """
         try:
             return self.work(batch, self.task), {}
-        except RematchError:
+        except Exception:
             errors = self._errors(batch)
             if not errors:
                 raise
@@ -402,16 +405,22 @@ class _Preparation(Dataset[Any]):
         for i, value in enumerate(batch):
             try:
                 self.encoder._prepare([value], self.task)
-            except RematchError as error:
-                errors[i] = error
+            except Exception as error:
+                errors[i] = _as_input_error(error)
         return errors
 
 
 def _inspect(value: Any) -> InputContent | RematchError:
     try:
         return inspect_input(value)
-    except RematchError as error:
+    except Exception as error:
+        return _as_input_error(error)
+
+
+def _as_input_error(error: Exception) -> RematchError:
+    if isinstance(error, RematchError):
         return error
+    return RematchError(f"input 0: cannot be used ({first_line(error)}). Fix or remove it.")
 
 
 def _decoded(value: Any, position: int) -> Any:

@@ -10,17 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from xxhash import xxh3_128
 
 from rematch.data.images import (
     EXTENSIONS,
+    FORMATS,
     CheckedPicture,
     EncodedPicture,
     PictureSource,
     ZippedPicture,
-    load_image,
+    picture_error,
+    read_picture,
 )
+from rematch.data.inputs import check_unicode
 from rematch.errors import ImageError
 
 _MAX_INPUTS = 256  # in a batch, however short they are
@@ -103,6 +106,7 @@ def inspect_input(value: Any) -> InputContent:
 
     Raises:
         ImageError: If a picture cannot be read.
+        DataError: If the text is not Unicode.
     """
     if isinstance(value, dict):
         text, pictures = value.get("text") or "", value.get("image")
@@ -110,6 +114,7 @@ def inspect_input(value: Any) -> InputContent:
         text, pictures = value, None
     else:
         text, pictures = "", value
+    check_unicode(text)
     if pictures is None:
         pictures = []
     elif not isinstance(pictures, list | tuple):
@@ -131,13 +136,12 @@ def inspect_picture(source: PictureSource | str) -> PictureInfo:
         return PictureInfo(digest, source.width * source.height)
     file = source if isinstance(source, ZippedPicture | EncodedPicture) else Path(source)
     try:
-        content = file.read_bytes()
-        width, height = Image.open(io.BytesIO(content)).size
-    except ImageError:
-        raise
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
-        load_image(file)  # raises an ImageError that names the reason
-        raise
+        content = read_picture(file) if isinstance(file, Path) else file.read_bytes()
+        width, height = Image.open(io.BytesIO(content), formats=FORMATS).size
+        if not width or not height:
+            raise ImageError(f"{file}: has no pixels. Replace the file.")
+    except Exception as error:
+        raise picture_error(str(file), error) from None
     return PictureInfo(xxh3_128(content).digest(), width * height)
 
 

@@ -26,13 +26,13 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
-from rematch.data.corpus import Corpus, Document, Unreadable
+from rematch.data.corpus import Corpus, Document, Metadata, Unreadable, unreadable
 from rematch.encoding.encoder import Encoder
-from rematch.errors import DataError, RematchError
+from rematch.errors import DataError, StorageError
 from rematch.files import write_json
 from rematch.search.documents import Content, DocumentEncoder, EncodedContent, LoadedDocument
 from rematch.search.index import Index
-from rematch.search.storage import is_in, is_local, write_lock
+from rematch.search.storage import REPORT, is_in, is_local, reading, write_lock
 
 WINDOW, WINDOW_BYTES = 1024, 64 << 20
 FLUSH_SECONDS, FLUSH_ROWS = 2.0, 4096
@@ -40,6 +40,8 @@ _CHUNK = 16  # documents that are loaded in parallel
 _MIN_DOCUMENTS = 100  # before a share of failures stops the run
 _COMPACT_AFTER = 64  # commits
 _RECENT_HASHES = 65_536
+_LONGEST_REASON = 600  # characters, of a failure
+MOST_COLUMNS = 1_000
 
 Progress = Callable[[int, int | None], None]
 T = TypeVar("T")
@@ -120,7 +122,9 @@ class IndexedDocuments:
     def __init__(self, index: Index) -> None:
         dtype = np.dtype([("id", "u8"), ("stamp", "i8"), ("content", "u8")])
         parts = [np.zeros(0, dtype)]
-        for batch in index.scan(["id", "stamp", "content_hash"]):
+        with reading(index.uri):
+            batches = list(index.scan(["id", "stamp", "content_hash"]))
+        for batch in batches:
             part = np.zeros(batch.num_rows, dtype)
             part["id"] = [id_hash(i) for i in batch["id"].to_pylist()]
             part["stamp"] = batch["stamp"].to_numpy()
@@ -171,6 +175,7 @@ class Builder:
         self.document_encoder = DocumentEncoder(encoder, index.settings)
         self.indexed = IndexedDocuments(index)
         self.corpus_ids = HashSet(np.zeros(0, np.uint64))
+        self.unreadable_ids = set[int]()  # those of them that may not be the document's own
         self.unwritten: dict[bytes, NDArray[np.float32]] = {}  # vectors of the rows below
         self.new_rows: list[dict[str, Any]] = []
         self.changed_rows: list[dict[str, Any]] = []
@@ -189,7 +194,7 @@ class Builder:
             if not keep:
                 self._delete_missing()
         except BaseException:
-            with suppress(DataError):
+            with suppress(Exception):
                 self._write_report(corpus)
             raise
         kind = index.ann
@@ -204,8 +209,8 @@ class Builder:
     def encode_corpus(self, corpus: Corpus) -> None:
         """Encode and write the documents that are new or have changed."""
         batches = self._batches(corpus)
-        for contents, unreadable in self.document_encoder.encode(batches, self.encoder.workers):
-            for document in unreadable:
+        for contents, failed in self.document_encoder.encode(batches, self.encoder.workers):
+            for document in failed:
                 self.fail(document)
             for content in contents:
                 self.report.encoded += 1
@@ -221,8 +226,8 @@ class Builder:
     def _batches(self, corpus: Corpus) -> Iterator[dict[bytes, Any]]:
         with ThreadPoolExecutor(8) as threads:
             for window in self._windows(corpus, threads):
-                contents, unreadable = self.document_encoder.group(window)
-                for document in unreadable:
+                contents, failed = self.document_encoder.group(window)
+                for document in failed:
                     self.fail(document)
                 contents = self._reuse_vectors(contents)
                 self._flush_if_due()
@@ -263,8 +268,8 @@ class Builder:
             return document
         try:
             stamp = document.stamp()
-        except RematchError as error:
-            return Unreadable(document.id, error)
+        except Exception as error:
+            return unreadable(document.id, error)
         return Unchanged(document.id) if stamp == self.indexed.stamp(document.id) else document
 
     def register(self, document: D | Unchanged | Unreadable) -> D | None:
@@ -275,7 +280,9 @@ class Builder:
         """
         self.report.documents += 1
         number = id_hash(document.id)
-        if number in self.corpus_ids:
+        is_unreadable = isinstance(document, Unreadable)
+        is_taken = number in self.corpus_ids and number not in self.unreadable_ids
+        if is_taken and not is_unreadable:
             error = DataError(
                 f"{document.id}: the id occurs twice in the corpus; only the first document with "
                 "it is indexed."
@@ -284,17 +291,35 @@ class Builder:
             return None
         self.corpus_ids.add(number)
         if isinstance(document, Unreadable):
+            # perhaps named by its row, and another document has this id
+            if not is_taken:
+                self.unreadable_ids.add(number)
             self.fail(document)
             return None
+        self.unreadable_ids.discard(number)
         if isinstance(document, Unchanged):
             self.report.unchanged += 1
             return None
         try:
+            self._check_columns(document.metadata)
             self.index.add_metadata_columns(document.metadata)
+        except StorageError:
+            raise
         except DataError as error:
             self.fail(Unreadable(document.id, error))
             return None
         return document
+
+    def _check_columns(self, metadata: Metadata) -> None:
+        """Refuse metadata that would give the index too many columns, each of which costs time."""
+        names = self.index.table.schema.names
+        new = metadata.keys() - set(names)
+        if len(names) + len(new) > MOST_COLUMNS:
+            raise DataError(
+                f"its metadata has {len(new)} names that no other document has, and the index "
+                f"would have more than {MOST_COLUMNS:,} columns. Use the same names in all "
+                "documents."
+            )
 
     def _reuse_vectors(self, contents: Sequence[Content]) -> list[Content]:
         """Give documents the vectors that their content has already; return the other contents."""
@@ -322,7 +347,8 @@ class Builder:
         columns = ["content_hash", "vector", *(["tokens"] if multi_vector else [])]
         for chunk in _chunks(keys, 500):
             condition = is_in("content_hash", [key.hex() for key in chunk])
-            rows = self.index.table.search().where(condition).select(columns).to_list()
+            with reading(self.index.uri):
+                rows = self.index.table.search().where(condition).select(columns).to_list()
             for row in {row["content_hash"]: row for row in rows}.values():
                 vectors = np.asarray([row["vector"]], np.float32)
                 if multi_vector:
@@ -366,7 +392,14 @@ class Builder:
     def fail(self, document: Unreadable) -> None:
         """Record a failure."""
         # the error counts inputs in a batch of the document's own
-        self.report.failures[document.id] = str(document.error).removeprefix("input 0: ")
+        reason = str(document.error).removeprefix("input 0: ")
+        if len(reason) > _LONGEST_REASON:
+            reason = reason[: _LONGEST_REASON - 1] + "…"
+        name, others = document.id, 1
+        while name in self.report.failures:
+            others += 1
+            name = f"{document.id} ({others})"
+        self.report.failures[name] = reason
 
     def check_failures(self, *, final: bool = False) -> None:
         """Stop the run if too many documents fail.
@@ -389,12 +422,13 @@ class Builder:
 
     def _delete_missing(self) -> None:
         """Delete the documents that are no longer in the corpus."""
-        missing = [
-            document_id
-            for batch in self.index.scan(["id"])
-            for document_id in batch["id"].to_pylist()
-            if id_hash(document_id) not in self.corpus_ids
-        ]
+        with reading(self.index.uri):
+            missing = [
+                document_id
+                for batch in self.index.scan(["id"])
+                for document_id in batch["id"].to_pylist()
+                if id_hash(document_id) not in self.corpus_ids
+            ]
         if missing:
             self.index.delete(missing)
             self.report.deleted = len(missing)
@@ -409,12 +443,7 @@ class Builder:
             "about": asdict(self.index.settings),
             "last_run": self.report.as_json(),
         }
-        try:
-            write_json(Path(self.index.uri) / "report.json", content)
-        except OSError as error:
-            raise DataError(
-                f"{self.index.uri}: report.json cannot be written ({error.strerror})."
-            ) from None
+        write_json(Path(self.index.uri) / REPORT, content)
 
 
 def build(
@@ -442,8 +471,9 @@ def build(
         Counts and failures; ``report.json`` in the index's directory has them too.
 
     Raises:
-        DataError: If too many documents fail, another process is writing, or the index cannot be
-            written. What was written before stays, and the same call resumes from there.
+        DataError: If too many documents fail. What was written before stays, and the same call
+            resumes from there.
+        StorageError: If another process is writing, or the index is damaged or cannot be written.
     """
     with write_lock(index.uri):
         return Builder(index, encoder, max_failures, progress).run(corpus, keep=keep, ann=ann)

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rematch.data.corpus import Document, Metadata, Unreadable
+from rematch.data.corpus import Document, Metadata, Unreadable, unreadable
 from rematch.data.images import CheckedPicture, EncodedPicture
 from rematch.encoding.encoder import Encoder
 from rematch.encoding.inputs import MeasuredInput, batches_by_length, inspect_picture
-from rematch.errors import RematchError
 from rematch.scoring import truncate
 from rematch.search.schema import IndexSettings
 
@@ -136,8 +135,8 @@ class DocumentEncoder:
             value = document.load_input(self.document_instructions)
             if isinstance(document.image, Path):
                 value["image"] = CheckedPicture(document.image, *inspect_picture(value["image"]))
-        except RematchError as error:
-            return Unreadable(document.id, error)
+        except Exception as error:  # whatever a document raises, the others are not affected
+            return unreadable(document.id, error)
         return LoadedDocument(document, stamp, value, is_new)
 
     def group(self, documents: Sequence[LoadedDocument]) -> tuple[list[Content], list[Unreadable]]:
@@ -148,8 +147,8 @@ class DocumentEncoder:
         contents: dict[bytes, Content] = {}
         for i, m in measured.items():
             contents.setdefault(m.key, Content(m, [])).documents.append(documents[i])
-        unreadable = [Unreadable(documents[i].id, error) for i, error in errors.items()]
-        return list(contents.values()), unreadable
+        failed = [Unreadable(documents[i].id, error) for i, error in errors.items()]
+        return list(contents.values()), failed
 
     def batches(self, contents: Sequence[Content]) -> Iterator[dict[bytes, Any]]:
         """Batches of inputs by content key; their documents wait for the vectors."""
@@ -174,7 +173,7 @@ class DocumentEncoder:
         for batch in self.encoder.stream(
             batches, "document", multi_vector=self.multi_vector, workers=workers
         ):
-            unreadable = [
+            failed = [
                 Unreadable(document.id, error)
                 for key, error in batch.errors.items()
                 for document in self.waiting.pop(key)
@@ -183,4 +182,4 @@ class DocumentEncoder:
                 EncodedContent(key, vectors, self.waiting.pop(key))
                 for key, vectors in batch.vectors.items()
             ]
-            yield encoded, unreadable
+            yield encoded, failed

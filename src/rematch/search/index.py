@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
-import lancedb
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -30,9 +29,9 @@ from rematch.search.cascade import Ranked, Stage, parse_stages, rerank
 from rematch.search.columns import RESERVED, in_condition, new_columns
 from rematch.search.schema import IndexSettings, as_table, settings_of, table_schema
 from rematch.search.storage import (
-    TABLE,
     LiveTable,
     UnreadableIndexError,
+    create_table,
     is_in,
     is_local,
     reading,
@@ -155,8 +154,7 @@ class Index:
             corpus=corpus,
         )
         schema = table_schema(settings, model.backbone.width)
-        with writing(str(uri)):
-            lancedb.connect(str(uri)).create_table(TABLE, schema=schema)
+        create_table(str(uri), schema)
         index = cls(str(uri))
         index._model = model  # its fingerprint need not be checked
         return index

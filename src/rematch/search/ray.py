@@ -10,13 +10,14 @@ import json
 import logging
 import pickle
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from rematch.data.corpus import Corpus, Unreadable
 from rematch.encoding.encoder import Encoder
-from rematch.errors import DataError, RematchError
+from rematch.errors import DataError, RematchError, StorageError
 from rematch.model import ReMatch
 from rematch.search.build import FLUSH_SECONDS, Builder, Progress, Report
 from rematch.search.documents import DocumentEncoder, LoadedDocument
@@ -149,12 +150,24 @@ class RayBuilder(Builder):
         )
         results: list[dict[str, Any]] = []
         last_commit = time.monotonic()
-        for row in rows.iter_rows():
+        for row in self._results(rows):
             results.append(json.loads(row["result"]))
             if time.monotonic() - last_commit > FLUSH_SECONDS:
                 self._commit(results)
                 results, last_commit = [], time.monotonic()
         self._commit(results)
+
+    def _results(self, rows: Any) -> Iterator[dict[str, Any]]:
+        """The rows as they come; an error of a worker is one line, without its traceback."""
+        try:
+            yield from rows.iter_rows()
+        except (ray.exceptions.RayError, OSError) as error:
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            reason = lines[-1].strip()[:300] if lines else type(error).__name__
+            raise StorageError(
+                f"{self.index.uri}: a worker failed ({reason}). What was written before is "
+                "intact. Fix the cause and run the command again."
+            ) from error
 
     def _commit(self, results: list[dict[str, Any]]) -> None:
         """Commit the fragments of blocks, in the place of the rows that have changed."""

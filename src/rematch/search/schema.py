@@ -68,9 +68,10 @@ def settings_of(schema: pa.Schema, uri: str) -> IndexSettings:
         )
     try:
         return IndexSettings(**json.loads(content))
-    except TypeError:
+    except (TypeError, ValueError, RecursionError):
         raise DataError(
-            f"{uri}: was written by another version of rematch. Index the corpus again."
+            f"{uri}: was written by another version of rematch, or is damaged. Index the corpus "
+            "again."
         ) from None
 
 

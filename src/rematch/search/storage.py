@@ -1,18 +1,24 @@
 """The place of an index, a local directory or an object store, and errors of using it."""
 
 import fcntl
+import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 
 import lancedb
+import pyarrow as pa
 
-from rematch.errors import DataError, RematchError
+from rematch.errors import DataError, RematchError, StorageError, first_line
+from rematch.files import check_replaceable, made_folders, remove
 
 TABLE = "documents"
+REPORT = "report.json"
+_LOCK = ".lock"
 _FRESH_SECONDS = 0.5  # how old the version may be that is read
 _PATIENCE_SECONDS = 2.0  # for an index that is being replaced
 _PAUSE_SECONDS = 0.05
@@ -20,7 +26,7 @@ _PAUSE_SECONDS = 0.05
 Value = TypeVar("Value")
 
 
-class UnreadableIndexError(DataError):
+class UnreadableIndexError(StorageError):
     """The index is there no more, or its files cannot be read."""
 
 
@@ -46,17 +52,51 @@ def is_in(column: str, values: Iterable[str]) -> str:
     return f"{column} IN ({', '.join(literals)})"
 
 
+def create_table(uri: str, schema: pa.Schema) -> Any:
+    """The table of a new index.
+
+    If it cannot be made, nothing of it remains.
+
+    Raises:
+        StorageError: If another process has just made it, a file is in the way, or the place
+            cannot be written.
+    """
+    if not is_local(uri):
+        with writing(uri):
+            return lancedb.connect(uri).create_table(TABLE, schema=schema)
+    report = Path(uri) / REPORT
+    check_replaceable([report], report, {"corpus", "last_run"})
+    with writing(uri), made_folders(Path(uri)), write_lock(uri):
+        lock, table = Path(uri) / _LOCK, Path(uri) / f"{TABLE}.lance"
+        if os.path.lexists(table):
+            raise StorageError(
+                f"{uri}: another process has just made an index there. Run the command again to "
+                "bring it up to date."
+            )
+        try:
+            return lancedb.connect(uri).create_table(TABLE, schema=schema)
+        except BaseException:
+            for path in (table, lock):
+                with suppress(OSError):
+                    remove(path)
+            raise
+
+
 @contextmanager
 def reading(uri: str) -> Iterator[None]:
-    """Turn LanceDB's errors of reading into an UnreadableIndexError of one line."""
+    """Turn whatever LanceDB raises on reading a table into an UnreadableIndexError of one line.
+
+    A RematchError passes.
+    """
     try:
         yield
-    except RematchError:
+    except (RematchError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except (OSError, RuntimeError, ValueError) as error:
+    except BaseException as error:  # a panic of Rust is no Exception
         raise UnreadableIndexError(
-            f"{uri}: cannot be read ({str(error).splitlines()[0][:200]}). If it is not being "
-            "replaced, restore it from a backup, or remove it and index the corpus again."
+            f"{uri}: the index cannot be read ({first_line(error)}). A file of it is missing, "
+            "cut off or damaged. Restore it from a copy, or remove the directory and index the "
+            "corpus again."
         ) from error
 
 
@@ -143,7 +183,7 @@ class LiveTable:
 
 @contextmanager
 def writing(uri: str) -> Iterator[None]:
-    """Turn LanceDB's errors of writing into a DataError of one line.
+    """Turn LanceDB's errors of writing into a StorageError of one line.
 
     What was committed before stays intact.
     """
@@ -152,8 +192,8 @@ def writing(uri: str) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         text = str(error)
         reasons = ("No space left on device", "Read-only file system", "Permission denied")
-        reason = next((r for r in reasons if r in text), text.splitlines()[0][:200])
-        raise DataError(
+        reason = next((r for r in reasons if r in text), first_line(error))
+        raise StorageError(
             f"{uri}: cannot be written ({reason}). What was written before is intact. Fix the "
             "cause and run the command again."
         ) from error
@@ -166,21 +206,25 @@ def write_lock(uri: str) -> Iterator[None]:
     On an object store nothing is locked; rows are merged by id there.
 
     Raises:
-        DataError: If another process is writing, or the directory cannot be written.
+        StorageError: If another process is writing, or the directory cannot be written.
     """
     if not is_local(uri):
         yield
         return
-    path = Path(uri) / ".lock"
     try:
-        file = path.open("a")
+        lock = os.open(Path(uri) / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
     except OSError as error:
-        raise DataError(f"{uri}: cannot be written ({error.strerror}).") from None
-    with file:
+        raise StorageError(f"{uri}: cannot be written ({error.strerror}).") from None
+    with open(lock, "rb+", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(
-                f"{uri}: another process is writing to it. Wait until it is done."
+            owner = (file.read(200) or b"").decode(errors="replace").strip()
+            raise StorageError(
+                f"{uri}: another process{f' ({owner})' if owner else ''} is writing to it. Wait "
+                "until it is done."
             ) from None
+        with suppress(OSError):  # on a full disk too, an index can be brought up to date
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield

@@ -81,13 +81,11 @@ def mine(
             pool = _load_pool(data, corpus)
             _claim(directory, model, pool, rules)
             judged = _judge(model, pool, directory.path, rules, progress)
-            report = write_output(output, directory.path, pool, judged, rules)
+            return write_output(output, directory, pool, judged, rules)
         except BaseException:
-            if directory.is_empty():
+            if directory.path.exists() and directory.is_empty():
                 directory.discard()
             raise
-        directory.discard()
-    return report
 
 
 def _check_output(output: Path) -> None:

@@ -21,7 +21,7 @@ from rematch.data.images import CheckedPicture, PictureSource, data_url, load_im
 from rematch.data.schema import Item
 from rematch.encoding.inputs import inspect_picture
 from rematch.errors import DataError
-from rematch.files import replacing, write_text, writing
+from rematch.files import PartialDirectory, replacing, write_text, writing
 from rematch.train.candidates import REASONS, Candidate, JudgedQuery, Pool, Rules
 
 _PUBLISHING = "publishing"  # a file in the run's directory: from here on the reports are its own
@@ -55,13 +55,17 @@ def check_reports(output: Path, work: Path) -> None:
 
 
 def write_output(
-    output: Path, work: Path, pool: Pool, judged: Sequence[JudgedQuery], rules: Rules
+    output: Path,
+    directory: PartialDirectory,
+    pool: Pool,
+    judged: Sequence[JudgedQuery],
+    rules: Rules,
 ) -> dict[str, Any]:
-    """Write training data and report.
+    """Write training data and report, and remove the directory of the unfinished run.
 
     Args:
         output: The .jsonl file; the report is written beside it.
-        work: Directory of the unfinished run.
+        directory: Directory of the unfinished run.
         pool: All queries and documents.
         judged: All queries with their candidates.
         rules: What counted as a hard negative.
@@ -76,12 +80,14 @@ def write_output(
         output.with_suffix(".json"): json.dumps(report, indent=2) + "\n",
         output: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
     }
+    work = directory.path
     for path, text in contents.items():
         write_text(work / path.name, text)
     with writing(output):
         (work / _PUBLISHING).touch()
         for path in contents:  # the training data last
             os.replace(work / path.name, path)
+    directory.discard()
     return report
 
 
