@@ -159,7 +159,9 @@ def write_corpus(folder: Path, count: int) -> list[str]:
             path.with_suffix(".json").write_text(json.dumps({"text": f"{i}", "year": 1900 + i}))
         good.append(str(path.relative_to(folder)))
     for i, (name, write) in enumerate(HOSTILE.items()):
-        write(folder / f"{i % 50:02}" / name)
+        path = folder / f"{i % 50:02}" / name
+        path.parent.mkdir(exist_ok=True)
+        write(path)
     (folder / "circle").symlink_to(folder)
     (folder / "up").symlink_to("/")
     return good

@@ -68,6 +68,6 @@ def first_line(error: BaseException, limit: int = 300) -> str:
     name = type(error).__name__
     text = lines[0].strip() if lines else ""
     text = text if len(text) <= limit else text[: limit - 1] + "…"
-    if isinstance(error, OSError) and text:
+    if isinstance(error, OSError | SyntaxError) and text:
         return text
     return f"{name}: {text}" if text else name

@@ -233,7 +233,7 @@ def picture_error(name: str, error: Exception) -> ImageError:
         )
     if isinstance(error, OSError) and error.errno:
         return ImageError(f"{name}: cannot be read ({error.strerror}).")
-    reason = str(error) if isinstance(error, OSError | SyntaxError) else first_line(error)
+    reason = first_line(error)
     return ImageError(f"{name}: broken or cut off ({reason}). Replace the file.")
 
 
