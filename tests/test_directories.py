@@ -40,7 +40,7 @@ def snapshot(folder):
 
 
 @contextmanager
-def refused(folder, error=StorageError, match=""):
+def refused(folder, error=StorageError, match=None):
     """The block raises an error of one line, and leaves the folder as it was."""
     before = snapshot(folder)
     with pytest.raises(error, match=match) as caught:
@@ -169,7 +169,7 @@ def test_a_file_beside_the_output_is_not_replaced(model, tmp_path, tally):
         folder.mkdir()
         (folder / name).write_text('{"benchmark": "of another program"}')
         with refused(tmp_path, match=f"{name}: exists already"):
-            run_evaluation(EvaluateOptions(output=folder, tasks=["Picto-Count"], limit=1))
+            run_evaluation(EvaluateOptions(output=folder))
         tally("Directories")["refused in one line, all else as it was"] += 1
     record = tmp_path / "r.json"
     check_replaceable([record], record, {"a"})
@@ -235,30 +235,30 @@ def damages(path, rng):
 def test_a_damaged_index_is_read_or_refused(
     searcher, saved_model, photos, tmp_path, tally, capsys
 ):
-    """Every file of an index, damaged in every way."""
+    """Every file of an index, damaged in three ways."""
     whole = tmp_path / "whole"
     build_index(searcher, photos, whole)
     ids = [row["id"] for row in contents(whole)]
     rng, folder = random.Random(9), tmp_path / "i"
     files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
-    outcomes = tally("Directories")
+    outcomes, messages = tally("Directories"), []
     for file in files:
-        for number in range(6):
+        for number in rng.sample(range(6), 3):
             shutil.copytree(whole, folder)
             _, damage = list(damages(folder / file, rng))[number]
             damage()
             for run in (
-                lambda: Index.open(folder, searcher).search("a", 3),
+                lambda: run_search(SearchOptions(str(folder), "a", model=str(saved_model))),
                 lambda: build_index(searcher, photos, folder),
             ):
                 try:
                     run()
                     outcomes["worked in spite of it"] += 1
                 except RematchError as error:
-                    assert "\n" not in str(error)
-                    assert str(folder) in str(error)
+                    messages.append(str(error))
                     outcomes["refused in one line, all else as it was"] += 1
             shutil.rmtree(folder)
+    assert all("\n" not in message and str(folder) in message for message in messages)
     empty = tmp_path / "empty" / "documents.lance"
     empty.mkdir(parents=True)
     for options in (SearchOptions(str(empty.parent), "a"), SearchOptions(str(whole / "x"), "a")):
@@ -270,12 +270,17 @@ def test_a_damaged_index_is_read_or_refused(
     outcomes["refused in one line, all else as it was"] += 3
 
 
+def quiet_recipe(backbone_path, output, **settings):
+    """A recipe that logs nowhere else."""
+    return small_recipe(backbone_path, output, train={"report_to": ["none"]} | settings)
+
+
 @pytest.fixture(scope="module")
 def unfinished(backbone_path, tmp_path_factory):
     """What an interrupted training run leaves: its recipe and one checkpoint."""
     output = tmp_path_factory.mktemp("unfinished") / "model"
     with pytest.raises(TrainingError, match="interrupted"):
-        train(small_recipe(backbone_path, output), callbacks=(Interrupt(3),), quiet=True)
+        train(quiet_recipe(backbone_path, output), callbacks=(Interrupt(3),), quiet=True)
     return output.with_name("model.partial")
 
 
@@ -288,14 +293,14 @@ class Stop(TrainerCallback):
 
 def test_a_damaged_checkpoint_is_refused(backbone_path, unfinished, tmp_path, tally):
     """Every file that training reads again: gone, cut, of another content, of another kind."""
-    settings = small_recipe(backbone_path, tmp_path / "model")
+    settings = quiet_recipe(backbone_path, tmp_path / "model")
     rng, partial = random.Random(10), tmp_path / "model.partial"
     names = ("recipe.json", "complete.json", "trainer_state.json", "optimizer.pt", "scheduler.pt")
     names += ("rng_state.pth", "loss.pt", "adapter_model.safetensors", "model.safetensors")
     files = [path for path in unfinished.rglob("*") if path.name in names]
     assert {path.name for path in files} >= set(names)
     for file in files:
-        for number in range(6):
+        for number in rng.sample(range(6), 3):
             shutil.copytree(unfinished, partial)
             write_json(partial / "recipe.json", recipe_record(settings))
             kind, damage = list(damages(partial / file.relative_to(unfinished), rng))[number]
@@ -303,7 +308,7 @@ def test_a_damaged_checkpoint_is_refused(backbone_path, unfinished, tmp_path, ta
                 shutil.rmtree(partial)
                 continue  # an unfinished checkpoint, which is not resumed
             damage()
-            with refused(tmp_path, RematchError) as _:
+            with refused(tmp_path, RematchError):
                 train(settings, callbacks=(Stop(),), quiet=True)
             tally("Directories")["refused in one line, all else as it was"] += 1
             shutil.rmtree(partial)
@@ -354,12 +359,8 @@ def test_a_full_disk_is_said_in_one_line(
     data = write_rows(
         tmp_path / "d.jsonl", [{"query": "a", "positive": f"b{i}"} for i in range(9)]
     )
-    recipe = small_recipe(
-        backbone_path, tmp_path / "model", train={"steps": 1, "report_to": ["none"]}
-    )
-    evaluation = EvaluateOptions(
-        str(saved_model), output=tmp_path / "e", tasks=["Picto-Count"], limit=1, workers=0
-    )
+    recipe = quiet_recipe(backbone_path, tmp_path / "model", steps=1)
+    evaluation = EvaluateOptions(str(saved_model), str(data), tmp_path / "e", workers=0)
     commands = {
         "train": lambda: train(recipe, quiet=True),
         "mine": lambda: mine(searcher, data, tmp_path / "mined.jsonl"),
@@ -367,6 +368,8 @@ def test_a_full_disk_is_said_in_one_line(
         "export": lambda: export_picto(tmp_path / "x", "mmeb-train", samples=2),
         "index": lambda: build_index(searcher, photos, tmp_path / "i"),
     }
+    if size > 10_000:  # what the others write is smaller
+        commands = {"train": commands["train"]}
     for name, run in commands.items():
         before = snapshot(tmp_path)
         with largest_file(size), pytest.raises(StorageError, match="cannot be ") as caught:
@@ -390,7 +393,7 @@ def test_a_place_that_cannot_be_written_is_refused(
     commands = (
         lambda: train(small_recipe(backbone_path, output), quiet=True),
         lambda: mine(searcher, data, output.with_name("m.jsonl")),
-        lambda: run_evaluation(EvaluateOptions(str(saved_model), output=output, limit=1)),
+        lambda: run_evaluation(EvaluateOptions(str(saved_model), str(data), output)),
         lambda: export_picto(output, "mmeb-eval"),
         lambda: build_index(searcher, photos, output),
     )
@@ -418,7 +421,7 @@ def test_an_interrupted_run_keeps_nothing_that_it_cannot_resume_from(backbone_pa
             if state.global_step == 3:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (300, resource.RLIM_INFINITY))
 
-    settings = small_recipe(backbone_path, tmp_path / "model", train={"report_to": ["none"]})
+    settings = quiet_recipe(backbone_path, tmp_path / "model")
     with largest_file(-1), pytest.raises(StorageError, match="cannot be written"):
         train(settings, callbacks=(FillDisk(),), quiet=True)
     partial = tmp_path / "model.partial"

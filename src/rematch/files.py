@@ -150,15 +150,24 @@ def _cannot_be_written(path: Path | str, reason: str) -> StorageError:
 
 
 def check_writable(directory: Path) -> None:
-    """Make a directory and check that files can be written there, before hours of work.
+    """Check, before hours of work, that a directory can be made and files written there.
+
+    Nothing of it remains.
 
     Raises:
         StorageError: If not.
     """
-    with writing(directory), made_folders(directory):
-        probe = directory / f".rematch-{token_hex(8)}"
-        probe.touch()
-        probe.unlink()
+    missing: list[Path] = []
+    probe = directory / f".rematch-{token_hex(8)}"
+    try:
+        with writing(directory):
+            missing += [path for path in (directory, *directory.parents) if not path.exists()]
+            directory.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(bytes(4096))
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+        remove_empty(missing)
 
 
 def check_replaceable(files: Sequence[Path], record: Path, keys: set[str]) -> None:
@@ -283,8 +292,9 @@ class PartialDirectory:
                     raise
             if not os.path.samestat(os.fstat(lock), marker.stat()):
                 raise FileNotFoundError(errno.ENOENT, "another process has just removed it")
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            with suppress(OSError):  # only for the message to others
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         except BaseException:
             os.close(lock)
             raise

@@ -92,6 +92,8 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
 
 def _run(options: EvaluateOptions) -> dict[str, Any]:
     started = time.perf_counter()
+    if options.output and get_rank() == 0:
+        check_output(options.output)
     benchmark = load_benchmark(
         options.benchmark,
         options.data,
@@ -100,8 +102,6 @@ def _run(options: EvaluateOptions) -> dict[str, Any]:
         options.skip_missing,
         options.frames,
     )
-    if options.output and get_rank() == 0:
-        check_output(options.output)
     model = load_model(options)
     if not isinstance(model, ReMatch) and (options.rerank or options.maxsim):
         raise RematchError(

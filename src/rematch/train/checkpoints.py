@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from transformers import TrainerState
@@ -95,8 +96,11 @@ def loading(checkpoint: Path, part: str) -> Iterator[None]:
     except RematchError:
         raise
     except Exception as error:
+        # torch's message recommends to load the file as code
+        is_pickle = isinstance(error, UnpicklingError)
+        reason = "not what was written" if is_pickle else first_line(error)
         raise TrainingError(
-            f"{checkpoint}: {part} cannot be loaded ({first_line(error)}), so the run cannot "
+            f"{checkpoint}: {part} cannot be loaded ({reason}), so the run cannot "
             f"resume from this checkpoint. {_REMEDY}"
         ) from error
 
