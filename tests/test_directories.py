@@ -204,7 +204,10 @@ def test_of_two_first_runs_the_second_is_told(searcher, saved_model, photos, tmp
     output = tmp_path / "i"
     output.mkdir()
     options = IndexOptions(str(saved_model), str(photos), str(output))
-    with write_lock(str(output)), refused(tmp_path, match=r"another process .* is writing to it"):
+    with (
+        write_lock(str(output)),
+        refused(tmp_path, match=r"another process is writing to it \(process \d+ on"),
+    ):
         run_index(options)
     # between the look whether there is an index, and making one
     Index.create(output, searcher, name="m")

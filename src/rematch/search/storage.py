@@ -221,7 +221,7 @@ def write_lock(uri: str) -> Iterator[None]:
         except BlockingIOError:
             owner = (file.read(200) or b"").decode(errors="replace").strip()
             raise StorageError(
-                f"{uri}: another process{f' ({owner})' if owner else ''} is writing to it. Wait "
+                f"{uri}: another process is writing to it{f' ({owner})' if owner else ''}. Wait "
                 "until it is done."
             ) from None
         with suppress(OSError):  # on a full disk too, an index can be brought up to date
