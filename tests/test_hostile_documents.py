@@ -38,7 +38,7 @@ def test_a_folder_with_hostile_files_is_indexed_but_for_them(searcher, tmp_path,
     assert failures.keys() == HOSTILE.keys()
     reasons = {
         "ztxt.png": "Decompressed data too large",
-        "eps.png": "not a picture in a format that is read",
+        "eps.png": "not a picture that Pillow can read as PNG",
         "pipe.png": "is a pipe",
         "zero.png": "is a device",
         "sparse.png": "42,949,672,960 bytes",
@@ -272,7 +272,7 @@ def test_whatever_an_input_raises_is_its_own_failure(
 def test_only_the_documented_formats_are_opened(tmp_path, kind, tally):
     path = tmp_path / "a.png"
     path.write_bytes(b"%PDF-1.4" if kind == "PDF" else picture(0, kind))
-    with pytest.raises(ImageError, match="not a picture in a format that is read"):
+    with pytest.raises(ImageError, match="not a picture that Pillow can read as PNG"):
         load_image(path)
     tally("Documents")["refused, with the reason"] += 1
 

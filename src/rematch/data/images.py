@@ -228,8 +228,8 @@ def picture_error(name: str, error: Exception) -> ImageError:
         )
     if isinstance(error, UnidentifiedImageError):
         return ImageError(
-            f"{name}: not a picture in a format that is read ({', '.join(FORMATS)}). Convert it "
-            "to PNG or JPEG."
+            f"{name}: not a picture that Pillow can read as {', '.join(FORMATS)}. Convert it to "
+            "PNG or JPEG."
         )
     if isinstance(error, OSError) and error.errno:
         return ImageError(f"{name}: cannot be read ({error.strerror}).")
