@@ -13,6 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "rematch"
 # A module or folder imports from the lines above; modules of one folder import each other freely.
 ORDER = """
 errors console
+arguments
 files prompts
 matching tokens losses
 data

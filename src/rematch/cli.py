@@ -1,17 +1,27 @@
 """The command ``rematch``: parse, call, print. Heavy imports happen inside the commands."""
 
+import io
 import logging
 import sys
+import tempfile
+import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rematch import __version__
-from rematch.errors import RematchError
+from rematch.arguments import Command
+from rematch.errors import RematchError, reason
 
 if TYPE_CHECKING:
     from rematch.matching import View
+
+_UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer uses
+_LONGEST_MESSAGE = 2_000  # characters
+_MOST_PIXELS = 1_000_000_000
+_MOST_TOKENS = 100_000_000  # of a forward pass
+_MOST_WORKERS = 256
 
 app = typer.Typer(
     help="Multimodal retrieval from a multimodal LLM: train, evaluate, search.",
@@ -41,13 +51,14 @@ def _options(
     pass
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     output: Annotated[Path, typer.Option(help="Directory for the report.")] = Path("rematch-demo"),
     steps: Annotated[
         int | None,
         typer.Option(
             min=2,
+            max=1_000_000,
             help="Training steps per model; by default as many as fit into five minutes.",
         ),
     ] = None,
@@ -58,7 +69,7 @@ def demo(
     run_demo(DemoOptions(output=output, steps=steps))
 
 
-@app.command()
+@app.command(cls=Command)
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML; see recipes/.")],
     overrides: Annotated[
@@ -73,7 +84,10 @@ def train(
         ),
     ] = False,
     gpus: Annotated[
-        int, typer.Option(min=1, help="With --estimate: number of GPUs that share the batch.")
+        int,
+        typer.Option(
+            min=1, max=100_000, help="With --estimate: number of GPUs that share the batch."
+        ),
     ] = 1,
     fsdp: Annotated[
         bool, typer.Option("--fsdp", help="With --estimate: the GPUs also share the weights.")
@@ -81,13 +95,16 @@ def train(
     gpu_memory: Annotated[
         float | None,
         typer.Option(
-            min=0.1, help="With --estimate: GB of one GPU; exit code 2 if the run needs more."
+            min=0.1,
+            max=1e6,
+            help="With --estimate: GB of one GPU; exit code 2 if the run needs more.",
         ),
     ] = None,
     tflops: Annotated[
         float | None,
         typer.Option(
             min=0.1,
+            max=1e6,
             help="With --estimate: TFLOP/s that one GPU achieves, such as 40 % of its peak.",
         ),
     ] = None,
@@ -117,7 +134,7 @@ def train(
     )
 
 
-@app.command()
+@app.command(cls=Command)
 def mine(
     model: Annotated[str, typer.Argument(help="Checkpoint directory, hub name, or rematch-tiny.")],
     data: Annotated[
@@ -133,10 +150,11 @@ def mine(
         Path | None, typer.Option(help="Further documents: a folder of pictures, or a file.")
     ] = None,
     negatives: Annotated[
-        int, typer.Option(min=1, help="Maximum number of negatives per query.")
+        int, typer.Option(min=1, max=10_000, help="Maximum number of negatives per query.")
     ] = 4,
     candidates: Annotated[
-        int, typer.Option(min=1, help="Number of nearest documents to judge per query.")
+        int,
+        typer.Option(min=1, max=10_000, help="Number of nearest documents to judge per query."),
     ] = 30,
     yes: Annotated[
         float, typer.Option(min=0, max=1, help="P(yes) from which a candidate is dropped.")
@@ -176,12 +194,12 @@ def mine(
             candidates=candidates,
             yes=yes,
             margin=margin,
-            view=_views(view, "--views")[0],
+            view=_view(view),
         )
     )
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(
     model: Annotated[
         str, typer.Argument(help="Directory or hub name of any SentenceTransformer.")
@@ -205,7 +223,10 @@ def evaluate(
         str, typer.Option(help="Evaluate only these tasks, separated by commas.")
     ] = "",
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Number of queries of each task; by default all.")
+        int | None,
+        typer.Option(
+            min=1, max=1_000_000_000, help="Number of queries of each task; by default all."
+        ),
     ] = None,
     skip_missing: Annotated[
         bool, typer.Option(help="Leave out tasks whose data is missing or broken, with a warning.")
@@ -218,7 +239,10 @@ def evaluate(
         typer.Option(help="Put instructions before documents; by default as in training."),
     ] = None,
     rerank: Annotated[
-        int, typer.Option(min=0, help="Also rerank this many candidates by the matching head.")
+        int,
+        typer.Option(
+            min=0, max=100_000, help="Also rerank this many candidates by the matching head."
+        ),
     ] = 0,
     views: Annotated[
         str,
@@ -236,16 +260,21 @@ def evaluate(
         bool, typer.Option(help="Write each task's vectors to OUTPUT/arrays.")
     ] = False,
     batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a forward pass.")
+        int | None, typer.Option(min=1, max=_MOST_TOKENS, help="Tokens of a forward pass.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that prepare batches.")
+        int | None,
+        typer.Option(min=0, max=_MOST_WORKERS, help="Processes that prepare batches."),
     ] = None,
     min_pixels: Annotated[
-        int | None, typer.Option(min=1, help="Scale smaller pictures up, if the model can.")
+        int | None,
+        typer.Option(min=1, max=_MOST_PIXELS, help="Scale smaller pictures up, if the model can."),
     ] = None,
     max_pixels: Annotated[
-        int | None, typer.Option(min=1, help="Scale larger pictures down, if the model can.")
+        int | None,
+        typer.Option(
+            min=1, max=_MOST_PIXELS, help="Scale larger pictures down, if the model can."
+        ),
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run code that comes with the model.")
@@ -260,13 +289,13 @@ def evaluate(
             benchmark=benchmark,
             output=output,
             data=data,
-            tasks=[name.strip() for name in tasks.split(",") if name.strip()],
+            tasks=_names(tasks, "--tasks") if tasks else [],
             limit=limit,
             skip_missing=skip_missing,
             frames=frames,
             document_instructions=document_instructions,
             rerank=rerank,
-            views=_views(views, "--views") if rerank else _views("raw-raw", "--views"),
+            views=_views(views, "--views"),
             maxsim=maxsim,
             cache=cache,
             save_vectors=save_vectors,
@@ -279,7 +308,7 @@ def evaluate(
     )
 
 
-@app.command()
+@app.command(cls=Command)
 def index(
     model: Annotated[
         str, typer.Argument(help="Checkpoint directory or hub name; rematch-tiny if left out.")
@@ -300,7 +329,8 @@ def index(
         bool, typer.Option(help="Store the K token vectors too, for --rerank maxsim.")
     ] = False,
     dimensions: Annotated[
-        int, typer.Option(min=0, help="Keep only this many dimensions; 0 for all.")
+        int,
+        typer.Option(min=0, max=1_000_000, help="Keep only this many dimensions; 0 for all."),
     ] = 0,
     ann: Annotated[
         str,
@@ -318,12 +348,16 @@ def index(
     engine: Annotated[
         str, typer.Option(help="local, or ray for many processes or machines.")
     ] = "local",
-    actors: Annotated[int, typer.Option(min=1, help="With ray: number of encoders.")] = 2,
+    actors: Annotated[
+        int, typer.Option(min=1, max=10_000, help="With ray: number of encoders.")
+    ] = 2,
     batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a forward pass, padding included.")
+        int | None,
+        typer.Option(min=1, max=_MOST_TOKENS, help="Tokens of a forward pass, padding included."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Number of processes that prepare batches.")
+        int | None,
+        typer.Option(min=0, max=_MOST_WORKERS, help="Number of processes that prepare batches."),
     ] = None,
 ) -> None:
     """Encode a corpus into an index. Run it again to update the index or to resume."""
@@ -349,12 +383,12 @@ def index(
     )
 
 
-@app.command()
+@app.command(cls=Command)
 def search(
     index: Annotated[str, typer.Argument(help="The output of `rematch index`.")],
     text: Annotated[str | None, typer.Option(help="Query text.")] = None,
     image: Annotated[Path | None, typer.Option(help="Query picture.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Number of hits.")] = 10,
+    top: Annotated[int, typer.Option(min=1, max=100_000, help="Number of hits.")] = 10,
     filter: Annotated[
         str, typer.Option(help='Condition in SQL on metadata, such as "year > 2000".')
     ] = "",
@@ -387,7 +421,7 @@ def search(
     )
 
 
-@app.command()
+@app.command(cls=Command)
 def serve(
     target: Annotated[
         str, typer.Argument(help="An index, served with a search page, or a model.")
@@ -414,13 +448,20 @@ def serve(
         ),
     ] = "",
     batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of a forward pass, padding included.")
+        int,
+        typer.Option(min=1, max=_MOST_TOKENS, help="Tokens of a forward pass, padding included."),
     ] = 4096,
     waiting: Annotated[
-        int, typer.Option(min=1, help="Longest queue; further calls are refused with 429.")
+        int,
+        typer.Option(
+            min=1, max=1_000_000, help="Longest queue; further calls are refused with 429."
+        ),
     ] = 512,
     timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds after which a request is answered with 504.")
+        float,
+        typer.Option(
+            min=0.1, max=86_400, help="Seconds after which a request is answered with 504."
+        ),
     ] = 60.0,
     batching: Annotated[
         bool, typer.Option(help="Compute calls that wait together, in batches.")
@@ -449,7 +490,7 @@ def serve(
     )
 
 
-@data_app.command()
+@data_app.command(cls=Command)
 def export(
     benchmark: Annotated[str, typer.Argument(help="Name of the benchmark: picto.")],
     directory: Annotated[Path, typer.Argument(help="Directory to create; it must not exist yet.")],
@@ -458,7 +499,8 @@ def export(
         typer.Option("--format", help="Layout of the files: mmeb-train, mmeb-eval or mmeb-v2."),
     ] = "mmeb-eval",
     samples: Annotated[
-        int, typer.Option(min=1, help="With mmeb-train: number of samples per task.")
+        int,
+        typer.Option(min=1, max=10_000_000, help="With mmeb-train: number of samples per task."),
     ] = 2000,
 ) -> None:
     """Write a benchmark to disk in a layout of MMEB's or MMEB-V2's."""
@@ -470,35 +512,111 @@ def export(
     typer.echo(f"Written: {directory}")
 
 
-def _views(names: str, option: str) -> "tuple[View, ...]":
+def _names(text: str, option: str) -> list[str]:
+    """Names separated by commas."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise RematchError(f"{option} {text!r} holds no name. Give names separated by commas.")
+    return names
+
+
+def _views(text: str, option: str) -> "tuple[View, ...]":
     """Views from their names, separated by commas."""
     from rematch.matching import View
 
-    views = [name.strip() for name in names.split(",")]
-    for name in views:
+    names = _names(text, option)
+    for name in names:
         if name not in list(View):
             raise RematchError(f"{option} {name} is unknown; choose from {', '.join(View)}.")
-    return tuple(View(name) for name in views)
+    return tuple(View(name) for name in names)
+
+
+def _view(text: str) -> "View":
+    """A single view from its name."""
+    views = _views(text, "--views")
+    if len(views) > 1:
+        raise RematchError(f"--views {text}: mining asks about one view. Give one of them.")
+    return views[0]
 
 
 def main() -> None:
-    """Entry point: an error that the user can fix is one line and an exit code, no traceback."""
+    """Entry point: whatever goes wrong is one line, not a traceback.
+
+    The exit code is 2 if the command line or an input is wrong, and 1 if a place on disk is, or
+    nobody foresaw the error.
+    """
     # on CPUs, bitsandbytes warns of kernels that nothing here uses
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may not be encodable
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        code = app(standalone_mode=False, prog_name="rematch")
     except RematchError as error:
-        # an error of a data worker has the worker's traceback as its text; the message comes last
-        last_line = str(error).strip().splitlines()[-1]
-        prefix = f"{type(error).__module__}.{type(error).__name__}: "
-        typer.echo(f"error: {last_line.removeprefix(prefix)}", err=True)
+        _print_error(_message(error))
         sys.exit(error.exit_status)
     except OSError as error:
-        path = f"{error.filename}: " if error.filename else ""
-        typer.echo(
-            f"error: {path}{error.strerror or error}. Fix the cause and try again.", err=True
-        )
+        place = f"{error.filename}: " if error.filename else ""
+        _print_error(f"{place}{error.strerror or error}. Fix the cause and try again.")
         sys.exit(1)
+    except _UsageError as error:
+        _print_usage_error(error)
+        sys.exit(2)
+    except typer.Abort:  # Ctrl-C
+        sys.exit(130)
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # libraries in Rust panic with a BaseException
+        _print_error(_unforeseen(error))
+        sys.exit(1)
+    if isinstance(code, int) and code:
+        sys.exit(code)
+
+
+def _message(error: RematchError) -> str:
+    """What an error says, without the traceback that an error of a data worker has as its text."""
+    text = str(error).strip()
+    if "Traceback (most recent call last)" not in text:
+        return text
+    prefix = f"{type(error).__module__}.{type(error).__name__}: "
+    return text.splitlines()[-1].removeprefix(prefix)
+
+
+def _print_usage_error(error: Any) -> None:
+    """Print what is wrong with the arguments; only the help, if there are none."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return
+    command = error.ctx.command_path if error.ctx else "rematch"
+    _print_error(f"{error.format_message().rstrip(' .')}. See `{command} --help`.")
+
+
+def _unforeseen(error: BaseException) -> str:
+    """What to print of an error that nobody foresaw; its traceback is written to a file."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (
+            f"out of memory ({reason(error)}). Lower --batch-tokens or train.mini_batch_tokens, "
+            "or use a machine with more."
+        )
+    details = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="rematch-", suffix=".txt", delete=False, errors="backslashreplace"
+        ) as file:
+            file.write(details)
+        place = f"is in {file.name}"
+    except OSError:
+        sys.stderr.write(details)
+        place = "is above"
+    return f"unforeseen: {reason(error)}. Its traceback {place}. Please report it as a bug."
+
+
+def _print_error(text: str) -> None:
+    """Print one line without control characters."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    if len(line) > _LONGEST_MESSAGE:
+        line = f"{line[: _LONGEST_MESSAGE // 2]} … {line[-_LONGEST_MESSAGE // 2 :]}"
+    typer.echo(f"error: {line}", err=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,12 @@ Every message says what was seen, why it is wrong and what to do::
     └── TrainingError
 """
 
+from reprlib import Repr
+
+_LONGEST_REASON = 300  # characters
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxother = 60
+
 
 class RematchError(ValueError):
     """Base class of every error that input, data or settings can cause.
@@ -71,3 +77,28 @@ def first_line(error: BaseException, limit: int = 300) -> str:
     if isinstance(error, OSError | SyntaxError) and text:
         return text
     return f"{name}: {text}" if text else name
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in one line: the first line of an error, with what kind it is.
+
+    >>> reason(ValueError("not a number")), reason(KeyError("id")), reason(IndexError())
+    ('not a number', "KeyError: 'id'", 'IndexError')
+    """
+    lines = str(error).strip().splitlines() or [""]
+    text, name = lines[0][:_LONGEST_REASON], type(error).__name__
+    if text and isinstance(error, OSError | ValueError | RuntimeError):
+        return text
+    return f"{name}: {text}" if text else name
+
+
+def shortened(value: object) -> str:
+    """A value as an error shows it, however large or deep it is.
+
+    >>> shortened("x" * 1000)
+    "'xxxxxxxxxxxxxxxxxxxxxxxxxxx...xxxxxxxxxxxxxxxxxxxxxxxxxxxx'"
+    """
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # of numbers with more digits than Python writes
+        return f"a {type(value).__name__}"
