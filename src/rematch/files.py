@@ -21,8 +21,12 @@ from secrets import token_hex
 from types import TracebackType
 from typing import Any
 
+import yaml
+
 from rematch.errors import DataError, RematchError, StorageError, first_line
 
+_LARGEST_TEXT = 1 << 32
+_LARGEST_YAML = 1 << 20
 MARKER = ".rematch-partial"
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -78,6 +82,67 @@ def _check_regular(path: Path, status: os.stat_result, limit: int) -> None:
         raise DataError(
             f"{path}: has {status.st_size:,} bytes; at most {limit:,} are read. Make it smaller."
         )
+
+
+def read_text(path: Path, largest: int = _LARGEST_TEXT) -> str:
+    """Read a file of text.
+
+    Args:
+        path: The file.
+        largest: Number of bytes that it may have.
+
+    Raises:
+        DataError: If it is not a regular file, cannot be read, is larger, or is not UTF-8.
+    """
+    try:
+        content = read_regular(path, largest)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from None
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start:,}. Convert the file.") from None
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        DataError: As for :func:`read_text`, or if it is not valid JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:  # nested too deeply, or too many digits
+        raise DataError(f"{path}: cannot be read as JSON ({first_line(error)}).") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file of plain values.
+
+    Raises:
+        DataError: As for :func:`read_text`, or if it is not valid YAML.
+    """
+    text = read_text(path, _LARGEST_YAML)
+    try:
+        return parse_yaml(text)
+    except ValueError as error:
+        raise DataError(f"{path}: not valid YAML ({error}).") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML of plain values.
+
+    Raises:
+        ValueError: If it is not valid; the message is one line.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except Exception as error:  # of dates and numbers that only look like some, and deep nesting
+        raise ValueError(first_line(error)) from None
 
 
 @contextmanager

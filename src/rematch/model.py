@@ -16,7 +16,8 @@ from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from rematch.backbone.loading import resize_vocabulary, resolve
+from rematch.backbone.checks import check_weights
+from rematch.backbone.loading import loading, resize_vocabulary, resolve
 from rematch.backbone.lora import inject, merge
 from rematch.backbone.memory import default_batch_tokens
 from rematch.backbone.module import Backbone
@@ -67,16 +68,11 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         if model_name_or_path is None:
             super().__init__(**kwargs)
             return
-        try:
+        remedy = (
+            "Give the output directory of a finished `rematch train`, a hub name, or rematch-tiny."
+        )
+        with loading(str(model_name_or_path), remedy):
             super().__init__(resolve(str(model_name_or_path)), **kwargs)
-        except RematchError:
-            raise
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"{model_name_or_path}: cannot be loaded ({str(error).strip().splitlines()[0]}). "
-                "Give the output directory of a finished `rematch train`, a hub name, or "
-                "rematch-tiny."
-            ) from error
         if (
             len(self) != 2
             or not isinstance(self[0], Backbone)
@@ -85,6 +81,15 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             raise ModelError(
                 f"{model_name_or_path}: is a SentenceTransformer, but not a ReMatch model. Load "
                 "it with SentenceTransformer."
+            )
+        check_weights(self.fusion, str(model_name_or_path))
+        tokens, width = self.fusion.num_tokens, self.fusion.width
+        learnable = len(self.backbone.reader.learnable_ids("query"))
+        if (tokens, width) != (learnable, self.backbone.width):
+            raise ModelError(
+                f"{model_name_or_path}: its token fusion is for {tokens} learnable tokens of "
+                f"width {width}, but its backbone has {learnable} of width "
+                f"{self.backbone.width}. Copy the checkpoint again."
             )
 
     def _load_default_modules(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:

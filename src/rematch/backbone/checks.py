@@ -8,13 +8,54 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
+import torch
 from PIL import Image
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from rematch.backbone.reading import Reader
-from rematch.errors import ModelError
+from rematch.errors import ModelError, shortened
 from rematch.prompts import NO, YES
+
+_SIZES = frozenset(
+    {
+        "num_hidden_layers",
+        "depth",
+        "hidden_size",
+        "intermediate_size",
+        "vocab_size",
+        "num_attention_heads",
+        "embed_dim",
+    }
+)
+_MOST_LAYERS = 1_000
+_LARGEST_SIZE = 10_000_000  # of a vocabulary; widths and positions are smaller
+
+
+def check_size(config: PreTrainedConfig) -> None:
+    """Check that the sizes in a config are those of a model, before one of them is built."""
+    parts = [config, config.get_text_config(), getattr(config, "vision_config", None)]
+    for part in parts:
+        for name, value in vars(part).items() if part is not None else ():
+            largest = _MOST_LAYERS if "layers" in name or name == "depth" else _LARGEST_SIZE
+            if name in _SIZES and isinstance(value, int) and not 0 < value <= largest:
+                raise ModelError(
+                    f"config.json: {name} = {shortened(value)} is not a size of a model. Download "
+                    "it again."
+                )
+
+
+def check_weights(model: nn.Module, name: str) -> None:
+    """Check that all weights are finite numbers."""
+    for weight_name, weight in model.named_parameters():
+        # weights in 4 or 8 bits have no NaN of their own
+        if weight.is_meta or not weight.numel() or weight.dtype.itemsize < 2:
+            continue
+        if not torch.isfinite(torch.stack(torch.aminmax(weight.detach()))).all():
+            raise ModelError(
+                f"{name}: the weight {weight_name} has values that are not finite numbers, so "
+                "every vector would be NaN. Download or train the model again."
+            )
 
 
 def check_processor(processor: Any, name: str) -> None:

@@ -1,6 +1,5 @@
 """Loading the weights of a backbone: a whole checkpoint, or an adapter on its base."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -9,27 +8,53 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from torch import OutOfMemoryError
 from transformers import AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from rematch.backbone import lora
 from rematch.backbone.fingerprint import base_fingerprint
-from rematch.errors import ModelError
+from rematch.errors import ModelError, RematchError, reason, shortened
+from rematch.files import read_json
 
 PACKAGED = {"rematch-base": "assets/base", "rematch-tiny": "assets/tiny"}
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_ADAPTER_FILE = "adapter_model.safetensors"
+_LARGEST_VOCABULARY = 10_000_000
+
+
+@contextmanager
+def loading(name: str, remedy: str) -> Iterator[None]:
+    """Turn whatever libraries raise over the files of a model into a ModelError of one line.
+
+    Args:
+        name: Name of the model, for the error.
+        remedy: What to do, for the error.
+    """
+    try:
+        yield
+    except (RematchError, MemoryError, OutOfMemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers are written in Rust and panic with a BaseException
+        raise ModelError(f"{name}: cannot be loaded ({reason(error)}). {remedy}") from error
 
 
 def resolve(name: str) -> str:
     """Return the directory of a packaged or local model; a hub name is returned unchanged.
 
     Raises:
-        ModelError: If the name is almost that of a packaged model.
+        ModelError: If the name is almost that of a packaged model, or cannot be one.
     """
     if name in PACKAGED:
         return str(files("rematch") / PACKAGED[name])
-    if Path(name).is_dir():
-        return str(Path(name).resolve())
+    try:
+        if Path(name).is_dir():
+            return str(Path(name).resolve())
+    except (OSError, ValueError) as error:  # too long, or with a null character
+        raise ModelError(
+            f"{shortened(name)}: not a model ({reason(error)}). Give a directory or a hub name."
+        ) from None
+    if "://" in name:
+        raise ModelError(f"{name}: models are not loaded from URLs. Give a directory or hub name.")
     if similar := get_close_matches(name, PACKAGED, 1, cutoff=0.85):
         raise ModelError(f"{name}: no such model. Did you mean {similar[0]}?")
     return name
@@ -48,7 +73,7 @@ def adapter_directory(path: str) -> str:
     """
     if not Path(path).is_dir():
         path = snapshot_download(path)
-    if not any((Path(path) / name).exists() for name in _ADAPTER_FILES):
+    if not (Path(path) / _ADAPTER_FILE).is_file():
         raise ModelError(
             f"{path}: this checkpoint is an adapter, but adapter_model.safetensors is not there; "
             "without it the model would answer as its untrained base. Copy the file back or save "
@@ -59,8 +84,8 @@ def adapter_directory(path: str) -> str:
 
 def base_of_adapter(directory: str) -> str:
     """Return the path or hub name of the base that a saved adapter belongs to."""
-    settings = json.loads((Path(directory) / "adapter_config.json").read_text())
-    return resolve(settings["base_model_name_or_path"])
+    settings = read_json(Path(directory) / "adapter_config.json")
+    return resolve(str(settings["base_model_name_or_path"]))
 
 
 def load_model(path: str, config: PreTrainedConfig, **kwargs: Any) -> tuple[PreTrainedModel, str]:
@@ -116,9 +141,13 @@ def load_model_with_adapter(
             f"fingerprint is {base_print}; that of the adapter's base was {fingerprint}. Point "
             "base_model_name_or_path in its adapter_config.json to the base it was trained on."
         )
-    resize_vocabulary(
-        model, json.loads((Path(directory) / "rematch.json").read_text())["vocabulary"]
-    )
+    vocabulary = read_json(Path(directory) / "rematch.json")["vocabulary"]
+    if not isinstance(vocabulary, int) or not 0 < vocabulary <= _LARGEST_VOCABULARY:
+        raise ModelError(
+            f"{directory}: rematch.json gives the size {shortened(vocabulary)} of the vocabulary. "
+            "Copy the checkpoint again."
+        )
+    resize_vocabulary(model, vocabulary)
     with _without_warnings():  # the LM head's tied copy of the token rows is reported as missing
         mismatched = lora.load(model, Path(directory))
     if mismatched:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
@@ -30,6 +29,7 @@ from rematch.backbone.loading import (
     base_of_adapter,
     load_model,
     load_model_with_adapter,
+    loading,
     packaged_name,
     resolve,
 )
@@ -37,7 +37,7 @@ from rematch.backbone.pictures import PictureFeatures, Pictures, picture_feature
 from rematch.backbone.questions import QuestionPacker
 from rematch.backbone.reading import Reader, too_long_error
 from rematch.backbone.turns import user_turn
-from rematch.errors import ModelError, RematchError
+from rematch.errors import ModelError
 from rematch.matching import Matching, additive, block_mask, unified_mask
 
 _GENERATION_PROMPT = {"chat_template": {"add_generation_prompt": True}}
@@ -99,25 +99,22 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         self.adapter = adapter
         self.saved_fingerprint = fingerprint
         defaults = {"transformer_task": "any-to-any", "processing_kwargs": _GENERATION_PROMPT}
-        try:
+        remedy = (
+            "Give a hub name, a directory that holds an image-text-to-text model, or one of "
+            f"{', '.join(PACKAGED)}."
+        )
+        with loading(str(model_name_or_path), remedy):
             super().__init__(path, **(defaults | kwargs))
-        except RematchError:
-            raise
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise ModelError(
-                f"{model_name_or_path}: cannot be loaded as an image-text-to-text model "
-                f"({str(error).strip().splitlines()[0]}). Give a hub name, a directory that holds "
-                f"such a model, or one of {', '.join(PACKAGED)}."
-            ) from error
-        self.module_output_name = "token_embeddings"
-        checks.check_processor(self.processor, model_name_or_path)
-        checks.check_attention(self.model, model_name_or_path)
-        self.reader = Reader(self.processor, self.base)
-        self.questions = QuestionPacker(self.reader)
-        self.check_reading(model_name_or_path)
-        self.document_instructions = document_instructions
-        self.set_matching(matching, joint)
-        self.answer_ids = checks.answer_token_ids(self.tokenizer)
+            checks.check_weights(self.model, str(model_name_or_path))
+            self.module_output_name = "token_embeddings"
+            checks.check_processor(self.processor, model_name_or_path)
+            checks.check_attention(self.model, model_name_or_path)
+            self.reader = Reader(self.processor, self.base)
+            self.questions = QuestionPacker(self.reader)
+            self.check_reading(model_name_or_path)
+            self.document_instructions = document_instructions
+            self.set_matching(matching, joint)
+            self.answer_ids = checks.answer_token_ids(self.tokenizer)
         if answer_ids is not None and answer_ids != self.answer_ids:
             raise ModelError(
                 f"{path}: saved with the answer tokens {answer_ids}, but its tokenizer now gives "
@@ -193,6 +190,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
         is_adapter: bool,
         **kwargs: Any,
     ) -> PreTrainedModel:
+        checks.check_size(config)
         if is_adapter:
             model, self.fingerprint = load_model_with_adapter(
                 path, config, self.saved_fingerprint, **kwargs

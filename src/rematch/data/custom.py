@@ -8,17 +8,19 @@
 """
 
 import csv
+import io
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rematch.data.rows import load_rows, parse_item
+from rematch.data.rows import is_text, load_rows, parse_item
 from rematch.data.schema import Item, RetrievalTask
-from rematch.errors import DataError
+from rematch.errors import DataError, shortened
+from rematch.files import read_text, read_yaml
 
 
 class CustomTask(BaseModel):
@@ -26,7 +28,7 @@ class CustomTask(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str
+    name: str = Field(min_length=1, max_length=200, pattern=r"^[^/\x00-\x1f]+$")
     data: Path = Field(
         description="a .jsonl or .parquet file of rows, or a folder in BEIR's layout"
     )
@@ -55,13 +57,9 @@ def load_custom(source: Path, limit: int | None = None) -> list[RetrievalTask]:
     """
     if source.suffix not in (".yaml", ".yml"):
         return [_load_task(CustomTask(name=source.stem, data=source), limit)]
+    content = read_yaml(source)
     try:
-        content = yaml.safe_load(source.read_text())
         tasks = _TaskList.model_validate(content).tasks
-    except OSError as error:
-        raise DataError(f"{source}: cannot be read ({error.strerror}). Check the path.") from None
-    except yaml.YAMLError as error:
-        raise DataError(f"{source}: not valid YAML ({str(error).splitlines()[0]}).") from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -93,8 +91,8 @@ def _load_file(custom: CustomTask, limit: int | None) -> RetrievalTask:
         """The document numbers of a cell; documents are added to the task as they appear."""
         if not isinstance(values, list):
             raise DataError(
-                f"{custom.data}:{row}: {column} = {values!r} is not a list. Put brackets around "
-                "it."
+                f"{custom.data}:{row}: {column} = {shortened(values)} is not a list. Put brackets "
+                "around it."
             )
         cell: dict[int, None] = {}
         for value in values:
@@ -163,7 +161,13 @@ def _beir_items(path: Path, column: str) -> Iterator[tuple[str, Item]]:
     for row, record in load_rows(path):
         if not isinstance(record, dict) or "_id" not in record:
             raise DataError(f"{path}:{row}: has no '_id', so qrels cannot refer to it.")
-        text = " ".join(part for part in (record.get("title"), record.get("text")) if part)
+        parts = [record[name] for name in ("title", "text") if record.get(name)]
+        if not all(map(is_text, parts)) or not isinstance(record["_id"], str | int):
+            raise DataError(
+                f"{path}:{row}: {shortened(record)} has a title, text or _id that is not text. "
+                "Fix the row."
+            )
+        text = " ".join(parts)
         value = {"text": text, "image": record.get("image") or []}
         yield str(record["_id"]), parse_item(value, path, row, column)
 
@@ -175,17 +179,32 @@ def _qrels(path: Path) -> Iterator[tuple[int, tuple[str, str, float]]]:
             f"{path}: no such file. BEIR's layout has qrels/test.tsv beside corpus.jsonl and "
             "queries.jsonl."
         )
-    with path.open(newline="") as file:
-        for row, cells in enumerate(csv.reader(file, delimiter="\t"), 1):
-            if not cells or (row == 1 and cells[0] == "query-id"):
-                continue
-            try:
-                query, document, score = cells
-                yield row, (query, document, float(score))
-            except ValueError:
-                raise DataError(
-                    f"{path}:{row}: {cells} is not query-id, corpus-id, score between tabs."
-                ) from None
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t")
+    row = 0
+    try:
+        for row, cells in enumerate(rows, 1):
+            if cells and (row > 1 or cells[0] != "query-id"):
+                yield row, _judgement(path, row, cells)
+    except csv.Error as error:
+        raise DataError(f"{path}:{row + 1}: cannot be read ({error}). Fix the row.") from None
+
+
+def _judgement(path: Path, row: int, cells: list[str]) -> tuple[str, str, float]:
+    """The (query id, document id, score) of a row.
+
+    Raises:
+        DataError: If it has other cells.
+    """
+    try:
+        query, document, score = cells
+        number = float(score)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(
+            f"{path}:{row}: {shortened(cells)} is not query-id, corpus-id, score between tabs."
+        )
+    return query, document, number
 
 
 def _query(custom: CustomTask, item: Item) -> Item:

@@ -21,13 +21,23 @@ import numpy as np
 from rematch.data import mmeb_table, picto_tasks
 from rematch.data.images import Archives, ZippedPicture
 from rematch.data.mmeb_table import DataSet
-from rematch.data.rows import load_rows
+from rematch.data.rows import is_file, is_text, load_rows
 from rematch.data.schema import Item, RetrievalTask, Triplet
-from rematch.errors import DataError
+from rematch.errors import DataError, shortened
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
 
 MARKER = "<|image_1|>"
 HUB = "TIGER-Lab/MMEB-eval"
+_LIST_COLUMNS = frozenset({"tgt_text", "tgt_img_path"})
+_TEXT_COLUMNS = (
+    _LIST_COLUMNS
+    | {
+        f"{side}_{part}"
+        for side in ("qry", "pos", "neg", "tgt")
+        for part in ("text", "img_path", "image_path", "inst")
+    }
+    | {"qry"}
+)
 _PICTURE_FOLDERS = ("", "images", "eval_images", "eval-images")
 
 
@@ -239,6 +249,19 @@ def _check_columns(record: dict[str, Any], columns: tuple[str, ...], place: str)
             f"{place}: has no column {', '.join(missing)}; it has {', '.join(record)}. Is this an "
             "MMEB file?"
         )
+    for column in _TEXT_COLUMNS & record.keys():
+        values = record[column]
+        for value in values if column in _LIST_COLUMNS and isinstance(values, list) else [values]:
+            if value is not None and not is_text(value):
+                raise DataError(
+                    f"{place}: {column} = {shortened(value)} is not text. Download the file again."
+                )
+    for column in _LIST_COLUMNS & record.keys():
+        if not isinstance(record[column], list | None):
+            raise DataError(
+                f"{place}: {column} = {shortened(record[column])} is not a list. Download the "
+                "file again."
+            )
 
 
 def _query(
@@ -315,7 +338,7 @@ class _PictureFinder:
 
     def _find(self, path: str) -> Path | ZippedPicture | None:
         for folder in _PICTURE_FOLDERS:
-            if (self.root / folder / path).is_file():
+            if is_file(self.root / folder / path):
                 return self.root / folder / path
         return self.archives.find(path) or (self.root / path if self.allow_missing else None)
 

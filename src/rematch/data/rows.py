@@ -8,7 +8,7 @@ from typing import Any
 
 from rematch.data.images import EXTENSIONS
 from rematch.data.schema import Item
-from rematch.errors import DataError, first_line
+from rematch.errors import DataError, first_line, shortened
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
 
 LONGEST_LINE = 64 << 20  # bytes, of a JSONL file
@@ -64,7 +64,11 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
+    with file:
         for row in count(1):
             line = file.readline(LONGEST_LINE + 1)
             if not line:
@@ -118,12 +122,17 @@ def parse_item(value: Any, path: Path, row: int, column: str, allow_missing: boo
     well_typed = isinstance(text, str) and all(isinstance(name, str) for name in names)
     if not well_typed or not (text.strip() or names):
         raise DataError(
-            f"{path}:{row}: {column} = {repr(value)[:200]} is neither text, the path of a "
-            "picture, nor {'text': …, 'image': …} with content in it."
+            f"{path}:{row}: {column} = {shortened(value)} is neither text, the path of a picture, "
+            "nor {'text': …, 'image': …} with content in it."
+        )
+    if not is_text(text) or not all(map(is_text, names)):
+        raise DataError(
+            f"{path}:{row}: {column} = {shortened(value)} holds null characters or halves of "
+            "surrogate pairs, which are not text. Remove them."
         )
     images = [path.parent / name for name in names]
     for image in images:
-        if not allow_missing and not image.is_file():
+        if not allow_missing and not is_file(image):
             raise DataError(
                 f"{path}:{row}: {column} names the picture {image}, which is not there."
             )
@@ -133,3 +142,26 @@ def parse_item(value: Any, path: Path, row: int, column: str, allow_missing: boo
     if len(images) > 1:
         return Item(text, images, instruction)
     return Item(text, images[0] if images else None, instruction)
+
+
+def is_text(value: Any) -> bool:
+    r"""Whether a value is a text that can be tokenized and written to files.
+
+    >>> is_text("día"), is_text("\ud83d"), is_text("\0"), is_text(7)
+    (True, False, False, False)
+    """
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file; not if nobody may look, or its name is too long."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False

@@ -5,15 +5,16 @@ All are somewhere under the same folder; each is recognised by the name of a fil
 (:data:`SETS`).
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rematch.data.images import EXTENSIONS
+from rematch.data.rows import is_text
 from rematch.data.schema import Item, RetrievalTask
-from rematch.errors import DataError
+from rematch.errors import DataError, reason, shortened
+from rematch.files import read_json, read_text
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
 
 TO_IMAGE = "Find me an everyday image that matches the given caption: "
@@ -27,6 +28,7 @@ SPLITS = (
     "add_obj",
     "add_att",
 )
+_OTHER_FORMAT = (DataError, KeyError, IndexError, TypeError, AttributeError, OSError)
 Pairs = list[tuple[Path, list[str]]]  # pictures and their captions
 
 
@@ -57,7 +59,7 @@ def _karpathy(file: Path, find: Callable[[str], Path]) -> Pairs:
     for image in _load_json(file, dict)["images"]:
         if image["split"] == "test":
             folder = f"{image['filepath']}/" if image.get("filepath") else ""
-            captions = [sentence["raw"] for sentence in image["sentences"][:5]]
+            captions = [_caption(sentence["raw"]) for sentence in image["sentences"][:5]]
             pairs.append((find(folder + image["filename"]), captions))
     return pairs
 
@@ -65,7 +67,7 @@ def _karpathy(file: Path, find: Callable[[str], Path]) -> Pairs:
 def _sharegpt4v(file: Path, find: Callable[[str], Path]) -> Pairs:
     """Load the first 1,000 of ``[{"image", "conversations": [{…}, {"value": caption}]}]``."""
     return [
-        (find(row["image"]), [row["conversations"][1]["value"]])
+        (find(row["image"]), [_caption(row["conversations"][1]["value"])])
         for row in _load_json(file, list)[:1000]
     ]
 
@@ -82,7 +84,7 @@ def _urban(folder: Path, find: Callable[[str], Path]) -> Pairs:
             raise DataError(
                 f"{text}: no picture of that name in {folder / 'image'}. Unpack all of Urban1k."
             )
-        pairs.append((image, [text.read_text().strip()]))
+        pairs.append((image, [read_text(text).strip()]))
     return pairs
 
 
@@ -134,7 +136,7 @@ def load_zeroshot(
         find = _picture_finder((marker.parent, root), zero_shot_set.folders, marker)
         try:
             tasks += _both_directions(name, zero_shot_set.load(marker, find))
-        except (KeyError, IndexError, TypeError, DataError) as error:
+        except _OTHER_FORMAT as error:
             missing[name] = _reason(marker, error)
     for split in SPLITS:
         name = f"SugarCrepe {split.replace('_', '-')}"
@@ -145,7 +147,7 @@ def load_zeroshot(
         roots = (file.parent, file.parent.parent, root)
         try:
             tasks.append(_sugarcrepe(name, file, _picture_finder(roots, _COCO_FOLDERS, file)))
-        except (KeyError, TypeError, DataError) as error:
+        except _OTHER_FORMAT as error:
             missing[name] = _reason(file, error)
     if not tasks and all(reason.startswith("no ") for reason in missing.values()):
         raise DataError(
@@ -161,8 +163,8 @@ def load_zeroshot(
 
 def _reason(file: Path, error: Exception) -> str:
     if isinstance(error, DataError):
-        return str(error)
-    return f"{file}: not in the published format ({type(error).__name__}: {error})"
+        return str(error) if str(file) in str(error) else f"{file}: {error}"
+    return f"{file}: not in the published format ({reason(error)})"
 
 
 def _both_directions(name: str, pairs: Pairs) -> list[RetrievalTask]:
@@ -202,10 +204,22 @@ def _sugarcrepe(name: str, file: Path, find: Callable[[str], Path]) -> Retrieval
     for row in _load_json(file, dict).values():
         task.queries.append(Item("", find(row["filename"]), TO_TEXT))
         first = len(task.documents)
-        for text in (row["caption"], row["negative_caption"]):
+        for text in map(_caption, (row["caption"], row["negative_caption"])):
             task.documents.append(Item(text, None, DOCUMENT_INSTRUCTIONS["caption"], key=text))
         task.candidates.append([first, first + 1])
     return task
+
+
+def _caption(value: Any) -> str:
+    """A caption that is a text.
+
+    Raises:
+        DataError: If it is something else.
+    """
+    if not is_text(value):
+        raise DataError(f"the caption {shortened(value)} is not text. Download the file again.")
+    caption: str = value
+    return caption
 
 
 def _picture_finder(
@@ -237,10 +251,7 @@ def _locate(root: Path, name: str) -> Path | None:
 
 def _load_json(file: Path, kind: type) -> Any:
     """Load a JSON file whose content must be of a type."""
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read as JSON ({error}).") from None
+    content = read_json(file)
     if not isinstance(content, kind):
         raise DataError(
             f"{file}: holds a {type(content).__name__}, but the published file holds a "

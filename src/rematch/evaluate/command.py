@@ -16,17 +16,19 @@ from rich.table import Table
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util.distributed import get_rank, get_world_size
 
-from rematch.backbone.loading import resolve
+from rematch.backbone.checks import check_weights
+from rematch.backbone.loading import loading, resolve
 from rematch.backbone.pixels import limit_pixels
 from rematch.console import say
 from rematch.data.frames import FRAMES
 from rematch.encoding.encoder import Encoder
 from rematch.encoding.vector_store import VectorStore
-from rematch.errors import ModelError, RematchError
+from rematch.errors import RematchError
 from rematch.evaluate.benchmarks import Benchmark, load_benchmark
 from rematch.evaluate.output import check_output, save_vectors, scores_json, write
 from rematch.evaluate.rerank import Reranking
 from rematch.evaluate.run import TaskResult, evaluate
+from rematch.files import read_text
 from rematch.matching import View
 from rematch.model import ReMatch
 
@@ -193,15 +195,12 @@ def load_model(options: EvaluateOptions) -> SentenceTransformer:
     if _is_rematch(name):
         model: SentenceTransformer = ReMatch(name, **kwargs)
     else:
-        try:
+        remedy = "Give a directory that holds a SentenceTransformer, a hub name, or rematch-tiny."
+        with loading(name, remedy):
             model = SentenceTransformer(
                 name, trust_remote_code=options.trust_remote_code, **kwargs
             )
-        except (OSError, ValueError, ImportError) as error:
-            raise ModelError(
-                f"{name}: cannot be loaded ({str(error).strip().splitlines()[0]}). Give a "
-                "directory that holds a SentenceTransformer, a hub name, or rematch-tiny."
-            ) from error
+            check_weights(model, name)
     limit_pixels(getattr(model[0], "processor", None), options.min_pixels, options.max_pixels)
     return model
 
@@ -212,7 +211,7 @@ def _is_rematch(name: str) -> bool:
     modules = directory / "modules.json"
     if not directory.is_dir() or not modules.exists():
         return True
-    return "rematch." in modules.read_text()
+    return "rematch." in read_text(modules)
 
 
 def _print(results: Sequence[TaskResult], content: dict[str, Any]) -> None:

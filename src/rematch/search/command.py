@@ -78,6 +78,8 @@ def run_index(options: IndexOptions) -> Report:
     if options.engine not in ("local", "ray"):
         raise RematchError(f"--engine {options.engine} is unknown; choose local or ray.")
     corpus = open_corpus(options.corpus)
+    if next(iter(corpus), None) is None:
+        raise DataError(f"{options.corpus}: holds no documents. Check that it is the right one.")
     model = ReMatch(options.model)
     index = _open_or_create(options, corpus, model)
     columns = (

@@ -19,6 +19,7 @@ from rematch.files import check_replaceable, made_folders, remove
 TABLE = "documents"
 REPORT = "report.json"
 _LOCK = ".lock"
+_OBJECT_STORES = ("s3", "gs", "az", "file")
 _FRESH_SECONDS = 0.5  # how old the version may be that is read
 _PATIENCE_SECONDS = 2.0  # for an index that is being replaced
 _PAUSE_SECONDS = 0.05
@@ -34,7 +35,16 @@ def exists(uri: str | Path) -> bool:
     """Whether there is an index at this directory or URI."""
     if is_local(str(uri)):
         return (Path(uri) / f"{TABLE}.lance").is_dir()
-    return TABLE in lancedb.connect(str(uri)).list_tables().tables
+    scheme, _, bucket = str(uri).partition("://")
+    if scheme not in _OBJECT_STORES or not bucket.strip("/"):
+        stores = ", ".join(f"{name}://BUCKET/NAME.idx" for name in _OBJECT_STORES)
+        raise DataError(f"{uri}: no index can be there. Give a directory, or one of {stores}.")
+    try:
+        return TABLE in lancedb.connect(str(uri)).list_tables().tables
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"{uri}: cannot be reached ({first_line(error)}). Check its name and your credentials."
+        ) from error
 
 
 def is_local(uri: str) -> bool:

@@ -92,7 +92,17 @@ def precision_of(recipe: Recipe) -> Precision:
 
 
 def build_loss(recipe: Recipe, model: ReMatch) -> ReMatchLoss:
-    """The loss of a recipe."""
+    """The loss of a recipe.
+
+    Raises:
+        RecipeError: If ``loss.matryoshka`` has a width that the model's vectors do not have.
+    """
+    width = model.backbone.width
+    if too_wide := [size for size in recipe.loss.matryoshka if size > width]:
+        raise RecipeError(
+            f"loss.matryoshka={too_wide}: the model's vectors have only {width} dimensions. "
+            "Give smaller widths."
+        )
     options = recipe.loss.model_dump(exclude={"matching", "joint", "views"})
     return ReMatchLoss(
         model, views=_views(recipe), features_gb=recipe.train.features_gb, **options

@@ -6,26 +6,59 @@ An unknown key is an error that suggests the most similar key.
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
-from rematch.errors import RecipeError
+from rematch.errors import DataError, RecipeError, shortened
+from rematch.files import parse_yaml, read_yaml
 from rematch.matching import Matching, View
 from rematch.prompts import TokenInit
 
+_PROBLEMS_SHOWN = 5
+_LONGEST_KEY = 100  # characters
+_MOST_SAMPLES = 100_000_000  # of a run
+_MOST_PIXELS = 1_000_000_000
+
+
+def _check_text(text: str) -> str:
+    """Refuse what no file or model can be called.
+
+    Raises:
+        ValueError: If the text is empty, or has control characters or halves of surrogate pairs.
+    """
+    if not text.strip():
+        raise ValueError("is empty; give a value or leave the key out")
+    if any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in text):
+        raise ValueError("has characters that are not text; remove them")
+    return text
+
+
+Text = Annotated[str, Field(max_length=4000), AfterValidator(_check_text)]
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=False, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=False, validate_default=True, allow_inf_nan=False
+    )
 
 
 class Lora(_Section):
     """A LoRA adapter. Leave ``model.lora`` out (null) for full fine-tuning."""
 
-    r: int = Field(32, gt=0, description="rank of the adapter")
-    alpha: int = Field(64, gt=0, description="scale of the adapter; its output is times alpha / r")
+    r: int = Field(32, gt=0, le=10_000, description="rank of the adapter")
+    alpha: int = Field(
+        64, gt=0, le=1_000_000, description="scale of the adapter; its output is times alpha / r"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter")
     vision: bool = Field(False, description="adapt the vision tower too")
 
@@ -33,8 +66,10 @@ class Lora(_Section):
 class Model(_Section):
     """The model to train."""
 
-    backbone: str = Field("rematch-base", description="hub name, directory, or packaged model")
-    num_tokens: int = Field(16, ge=0, description="K learnable tokens; 0 pools the last token")
+    backbone: Text = Field("rematch-base", description="hub name, directory, or packaged model")
+    num_tokens: int = Field(
+        16, ge=0, le=1024, description="K learnable tokens; 0 pools the last token"
+    )
     token_init: TokenInit = Field(
         "random",
         description="start of the learnable tokens; random: noise at the scale of the word "
@@ -46,7 +81,7 @@ class Model(_Section):
         None,
         description="dtype of the weights; null: as in the checkpoint with LoRA, else float32",
     )
-    attention: str | None = Field(
+    attention: Text | None = Field(
         "auto",
         description="sdpa, eager or flex_attention; null: the backbone's default; auto: the "
         "default too, but eager for bfloat16 on a CPU",
@@ -59,10 +94,16 @@ class Model(_Section):
         False, description="use Liger's fused kernels (needs liger-kernel and a GPU)"
     )
     min_pixels: int | None = Field(
-        None, gt=0, description="enlarge smaller pictures to this; null: the backbone's limit"
+        None,
+        gt=0,
+        le=_MOST_PIXELS,
+        description="enlarge smaller pictures to this; null: the backbone's limit",
     )
     max_pixels: int | None = Field(
-        None, gt=0, description="scale larger pictures down to this; null: the backbone's limit"
+        None,
+        gt=0,
+        le=_MOST_PIXELS,
+        description="scale larger pictures down to this; null: the backbone's limit",
     )
     train_vision: bool = Field(
         False, description="train the vision tower too (full fine-tuning only)"
@@ -72,33 +113,41 @@ class Model(_Section):
 class Source(_Section):
     """One of several training sets."""
 
-    path: str = Field(
+    path: Text = Field(
         description="picto, a .jsonl or .parquet file, a directory in MMEB-train form, or one "
         "config in it"
     )
     weight: float | None = Field(
-        None, gt=0, description="relative frequency of its samples; null: their number"
+        None, gt=0, le=1e9, description="relative frequency of its samples; null: their number"
     )
     samples: int | None = Field(
-        None, gt=0, description="size of the random subset to use; null: all samples"
+        None,
+        gt=0,
+        le=_MOST_SAMPLES,
+        description="size of the random subset to use; null: all samples",
     )
     split: str = Field(
         "original",
+        max_length=100,
+        pattern=r"^[\w-]+$",
         description="split of a directory in MMEB-train form: original or diverse_instruction",
     )
     temperature: float | None = Field(
-        None, gt=0, description="temperature of its queries; null: loss.temperature"
+        None, gt=0, le=100, description="temperature of its queries; null: loss.temperature"
     )
 
 
 class Data(_Section):
     """The training data."""
 
-    source: str | list[Source] = Field(
+    source: Text | list[Source] = Field(
         "picto", description="one training set, as in Source.path, or a list of sources"
     )
     samples: int | None = Field(
-        None, gt=0, description="size of the random subset of each source; null: all samples"
+        None,
+        gt=0,
+        le=_MOST_SAMPLES,
+        description="size of the random subset of each source; null: all samples",
     )
     homogeneous: bool = Field(
         False,
@@ -108,6 +157,7 @@ class Data(_Section):
     validation: int = Field(
         0,
         ge=0,
+        le=_MOST_SAMPLES,
         description="samples of each source held out for validation, scored at every checkpoint",
     )
     unreadable: Literal["error", "skip"] = Field(
@@ -126,9 +176,11 @@ class Data(_Section):
 class Loss(_Section):
     """The loss; the defaults are the paper's."""
 
-    temperature: float = Field(0.02, gt=0, description="τ of InfoNCE")
-    w_orth: float = Field(0.5, ge=0, description="weight of the orthogonality loss; 0: off")
-    w_qdm: float = Field(0.1, ge=0, description="weight of the matching loss; 0: off")
+    temperature: float = Field(0.02, gt=0, le=100, description="τ of InfoNCE")
+    w_orth: float = Field(
+        0.5, ge=0, le=1000, description="weight of the orthogonality loss; 0: off"
+    )
+    w_qdm: float = Field(0.1, ge=0, le=1000, description="weight of the matching loss; 0: off")
     matching: Matching = Field(
         Matching.UNIFIED,
         description="unified: read raw inputs again; feat: show embeddings only; reuse: keys and "
@@ -149,59 +201,96 @@ class Loss(_Section):
     )
     symmetric: bool = Field(False, description="also contrast positives with queries")
     hardness: float = Field(
-        0.0, ge=0, description="β: weight negatives by exp(β · cosine); 0: all equal"
+        0.0, ge=0, le=1000, description="β: weight negatives by exp(β · cosine); 0: all equal"
     )
-    matryoshka: list[int] = Field(
-        [], description="further widths to train, for truncated embeddings"
+    matryoshka: list[Annotated[int, Field(gt=0, le=1_000_000)]] = Field(
+        [], max_length=32, description="further widths to train, for truncated embeddings"
     )
-    views: list[View] = Field(list(View), min_length=1, description="views to ask about")
+    views: list[View] = Field(
+        list(View), min_length=1, max_length=len(View), description="views to ask about"
+    )
 
 
 class Train(_Section):
     """The run: its length, speed, memory and output."""
 
-    output: str = Field("rematch-model", description="directory of the trained model and its log")
-    steps: int = Field(1600, gt=0, description="number of steps")
+    output: Text = Field("rematch-model", description="directory of the trained model and its log")
+    steps: int = Field(1600, gt=0, le=_MOST_SAMPLES, description="number of steps")
     batch_size: int = Field(
         32,
         gt=1,
+        le=1_000_000,
         description="samples per step, over all processes; a query's negatives are the documents "
         "of all the other samples",
     )
     mini_batch_tokens: int = Field(
-        16_384, gt=0, description="tokens per forward pass, pictures and padding included"
+        16_384,
+        gt=0,
+        le=100_000_000,
+        description="tokens per forward pass, pictures and padding included",
     )
-    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate (cosine schedule)")
+    learning_rate: float = Field(
+        1e-4, gt=0, le=100, description="peak learning rate (cosine schedule)"
+    )
     scale_learning_rates: bool = Field(
         True,
         description="multiply the learning rate of learnable tokens and projector by their scale "
         "relative to the other weights",
     )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps that warm up")
-    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
+    weight_decay: float = Field(0.0, ge=0, le=100, description="weight decay of AdamW")
     bf16: bool | Literal["auto"] = Field(
         "auto", description="bfloat16 autocast; auto: where the CPU or GPU supports it natively"
     )
-    seed: int = Field(0, description="seed of weights, sample order and dropout")
-    log_every: int = Field(20, gt=0, description="steps between log entries")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of weights, sample order and dropout")
+    log_every: int = Field(20, gt=0, le=_MOST_SAMPLES, description="steps between log entries")
     gradient_checkpointing: bool = Field(
         False, description="recompute the activations inside layers in the backward pass"
     )
     save_every: int = Field(
         0,
         ge=0,
+        le=_MOST_SAMPLES,
         description="steps between checkpoints, from which an interrupted run resumes; 0: none",
     )
     features_gb: float = Field(
         4.0,
         ge=0,
+        le=1e6,
         description="GiB for features of a frozen vision tower; if they take more, every pass "
         "runs the tower",
     )
-    report_to: list[str] = Field(
-        [], description="experiment trackers; empty: TensorBoard if it is installed"
+    report_to: list[Text] = Field(
+        [], max_length=32, description="experiment trackers; empty: TensorBoard if it is installed"
     )
-    workers: int = Field(1, ge=0, description="processes that read and tokenize batches ahead")
+    workers: int = Field(
+        1, ge=0, le=256, description="processes that read and tokenize batches ahead"
+    )
+
+    @field_validator("output")
+    @classmethod
+    def _check_output(cls, output: str) -> str:
+        if "://" in output or Path(output).name in ("", ".."):
+            raise ValueError("names no directory to create; give a name such as rematch-model")
+        return output
+
+    @field_validator("report_to")
+    @classmethod
+    def _check_trackers(cls, names: list[str]) -> list[str]:
+        if set(names) <= {"none"}:
+            return names
+        from transformers.integrations import get_available_reporting_integrations
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+        installed = get_available_reporting_integrations()
+        for name in names:
+            if name not in ("none", "all", *INTEGRATION_TO_CALLBACK):
+                raise ValueError(
+                    f"{name} is unknown; choose from {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+                )
+            if name not in ("none", "all", *installed):
+                raise ValueError(f"{name} is not installed; install it or leave it out")
+        return names
 
 
 class Recipe(_Section):
@@ -214,6 +303,12 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "Recipe":
+        samples = self.train.steps * self.train.batch_size
+        if samples > _MOST_SAMPLES:
+            raise ValueError(
+                f"train.steps × train.batch_size is {samples:,} samples; a run reads at most "
+                f"{_MOST_SAMPLES:,}; lower one of them"
+            )
         if self.data.validation and not self.train.save_every:
             raise ValueError(
                 "data.validation is scored at checkpoints, but train.save_every=0 writes none; "
@@ -269,25 +364,26 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
             the wrong type.
     """
     path = Path(path)
-    content = _read_yaml(path)
+    content = _read_recipe(path)
     for override in overrides:
         _apply_override(content, override)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(_explain(details) for details in error.errors())
-        raise RecipeError(f"{path}: {problems}") from None
+        errors = error.errors()
+        problems = [_explain(details) for details in errors[:_PROBLEMS_SHOWN]]
+        if len(errors) > _PROBLEMS_SHOWN:
+            problems.append(f"and {len(errors) - _PROBLEMS_SHOWN} more")
+        raise RecipeError(f"{path}: {'; '.join(problems)}") from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_recipe(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe. The recipes of this project are in recipes/.")
     try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except (FileNotFoundError, IsADirectoryError):
-        raise RecipeError(
-            f"{path}: no such recipe. The recipes of this project are in recipes/."
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None
+        content = read_yaml(path) or {}
+    except DataError as error:
+        raise RecipeError(str(error)) from None
     if not isinstance(content, dict):
         raise RecipeError(
             f"{path}: a recipe is a mapping of sections, but this is a {type(content).__name__}."
@@ -300,7 +396,8 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator:
         raise RecipeError(
-            f"override {override!r}: write it as section.key=value, such as train.steps=200."
+            f"override {shortened(override)}: write it as section.key=value, such as "
+            "train.steps=200."
         )
     *parents, name = key.split(".")
     section = content
@@ -309,20 +406,25 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
             section[parent] = {}
         section = section[parent]
         if not isinstance(section, dict):
-            raise RecipeError(f"override {override!r}: {parent} is a value, not a section.")
+            raise RecipeError(
+                f"override {shortened(override)}: {shortened(parent)} is a value, not a section."
+            )
     try:
-        section[name] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML.") from None
+        section[name] = parse_yaml(value)
+    except ValueError as error:
+        raise RecipeError(
+            f"override {shortened(override)}: the value is not valid YAML ({error})."
+        ) from None
 
 
 def _explain(error: ErrorDetails) -> str:
     """What is wrong with a recipe, in terms of its keys."""
-    key = ".".join(str(part) for part in error["loc"])
+    key = ".".join(str(part) for part in error["loc"])[:_LONGEST_KEY]
     if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
+        message = str(error["ctx"]["error"])
+        return f"{key} = {shortened(error['input'])}: {message}" if key else message
     if error["type"] != "extra_forbidden":
-        return f"{key} = {error['input']!r}: {error['msg'].lower()}"
+        return f"{key} = {shortened(error['input'])}: {error['msg'].lower()}"
     keys = [*Recipe.model_fields, *(f"model.lora.{name}" for name in Lora.model_fields)]
     for section, settings in (("model", Model), ("data", Data), ("loss", Loss), ("train", Train)):
         keys += [f"{section}.{name}" for name in settings.model_fields]

@@ -12,7 +12,8 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForMultimodalLM
 from transformers.image_processing_base import ImageProcessingMixin
 
-from rematch.backbone.loading import resolve
+from rematch.backbone.checks import check_size
+from rematch.backbone.loading import loading, resolve
 from rematch.backbone.lora import inject
 from rematch.errors import RecipeError
 from rematch.train.recipe import Recipe
@@ -132,16 +133,15 @@ def load_shape(recipe: Recipe) -> Shape:
 def _load_config(recipe: Recipe) -> tuple[Any, Any]:
     """The backbone's config, and a model of its shape without weights."""
     name = recipe.model.backbone
-    try:
+    remedy = (
+        "--estimate needs its config.json: connect to the hub once, or give a directory that "
+        "holds it."
+    )
+    with loading(f"model.backbone={name}", remedy):
         config = AutoConfig.from_pretrained(resolve(name))
+        check_size(config)
         with torch.device("meta"):
             return config, AutoModelForMultimodalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"model.backbone={name}: its config.json cannot be read "
-            f"({str(error).strip().splitlines()[0]}). --estimate needs this one file: connect to "
-            "the hub once, or give a directory that holds it."
-        ) from error
 
 
 def _adapter_weights(recipe: Recipe, model: Any) -> int:
