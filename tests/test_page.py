@@ -229,3 +229,98 @@ def test_the_page_prompts_for_a_key(browser, served):
         page.keyboard.press("Enter")
         assert len(results(page)) == 11
         page.close()
+
+
+MARKUP = (
+    "<img src=x onerror=window.ran=1>",
+    '"><script>window.ran=1</script>',
+    "javascript:window.ran=1",
+    "${window.ran=1}`",
+    "<svg/onload=window.ran=1>",
+    "</span><iframe srcdoc='<script>parent.ran=1</script>'>",
+    "<style>*{display:none}</style>",
+)
+
+
+@pytest.fixture(scope="module")
+def hostile(saved_model, tmp_path_factory):
+    """(address, ids) of a server over documents whose every text is markup."""
+    folder = tmp_path_factory.mktemp("hostile")
+    rows = []
+    for i, markup in enumerate(MARKUP):
+        picture = folder / (markup.replace("/", "∕") + ".png")
+        Image.new("RGB", (40, 30), COLOURS[i]).save(picture)
+        row = {"id": f"{i} {markup}", "image": picture.name, "text": f"{markup} {i}"}
+        rows.append(row | {"note": markup, "url": "javascript:window.ran=1"})
+    (folder / "hostile.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model = ReMatch(str(saved_model))
+    index = Index.create(folder / "hostile.idx", model, name=str(saved_model))
+    build(index, open_corpus(folder / "hostile.jsonl"), Encoder(model, workers=0))
+    with running(Engine(str(folder / "hostile.idx"))) as address:
+        yield address, [row["id"] for row in rows]
+
+
+def test_markup_is_shown_and_never_runs(browser, hostile, tmp_path):
+    """Names, captions, metadata, queries and names of uploads are texts to the page."""
+    address, ids = hostile
+    page = browser.new_page()
+    problems, expected = [], []
+    page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("framenavigated", lambda frame: expected.append(frame.url))
+    page.goto(address)
+    page.wait_for_function("() => document.querySelectorAll('#examples button').length === 4")
+    for query in (MARKUP[0], MARKUP[1]):
+        page.fill("#text", query)
+        page.keyboard.press("Enter")
+        assert sorted(results(page)) == sorted(f"{m} {i}" for i, m in enumerate(MARKUP))
+    for card in range(len(MARKUP)):
+        page.click(f".card >> nth={card}")
+        page.wait_for_selector("#detail[open]")
+        assert page.inner_text("#detail-title") in ids
+        assert "javascript:window.ran=1" in page.inner_text("#detail-metadata")
+        page.wait_for_function("() => !document.getElementById('detail-status').textContent")
+        page.keyboard.press("Escape")
+    upload = tmp_path / (MARKUP[0] + ".png")
+    Image.new("RGB", (20, 20), "red").save(upload)
+    page.set_input_files("#file", upload)
+    results(page)
+    assert MARKUP[0] in page.inner_text("#hint")
+    page.fill("#filter", "<img src=x onerror=window.ran=1>")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#status.error")
+    inside = "#results script, #results iframe, #results svg, #detail script, #detail a, [onerror]"
+    assert page.query_selector_all(inside) == []
+    assert page.evaluate("window.ran") is None
+    assert len(expected) == 1  # nothing opened another page
+    assert not [problem for problem in problems if "status of 4" not in problem], problems
+    page.close()
+
+
+def test_the_policy_blocks_inline_code(browser, hostile):
+    """If markup did get into the page, its code would not run."""
+    address, _ = hostile
+    page = browser.new_page()
+    messages = []
+    page.on("console", lambda message: messages.append(message.text))
+    response = page.goto(address)
+    policy = response.headers["content-security-policy"]
+    assert "unsafe" not in policy
+    page.evaluate(
+        """() => {
+            const script = document.createElement("script");
+            script.textContent = "window.ran = 1";
+            document.body.append(script);
+            const box = document.createElement("div");
+            box.innerHTML = ""
+                + "<img src=x onerror='window.ran=2'><a href='javascript:window.ran=3'>x";
+            document.body.append(box);
+            box.querySelector("a").click();
+            box.querySelector("img").dispatchEvent(new Event("error"));
+        }"""
+    )
+    page.wait_for_timeout(300)
+    assert page.evaluate("window.ran") is None
+    assert sum("Content Security Policy" in message for message in messages) >= 3, messages
+    page.close()

@@ -381,9 +381,11 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe. The recipes of this project are in recipes/.")
     try:
-        content = read_yaml(path) or {}
+        content = read_yaml(path)
     except DataError as error:
         raise RecipeError(str(error)) from None
+    if content is None:
+        raise RecipeError(f"{path}: is empty. Write {{}} for a recipe of defaults.")
     if not isinstance(content, dict):
         raise RecipeError(
             f"{path}: a recipe is a mapping of sections, but this is a {type(content).__name__}."
