@@ -114,7 +114,6 @@ def commands(place) -> dict[str, tuple[object, list[str], dict[str, list[str]]]]
     text = {name: str(place / name) for name in ("recipe.yaml", "rows.jsonl", "idx", "pictures")}
     model = str(place / "empty-model")
     return {
-        "demo": (cli.demo, [], {"output": str(place / "binary")}),
         "train": (cli.train, [text["recipe.yaml"]], {}),
         "mine": (cli.mine, [model, text["rows.jsonl"]], {"output": str(place / "m.jsonl")}),
         "evaluate": (cli.evaluate, [model], {"benchmark": text["rows.jsonl"]}),
@@ -122,6 +121,7 @@ def commands(place) -> dict[str, tuple[object, list[str], dict[str, list[str]]]]
         "search": (cli.search, [text["idx"]], {"text": "a", "model": model}),
         "serve": (cli.serve, [model], {"port": "0"}),
         "data export": (cli.export, ["picto", text["pictures"]], {}),
+        "demo": (cli.demo, [], {"output": str(place / "binary")}),
     }
 
 

@@ -80,8 +80,9 @@ def run_index(options: IndexOptions) -> Report:
     corpus = open_corpus(options.corpus)
     if next(iter(corpus), None) is None:
         raise DataError(f"{options.corpus}: holds no documents. Check that it is the right one.")
+    is_update = exists(options.output)
     model = ReMatch(options.model)
-    index = _open_or_create(options, corpus, model)
+    index = _open_or_create(options, corpus, model, is_update)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -110,8 +111,10 @@ def run_index(options: IndexOptions) -> Report:
     return report
 
 
-def _open_or_create(options: IndexOptions, corpus: Corpus, model: ReMatch) -> Index:
-    if not exists(options.output):
+def _open_or_create(
+    options: IndexOptions, corpus: Corpus, model: ReMatch, is_update: bool
+) -> Index:
+    if not is_update:
         is_directory = Path(options.model).is_dir()
         return Index.create(
             options.output,
