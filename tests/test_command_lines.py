@@ -437,6 +437,23 @@ def test_damaged_models(saved_model, place, tmp_path, tally):
         shutil.rmtree(model)
 
 
+def test_damaged_configs_are_not_estimated(place, backbone_path, tmp_path, tally):
+    """``--estimate`` reads nothing but the config."""
+    original = json.loads((backbone_path / "config.json").read_text())
+    contents = ["[]", "null", DEEP, "", "{}", '{"model_type": "bert"}', '{"model_type": 7}']
+    for part in ("text_config", "vision_config"):
+        for value in (None, 5, [], {}):
+            contents.append(json.dumps(original | {part: value}))
+        for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
+            for value in (10**9, 0, -1, "x"):
+                contents.append(json.dumps(original | {part: original[part] | {name: value}}))
+    counts = tally("Model directories")
+    for content in contents:
+        (tmp_path / "config.json").write_text(content)
+        options = ["--estimate", f"model.backbone={tmp_path}"]
+        outcome(counts, ["train", place / "recipe.yaml", *options])
+
+
 # ---- data ---------------------------------------------------------------------------------------
 
 CELLS = (

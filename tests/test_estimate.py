@@ -253,7 +253,7 @@ def test_command_refuses_what_it_cannot_estimate(monkeypatch, capsys, tmp_path):
         monkeypatch, capsys, recipe, "model.backbone=some/model-on-the-hub", "--estimate"
     )
     assert code == 2
-    assert "config.json cannot be read" in err
+    assert "its config.json: cannot be loaded" in err
     code, _, err = run(monkeypatch, capsys, recipe, "--gpus", 8)
     assert code == 2
     assert "need --estimate" in err

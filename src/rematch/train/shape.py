@@ -78,8 +78,18 @@ def load_shape(recipe: Recipe) -> Shape:
     """Read the shape of a recipe's backbone, without reading or downloading its weights.
 
     Raises:
-        RecipeError: If the config cannot be read, or does not tell how many tokens a picture has.
+        ModelError: If the config cannot be read, or is not that of a multimodal model.
+        RecipeError: If it does not tell how many tokens a picture has.
     """
+    remedy = (
+        "--estimate needs this one file: connect to the hub once, or give a directory that holds "
+        "it."
+    )
+    with loading(f"model.backbone={recipe.model.backbone}: its config.json", remedy):
+        return _shape(recipe)
+
+
+def _shape(recipe: Recipe) -> Shape:
     config, model = _load_config(recipe)
     text, vision = config.get_text_config(), config.vision_config
     decoder = model.get_decoder()
@@ -132,16 +142,10 @@ def load_shape(recipe: Recipe) -> Shape:
 
 def _load_config(recipe: Recipe) -> tuple[Any, Any]:
     """The backbone's config, and a model of its shape without weights."""
-    name = recipe.model.backbone
-    remedy = (
-        "--estimate needs its config.json: connect to the hub once, or give a directory that "
-        "holds it."
-    )
-    with loading(f"model.backbone={name}", remedy):
-        config = AutoConfig.from_pretrained(resolve(name))
-        check_size(config)
-        with torch.device("meta"):
-            return config, AutoModelForMultimodalLM.from_config(config)
+    config = AutoConfig.from_pretrained(resolve(recipe.model.backbone))
+    check_size(config)
+    with torch.device("meta"):
+        return config, AutoModelForMultimodalLM.from_config(config)
 
 
 def _adapter_weights(recipe: Recipe, model: Any) -> int:
