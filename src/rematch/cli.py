@@ -12,7 +12,7 @@ import typer
 
 from rematch import __version__
 from rematch.arguments import Command
-from rematch.errors import RematchError, reason
+from rematch.errors import RematchError, first_line
 
 if TYPE_CHECKING:
     from rematch.matching import View
@@ -595,8 +595,8 @@ def _unforeseen(error: BaseException) -> str:
     """What to print of an error that nobody foresaw; its traceback is written to a file."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return (
-            f"out of memory ({reason(error)}). Lower --batch-tokens or train.mini_batch_tokens, "
-            "or use a machine with more."
+            f"out of memory ({first_line(error)}). Lower --batch-tokens or "
+            "train.mini_batch_tokens, or use a machine with more."
         )
     details = "".join(traceback.format_exception(error))
     try:
@@ -608,7 +608,7 @@ def _unforeseen(error: BaseException) -> str:
     except OSError:
         sys.stderr.write(details)
         place = "is above"
-    return f"unforeseen: {reason(error)}. Its traceback {place}. Please report it as a bug."
+    return f"unforeseen: {first_line(error)}. Its traceback {place}. Please report it as a bug."
 
 
 def _print_error(text: str) -> None:

@@ -14,7 +14,6 @@ Every message says what was seen, why it is wrong and what to do::
 
 from reprlib import Repr
 
-_LONGEST_REASON = 300  # characters
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxother = 60
 
@@ -75,19 +74,6 @@ def first_line(error: BaseException, limit: int = 300) -> str:
     text = lines[0].strip() if lines else ""
     text = text if len(text) <= limit else text[: limit - 1] + "…"
     if isinstance(error, OSError | SyntaxError) and text:
-        return text
-    return f"{name}: {text}" if text else name
-
-
-def reason(error: BaseException) -> str:
-    """Why something failed, in one line: the first line of an error, with what kind it is.
-
-    >>> reason(ValueError("not a number")), reason(KeyError("id")), reason(IndexError())
-    ('not a number', "KeyError: 'id'", 'IndexError')
-    """
-    lines = str(error).strip().splitlines() or [""]
-    text, name = lines[0][:_LONGEST_REASON], type(error).__name__
-    if text and isinstance(error, OSError | ValueError | RuntimeError):
         return text
     return f"{name}: {text}" if text else name
 

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from rematch.backbone import lora
 from rematch.backbone.fingerprint import base_fingerprint
-from rematch.errors import ModelError, RematchError, reason, shortened
+from rematch.errors import ModelError, RematchError, first_line, shortened
 from rematch.files import read_json
 
 PACKAGED = {"rematch-base": "assets/base", "rematch-tiny": "assets/tiny"}
@@ -35,7 +35,7 @@ def loading(name: str, remedy: str) -> Iterator[None]:
     except (RematchError, MemoryError, OutOfMemoryError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers are written in Rust and panic with a BaseException
-        raise ModelError(f"{name}: cannot be loaded ({reason(error)}). {remedy}") from error
+        raise ModelError(f"{name}: cannot be loaded ({first_line(error)}). {remedy}") from error
 
 
 def resolve(name: str) -> str:
@@ -51,7 +51,8 @@ def resolve(name: str) -> str:
             return str(Path(name).resolve())
     except (OSError, ValueError) as error:  # too long, or with a null character
         raise ModelError(
-            f"{shortened(name)}: not a model ({reason(error)}). Give a directory or a hub name."
+            f"{shortened(name)}: not a model ({first_line(error)}). Give a directory or a hub "
+            "name."
         ) from None
     if "://" in name:
         raise ModelError(f"{name}: models are not loaded from URLs. Give a directory or hub name.")

@@ -13,7 +13,7 @@ from typing import Any
 from rematch.data.images import EXTENSIONS
 from rematch.data.rows import is_text
 from rematch.data.schema import Item, RetrievalTask
-from rematch.errors import DataError, reason, shortened
+from rematch.errors import DataError, first_line, shortened
 from rematch.files import read_json, read_text
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
 
@@ -164,7 +164,7 @@ def load_zeroshot(
 def _reason(file: Path, error: Exception) -> str:
     if isinstance(error, DataError):
         return str(error) if str(file) in str(error) else f"{file}: {error}"
-    return f"{file}: not in the published format ({reason(error)})"
+    return f"{file}: not in the published format ({first_line(error)})"
 
 
 def _both_directions(name: str, pairs: Pairs) -> list[RetrievalTask]:
