@@ -120,8 +120,6 @@ def test_metadata_that_differs_in_case_within_a_document_is_refused(searcher, tm
     assert index.metadata_columns == ["year of birth"], (
         "nothing of the refused document was written"
     )
-    with pytest.raises(DataError, match="in SQL on id, text, path, `year of birth`"):
+    with pytest.raises(DataError, match="columns are id, text, path, `year of birth`"):
         index.search("a", filter="year of birth > 1")
-    with pytest.raises(DataError, match=r"--filter \? > 1"):  # LanceDB's parser panics
-        index.search("a", filter="? > 1")
     assert len(index.search("a", filter="`year of birth` > 1")) == 1

@@ -148,7 +148,7 @@ def test_filter_no_results_and_errors(page):
     assert results(page, "No document matches the filter") == []
     page.fill("#filter", "yeer = 1")
     page.keyboard.press("Enter")
-    assert results(page, "condition in SQL on id, text, path, year") == []
+    assert results(page, "The columns are id, text, path, year") == []
     assert "error" in page.get_attribute("#status", "class")
     page.fill("#text", "")
     page.keyboard.press("Enter")

@@ -124,7 +124,11 @@ def test_search_is_that_of_the_index(client, engine):
     hits = client.post("/v1/search", json=filtered).json()["hits"]
     assert [(h["id"], h["metadata"]) for h in hits] == [("white.png", {"year": 2003.0})]
     for bad_body, message in (
-        ({"text": "a", "filter": "yeer = 3"}, "condition in SQL on id, text, path, year"),
+        ({"text": "a", "filter": "yeer = 3"}, "The columns are id, text, path, year"),
+        ({"text": "a", "filter": "id = $1"}, "'$' cannot be used"),
+        ({"text": "a", "filter": "?"}, "'?' cannot be used"),
+        ({"text": "a", "filter": "1" + "+1" * 900 + ">0"}, "a value alone"),
+        ({"text": "a", "filter": "lpad('a',2147483647)='b'"}, "calls a function"),
         ({"text": "a", "rerank": "raw:x"}, "write STAGE:COUNT"),
         ({"text": " "}, "no query"),
     ):

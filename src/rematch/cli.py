@@ -390,7 +390,8 @@ def search(
     image: Annotated[Path | None, typer.Option(help="Query picture.")] = None,
     top: Annotated[int, typer.Option(min=1, max=100_000, help="Number of hits.")] = 10,
     filter: Annotated[
-        str, typer.Option(help='Condition in SQL on metadata, such as "year > 2000".')
+        str,
+        typer.Option(help="""Condition on metadata, such as "year > 2000 AND place = 'Rome'"."""),
     ] = "",
     rerank: Annotated[str, typer.Option(help="Stages such as maxsim:200,feat:100,raw:10.")] = "",
     exact: Annotated[

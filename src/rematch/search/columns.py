@@ -1,4 +1,4 @@
-"""Metadata as columns of a LanceDB table: names that can be columns, and names in a condition."""
+"""Metadata as columns of a LanceDB table, and names that can be columns."""
 
 from unicodedata import category
 
@@ -61,12 +61,3 @@ def _check_name(name: str) -> None:
             f"metadata {name!r} cannot be a column: '*' is not a name, and dots, backticks, "
             "control characters and lone surrogates are not allowed in one. Rename it."
         )
-
-
-def in_condition(name: str) -> str:
-    """A column's name as it is written in a condition in SQL.
-
-    >>> in_condition("year"), in_condition("year of birth")
-    ('year', '`year of birth`')
-    """
-    return name if name.isascii() and name.isidentifier() else f"`{name}`"

@@ -26,7 +26,8 @@ from rematch.model import ReMatch
 from rematch.scoring import truncate
 from rematch.search import approximate
 from rematch.search.cascade import Ranked, Stage, parse_stages, rerank
-from rematch.search.columns import RESERVED, in_condition, new_columns
+from rematch.search.columns import RESERVED, new_columns
+from rematch.search.condition import Condition, RawSQL, parse, to_sql
 from rematch.search.schema import IndexSettings, as_table, settings_of, table_schema
 from rematch.search.storage import (
     LiveTable,
@@ -230,7 +231,7 @@ class Index:
         query: list[Any],
         top: int = 10,
         *,
-        filter: str = "",
+        filter: str | RawSQL = "",
         rerank: str | Sequence[Stage] = (),
         exact: bool = False,
         probes: int = 40,
@@ -242,7 +243,7 @@ class Index:
         query: Query,
         top: int = 10,
         *,
-        filter: str = "",
+        filter: str | RawSQL = "",
         rerank: str | Sequence[Stage] = (),
         exact: bool = False,
         probes: int = 40,
@@ -253,7 +254,7 @@ class Index:
         query: Query | list[Any],
         top: int = 10,
         *,
-        filter: str = "",
+        filter: str | RawSQL = "",
         rerank: str | Sequence[Stage] = (),
         exact: bool = False,
         probes: int = 40,
@@ -264,7 +265,8 @@ class Index:
             query: Text; a picture; the path of one; ``{"text": …, "image": …}``; or a list of
                 queries.
             top: Number of hits per query.
-            filter: Condition in SQL on the metadata, such as ``"year > 2000 AND place = 'Rome'"``.
+            filter: Condition on the metadata, such as ``"year > 2000 AND place = 'Rome'"``
+                (:mod:`rematch.search.condition`), or :class:`~rematch.search.condition.RawSQL`.
             rerank: Stages that rerank the nearest documents, such as ``"feat:100,raw:10"``
                 (:mod:`rematch.search.cascade`).
             exact: Whether to scan all vectors even if there is an approximate index.
@@ -280,6 +282,7 @@ class Index:
         queries = query if isinstance(query, list) else [query]
         if not queries:
             return []
+        condition = self.condition(filter)
         stages = (
             parse_stages(rerank, self.settings, self.model.backbone.width)
             if isinstance(rerank, str)
@@ -288,7 +291,7 @@ class Index:
         vectors: NDArray[np.float32] = self.model.encode_query(queries, show_progress_bar=False)
         hits = [
             self._live.read(
-                partial(self._search, value, vector, top, filter, stages, exact, probes)
+                partial(self._search, value, vector, top, condition, stages, exact, probes)
             )
             for value, vector in zip(queries, vectors, strict=True)
         ]
@@ -299,7 +302,7 @@ class Index:
         query: Query,
         vector: NDArray[np.float32],
         top: int,
-        condition: str,
+        condition: Condition | RawSQL | None,
         stages: Sequence[Stage],
         exact: bool,
         probes: int,
@@ -317,11 +320,21 @@ class Index:
         ]
         return Hits(self._hits(rows, ranking[:top]), warnings)
 
+    def condition(self, filter: str | RawSQL) -> Condition | RawSQL | None:
+        """A condition as :meth:`search` takes it, parsed; ``None`` if it is empty.
+
+        Raises:
+            DataError: If it is not a condition on this index.
+        """
+        if isinstance(filter, RawSQL):
+            return filter
+        return parse(filter, self.table.schema) if filter else None
+
     def nearest(
         self,
         vector: NDArray[np.float32],
         count: int,
-        condition: str = "",
+        condition: Condition | RawSQL | None = None,
         stages: Sequence[Stage] = (),
         *,
         exact: bool = False,
@@ -332,7 +345,7 @@ class Index:
         Args:
             vector: A query's vector, with the index's dimensions.
             count: Number of documents.
-            condition: As ``filter`` for :meth:`search`.
+            condition: A condition as from :meth:`condition`.
             stages: The stages that will rerank the documents and need columns for it.
             exact: As for :meth:`search`.
             probes: As for :meth:`search`.
@@ -362,23 +375,24 @@ class Index:
             columns.append("tokens")
         request = table.search(vector, vector_column_name="vector").distance_type("cosine")
         request = request.limit(count).select(columns).with_row_id(True)
-        if condition:
-            request = request.where(condition, prefilter=True)
         if exact:
             request = request.bypass_vector_index()
         else:
             request = request.nprobes(probes).refine_factor(10)
         with reading(self.uri):
-            try:
-                return request.to_arrow()
-            except Exception as error:  # LanceDB's parser panics on some conditions
-                if not condition or "Not found:" in str(error):
-                    raise
-                names = ", ".join(["id", "text", "path", *map(in_condition, metadata_columns)])
-                raise DataError(
-                    f"--filter {condition}: {str(error).splitlines()[0][:200]}. Write a condition "
-                    f"in SQL on {names}."
-                ) from None
+            if isinstance(condition, RawSQL):
+                try:
+                    return request.where(condition.sql, prefilter=True).to_arrow()
+                except Exception as error:
+                    if "Not found:" in str(error):
+                        raise
+                    raise DataError(
+                        f"RawSQL({condition.sql[:200]!r}): {str(error).splitlines()[0][:200]}. "
+                        "Write a condition in SQL that LanceDB accepts."
+                    ) from error
+            if condition is not None:
+                request = request.where(to_sql(condition), prefilter=True)
+            return request.to_arrow()
 
     def _hits(self, rows: pa.Table, ranked: Sequence[Ranked]) -> list[Hit]:
         records = rows.select(["id", "text", "path", *_metadata_columns(rows.schema)]).to_pylist()

@@ -3,12 +3,14 @@
 from typing import Any
 
 from rematch.errors import RematchError
+from rematch.search.condition import RawSQL
 from rematch.search.index import Index
 
 try:
     from langchain_core.callbacks import CallbackManagerForRetrieverRun
     from langchain_core.documents import Document
     from langchain_core.retrievers import BaseRetriever
+    from pydantic import InstanceOf
 except ImportError as error:
     raise RematchError(
         "the LangChain adapter needs langchain-core: pip install 'rematch-mm[langchain]'."
@@ -21,13 +23,13 @@ class ReMatchRetriever(BaseRetriever):
     Attributes:
         index: An opened :class:`~rematch.search.index.Index`.
         top: Number of documents to return.
-        filter: Condition in SQL on the metadata.
+        filter: Condition on the metadata, as for :meth:`rematch.Index.search`.
         rerank: Stages that rerank the nearest documents, such as ``"feat:100,raw:10"``.
     """
 
     index: Any  # pydantic cannot validate an Index
     top: int = 10
-    filter: str = ""
+    filter: str | InstanceOf[RawSQL] = ""
     rerank: str = ""
 
     @classmethod

@@ -3,6 +3,7 @@
 from typing import Any
 
 from rematch.errors import RematchError
+from rematch.search.condition import RawSQL
 from rematch.search.index import Index
 
 try:
@@ -20,12 +21,16 @@ class ReMatchRetriever(BaseRetriever):  # type: ignore[misc]
     Args:
         index: An opened index, or its directory or URI.
         top: Number of documents to return.
-        filter: Condition in SQL on the metadata.
+        filter: Condition on the metadata, as for :meth:`rematch.Index.search`.
         rerank: Stages that rerank the nearest documents, such as ``"feat:100,raw:10"``.
     """
 
     def __init__(
-        self, index: Index | str, top: int = 10, filter: str = "", rerank: str = ""
+        self,
+        index: Index | str,
+        top: int = 10,
+        filter: str | RawSQL = "",
+        rerank: str = "",
     ) -> None:
         self.index = Index.open(index) if isinstance(index, str) else index
         self.top, self.filter, self.rerank = top, filter, rerank

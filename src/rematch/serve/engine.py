@@ -68,6 +68,15 @@ class Engine:
         self._mean_tokens = (0, -math.inf)  # of a document, and when it was measured
         self.seconds_per_token = self._time_a_pass()
 
+    def check_filter(self, filter: str) -> None:
+        """Check a condition on the index, for any thread.
+
+        Raises:
+            DataError: If it is not one.
+        """
+        assert self.index is not None
+        self.index.condition(filter)
+
     def measure(self, inputs: Sequence[Input]) -> list[int]:
         """Number of tokens of each input, pictures included; for any thread.
 

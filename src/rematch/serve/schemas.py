@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rematch.search.condition import MAX_LENGTH
+
 Value = TypeVar("Value")
 _List = Annotated[
     list[Value], Field(fail_fast=True)
@@ -146,7 +148,11 @@ class SearchRequest(_Request):
     text: str = ""
     image: str | None = None
     top: int = Field(10, ge=1, le=200)
-    filter: str = Field("", max_length=2000, description="an SQL condition on the metadata")
+    filter: str = Field(
+        "",
+        max_length=MAX_LENGTH,
+        description="a condition on the metadata, such as year > 2000 AND place = 'Rome'",
+    )
     rerank: str = Field("", max_length=100, description="stages such as feat:100,raw:10")
 
 
