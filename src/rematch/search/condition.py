@@ -19,7 +19,8 @@ and a backslash takes either literally. NULL is as in SQL: a comparison with it 
 false.
 
 A parsed condition is in a normal form. NOT stands only before a comparison, because LanceDB takes
-time exponential in nested NOT, and AND and OR alternate.
+time exponential in nested NOT, and AND and OR alternate. NOT IN stands beside IS NOT NULL, because
+LanceDB takes ``x NOT IN (1) OR x NOT IN (2)`` for true if x is NULL.
 """
 
 import math
@@ -231,6 +232,26 @@ def _negated(condition: Condition) -> Condition:
             return Not(condition)
 
 
+def _guarded(condition: Condition) -> Condition:
+    """The same condition with IS NOT NULL beside each NOT IN."""
+    match condition:
+        case Or(parts):
+            return _joined(Or, [_guarded(part) for part in parts])
+        case And(parts):
+            guarded: list[Condition] = []
+            for part in parts:
+                if isinstance(part, Not) and isinstance(part.term, In):
+                    guard = Not(IsNull(part.term.column))
+                    if guard not in parts and guard not in guarded:
+                        guarded.append(guard)
+                guarded.append(_guarded(part) if isinstance(part, Or) else part)
+            return _joined(And, guarded)
+        case Not(In()):
+            return _guarded(And((condition,)))
+        case _:
+            return condition
+
+
 def _kind(operand: Operand) -> str:
     if isinstance(operand, Column):
         return operand.kind
@@ -265,7 +286,7 @@ class _Parser:
         condition = self._condition()
         if self.token.kind != "end":
             self._fail(f"unexpected {self._shown()}. Join comparisons with AND or OR.")
-        return condition
+        return _guarded(condition)
 
     # ---- tokens ---------------------------------------------------------------------------------
 
