@@ -362,7 +362,7 @@ class Index:
         table: Any,
         vector: NDArray[np.float32],
         count: int,
-        condition: str,
+        condition: Condition | RawSQL | None,
         stages: Sequence[Stage],
         exact: bool,
         probes: int,

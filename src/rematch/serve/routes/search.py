@@ -30,7 +30,7 @@ async def search(
     if not body.text.strip() and body.image is None:
         raise ClientError("no query. Send text, image, or both.")
     engine = service.engine
-    await run_in_threadpool(engine.check_filter, body.filter)
+    await service.in_thread(request, engine.check_filter, body.filter)
     query = Multimodal(text=body.text, image=body.image)
     stages = engine.stages(body.rerank, service.most_rerank)
     inputs = await service.prepare(request, multimodal_inputs, [query], service.limits)
