@@ -4,6 +4,7 @@ import pytest
 from shared_benchmarks import custom_data
 
 from rematch.data.custom import load_custom
+from rematch.data.instructions import instruct, instruction_table
 from rematch.errors import DataError
 
 
@@ -53,3 +54,13 @@ def test_errors_in_yaml_and_beir(tmp_path):
     (tmp_path / "my-beir/qrels/test.tsv").write_text("q0 red 1\n")
     with pytest.raises(DataError, match="between tabs"):
         load_custom(tmp_path / "my-beir")
+
+
+def test_queries_without_an_instruction_get_one_by_kind(tmp_path):
+    custom_data(tmp_path)
+    (shop,) = load_custom(tmp_path / "shop.jsonl")
+    instruct(shop, instruction_table({"text-text": "Find a thing:"}))
+    assert shop.queries[0].as_input()["text"] == "Find a thing: a red square"
+    shop_with_instruction, _ = load_custom(tmp_path / "shop.yaml")
+    instruct(shop_with_instruction, instruction_table({}))
+    assert shop_with_instruction.queries[0].as_input() == {"text": "Find me: a red square"}

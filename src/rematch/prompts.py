@@ -28,6 +28,24 @@ DOCUMENT_INSTRUCTIONS = {
     "crop": "Represent the given cropped image of the object.",
 }
 
+# Query instructions of a search, by what is asked with and what is searched for. MMEB's wordings,
+# where MMEB has such a task.
+QUERY_INSTRUCTIONS = {
+    "text-image": "Find me an everyday image that matches the given caption: ",
+    "image-image": "Find a day-to-day image that looks similar to the provided image.",
+    "text+image-image": "Given an image, find a similar everyday image with the described "
+    "changes: ",
+    "text-page": "Find a document image that matches the given query: ",
+    "image-page": "Find a document image that looks similar to the provided image.",
+    "text+image-page": "Find a document image that matches the given image and query: ",
+    "text-video": "Find a video that contains the following visual content: ",
+    "image-video": "Find a video that looks similar to the provided image.",
+    "text+image-video": "Find a video that matches the given image and text: ",
+    "text-text": "Find a text that matches the given query: ",
+    "image-text": "Find an image caption describing the given everyday image.",
+    "text+image-text": "Represent the given image with the following question: ",
+}
+
 
 def query_token(i: int) -> str:
     """Name of the i-th learnable query token.

@@ -32,7 +32,9 @@ class CustomTask(BaseModel):
     data: Path = Field(
         description="a .jsonl or .parquet file of rows, or a folder in BEIR's layout"
     )
-    instruction: str = Field("", description="text before every query")
+    instruction: str | None = Field(
+        None, description="text before every query, instead of the one that a search would choose"
+    )
     document_instruction: str | None = Field(
         None, description="text before every document, instead of the default for pictures"
     )
@@ -77,6 +79,7 @@ def _load_task(custom: CustomTask, limit: int | None) -> RetrievalTask:
     task = _load_beir(custom, limit) if custom.data.is_dir() else _load_file(custom, limit)
     if not task.queries:
         raise DataError(f"{custom.data}: holds no queries.")
+    task.chooses_instructions = custom.instruction is None
     return task
 
 
@@ -208,7 +211,7 @@ def _judgement(path: Path, row: int, cells: list[str]) -> tuple[str, str, float]
 
 
 def _query(custom: CustomTask, item: Item) -> Item:
-    return replace(item, instruction=custom.instruction)
+    return replace(item, instruction=custom.instruction or "")
 
 
 def _document(custom: CustomTask, item: Item) -> Item:

@@ -77,6 +77,8 @@ class RetrievalTask:
         modality: What the task is about, in MMEB-V2: images, videos or visual documents; empty in
             other benchmarks.
         notes: What to know of the data before its scores are trusted, such as queries left out.
+        chooses_instructions: Whether the queries came without an instruction, so that
+            :mod:`rematch.data.instructions` chooses it.
     """
 
     name: str
@@ -91,6 +93,7 @@ class RetrievalTask:
     metric: Metric = "hit@1"
     modality: Modality = ""
     notes: list[str] = field(default_factory=list)
+    chooses_instructions: bool = False
 
     def relevance(self, query: int) -> NDArray[np.float64]:
         """Return the grades of a query's positives, in the order of :meth:`pool`.

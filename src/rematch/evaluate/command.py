@@ -21,6 +21,7 @@ from rematch.backbone.loading import loading, resolve
 from rematch.backbone.pixels import limit_pixels
 from rematch.console import say
 from rematch.data.frames import FRAMES
+from rematch.data.instructions import instruct, instruction_table
 from rematch.encoding.encoder import Encoder
 from rematch.encoding.vector_store import VectorStore
 from rematch.errors import RematchError
@@ -109,6 +110,10 @@ def _run(options: EvaluateOptions) -> dict[str, Any]:
         raise RematchError(
             f"{options.model}: --rerank and --maxsim need a ReMatch model. Leave them out."
         )
+    if isinstance(model, ReMatch):
+        table = instruction_table(model.prompts)
+        for task in benchmark.tasks:
+            instruct(task, table)
     is_first = get_rank() == 0
     warn = say if is_first else _ignore
     results, encoder = _evaluate(options, benchmark, model, warn, show_progress=is_first)

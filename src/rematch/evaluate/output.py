@@ -90,6 +90,11 @@ def scores_json(
         **baselines([result.task for result in results]),
         "tasks": {result.task.name: _rounded(result.scores) for result in results},
         "methods": {name: _method(name, results) for name in methods if len(methods) > 1},
+        "instructions": {
+            result.task.name: sorted({query.instruction for query in result.task.queries})
+            for result in results
+            if result.task.chooses_instructions
+        },
         "left_out": benchmark.left_out,
         "warnings": [warning for result in results for warning in result.warnings],
         "options": dict(options),
