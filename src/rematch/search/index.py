@@ -20,6 +20,7 @@ from PIL import Image
 
 from rematch.data.corpus import Document, Metadata
 from rematch.data.images import EncodedPicture, PictureFile
+from rematch.data.instructions import DocumentKind, choose, instruction_table, with_instruction
 from rematch.encoding.fingerprint import FINGERPRINT_FORMAT, model_fingerprint
 from rematch.errors import DataError, ModelError
 from rematch.model import ReMatch
@@ -70,11 +71,15 @@ class Hits(list[Hit]):
 
     Attributes:
         warnings: What the search could not do as asked, a sentence for each document.
+        instruction: The instruction that was put before the query; empty if there was none.
     """
 
-    def __init__(self, hits: Iterable[Hit] = (), warnings: Sequence[str] = ()) -> None:
+    def __init__(
+        self, hits: Iterable[Hit] = (), warnings: Sequence[str] = (), instruction: str = ""
+    ) -> None:
         super().__init__(hits)
         self.warnings = list(warnings)
+        self.instruction = instruction
 
 
 class Index:
@@ -94,6 +99,7 @@ class Index:
         self._checked_table = self._live.current()
         self.settings = settings_of(self._checked_table.schema, uri)
         self._model = model
+        self._kind_of_version: tuple[int, DocumentKind] | None = None
         if model is not None:
             self._check(model)
 
@@ -125,6 +131,7 @@ class Index:
         corpus: str = "",
         dimensions: int = 0,
         tokens: bool = False,
+        instructions: Mapping[str, str] | None = None,
     ) -> "Index":
         """Create an empty index.
 
@@ -135,6 +142,8 @@ class Index:
             corpus: Name of the corpus that will be indexed.
             dimensions: How many of the vectors' first dimensions to keep (Matryoshka); 0 for all.
             tokens: Whether to store the K token vectors too, for MaxSim.
+            instructions: Query instructions that replace the model's, by kind
+                (:mod:`rematch.data.instructions`).
 
         Raises:
             DataError: If the place cannot be written, or ``dimensions`` is more than the model
@@ -153,6 +162,7 @@ class Index:
             tokens=max(1, model.fusion.num_tokens) if tokens else 0,
             document_instructions=model.backbone.document_instructions,
             corpus=corpus,
+            instructions=instruction_table(model.prompts, instructions),
         )
         schema = table_schema(settings, model.backbone.width)
         create_table(str(uri), schema)
@@ -235,6 +245,7 @@ class Index:
         rerank: str | Sequence[Stage] = (),
         exact: bool = False,
         probes: int = 40,
+        instruction: str | None = None,
     ) -> list[Hits]: ...
 
     @overload
@@ -247,6 +258,7 @@ class Index:
         rerank: str | Sequence[Stage] = (),
         exact: bool = False,
         probes: int = 40,
+        instruction: str | None = None,
     ) -> Hits: ...
 
     def search(
@@ -258,6 +270,7 @@ class Index:
         rerank: str | Sequence[Stage] = (),
         exact: bool = False,
         probes: int = 40,
+        instruction: str | None = None,
     ) -> Hits | list[Hits]:
         """The best documents for a query, or for each query of a list.
 
@@ -271,6 +284,8 @@ class Index:
                 (:mod:`rematch.search.cascade`).
             exact: Whether to scan all vectors even if there is an approximate index.
             probes: Number of cells of an approximate index to search.
+            instruction: Instruction before each query, which reranking reads too; by default that
+                of :meth:`instruction`, and none if it is empty.
 
         Returns:
             Hits, best first; for a list of queries, one such list per query. Its ``warnings`` name
@@ -288,14 +303,35 @@ class Index:
             if isinstance(rerank, str)
             else list(rerank)
         )
-        vectors: NDArray[np.float32] = self.model.encode_query(queries, show_progress_bar=False)
+        instructions = [
+            self.instruction(value) if instruction is None else instruction for value in queries
+        ]
+        inputs = list(map(with_instruction, queries, instructions))
+        vectors: NDArray[np.float32] = self.model.encode_query(inputs, show_progress_bar=False)
         hits = [
             self._live.read(
                 partial(self._search, value, vector, top, condition, stages, exact, probes)
             )
-            for value, vector in zip(queries, vectors, strict=True)
+            for value, vector in zip(inputs, vectors, strict=True)
         ]
+        for query_hits, text in zip(hits, instructions, strict=True):
+            query_hits.instruction = text.strip()
         return hits if isinstance(query, list) else hits[0]
+
+    def instruction(self, query: Query) -> str:
+        """The instruction that a search puts before a query, by what most documents are."""
+        return choose(instruction_table(self.settings.instructions), query, self._kind())
+
+    def _kind(self) -> DocumentKind:
+        def count(table: Any) -> DocumentKind:
+            pictures = table.count_rows("path IS NOT NULL OR image IS NOT NULL")
+            return "image" if 2 * pictures > table.count_rows() else "text"
+
+        table = self._live.read(lambda: self.table)
+        version = int(table.version)
+        if self._kind_of_version is None or self._kind_of_version[0] != version:
+            self._kind_of_version = version, self._live.read(lambda: count(self.table))
+        return self._kind_of_version[1]
 
     def _search(
         self,

@@ -25,12 +25,14 @@ class ReMatchRetriever(BaseRetriever):
         top: Number of documents to return.
         filter: Condition on the metadata, as for :meth:`rematch.Index.search`.
         rerank: Stages that rerank the nearest documents, such as ``"feat:100,raw:10"``.
+        instruction: Instruction before each query; by default the index chooses it.
     """
 
     index: Any  # pydantic cannot validate an Index
     top: int = 10
     filter: str | InstanceOf[RawSQL] = ""
     rerank: str = ""
+    instruction: str | None = None
 
     @classmethod
     def open(cls, uri: str, **settings: Any) -> "ReMatchRetriever":
@@ -40,7 +42,13 @@ class ReMatchRetriever(BaseRetriever):
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun
     ) -> list[Document]:
-        hits = self.index.search(query, self.top, filter=self.filter, rerank=self.rerank)
+        hits = self.index.search(
+            query,
+            self.top,
+            filter=self.filter,
+            rerank=self.rerank,
+            instruction=self.instruction,
+        )
         return [
             Document(
                 id=hit.id,

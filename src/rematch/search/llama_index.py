@@ -23,6 +23,7 @@ class ReMatchRetriever(BaseRetriever):  # type: ignore[misc]
         top: Number of documents to return.
         filter: Condition on the metadata, as for :meth:`rematch.Index.search`.
         rerank: Stages that rerank the nearest documents, such as ``"feat:100,raw:10"``.
+        instruction: Instruction before each query; by default the index chooses it.
     """
 
     def __init__(
@@ -31,9 +32,11 @@ class ReMatchRetriever(BaseRetriever):  # type: ignore[misc]
         top: int = 10,
         filter: str | RawSQL = "",
         rerank: str = "",
+        instruction: str | None = None,
     ) -> None:
         self.index = Index.open(index) if isinstance(index, str) else index
         self.top, self.filter, self.rerank = top, filter, rerank
+        self.instruction = instruction
         super().__init__()
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
@@ -41,7 +44,14 @@ class ReMatchRetriever(BaseRetriever):  # type: ignore[misc]
         if query_bundle.image_path:
             query["image"] = query_bundle.image_path
         nodes = []
-        for hit in self.index.search(query, self.top, filter=self.filter, rerank=self.rerank):
+        hits = self.index.search(
+            query,
+            self.top,
+            filter=self.filter,
+            rerank=self.rerank,
+            instruction=self.instruction,
+        )
+        for hit in hits:
             fields = {
                 "id_": hit.id,
                 "text": hit.text,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ class IndexSettings:
         tokens: K, the number of token vectors per document; 0 if they are not stored.
         document_instructions: Whether documents were encoded with their instructions.
         corpus: Name of the corpus.
+        instructions: Query instructions by kind (:mod:`rematch.data.instructions`); those that
+            are missing, as in an index of an earlier version, are the default ones.
     """
 
     model: str
@@ -32,6 +34,7 @@ class IndexSettings:
     tokens: int
     document_instructions: bool
     corpus: str
+    instructions: dict[str, str] = field(default_factory=dict)
 
 
 def table_schema(settings: IndexSettings, width: int) -> pa.Schema:
