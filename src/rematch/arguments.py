@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 from rematch.errors import shortened
 
 _LONGEST_PATH, _LONGEST_NAME = 4095, 255  # bytes, on Linux
+_MAY_BE_EMPTY = frozenset({"instruction"})  # to leave out what is there by default
 # texts that may name a file or folder of this machine, or something elsewhere
 _PLACES = frozenset({"model", "corpus", "output", "benchmark", "index", "target"})
 
@@ -28,7 +29,7 @@ class Command(TyperCommand):
                 complaint = ""
                 if isinstance(value, str):
                     kind = kinds.get(parameter.name, str)
-                    may_be_empty = parameter.default == ""
+                    may_be_empty = parameter.default == "" or parameter.name in _MAY_BE_EMPTY
                     complaint = _complaint(parameter.name, kind, may_be_empty, value)
                 if complaint:
                     raise typer.BadParameter(complaint, ctx=ctx, param=parameter)

@@ -339,6 +339,10 @@ def index(
             "hnsw."
         ),
     ] = "auto",
+    instructions: Annotated[
+        Path | None,
+        typer.Option(help="JSON file of query instructions by kind, in place of the model's."),
+    ] = None,
     add: Annotated[
         bool, typer.Option(help="Keep documents in the index that are not in CORPUS.")
     ] = False,
@@ -373,6 +377,7 @@ def index(
             tokens=tokens,
             dimensions=dimensions,
             ann=ann,
+            instructions=instructions,
             add=add,
             max_failures=max_failures,
             engine=engine,
@@ -394,6 +399,12 @@ def search(
         typer.Option(help="""Condition on metadata, such as "year > 2000 AND place = 'Rome'"."""),
     ] = "",
     rerank: Annotated[str, typer.Option(help="Stages such as maxsim:200,feat:100,raw:10.")] = "",
+    instruction: Annotated[
+        str | None,
+        typer.Option(
+            help='Text before the query, in place of the one that the index chooses; "" for none.'
+        ),
+    ] = None,
     exact: Annotated[
         bool, typer.Option(help="Scan all vectors even if there is an approximate index.")
     ] = False,
@@ -415,6 +426,7 @@ def search(
             top=top,
             filter=filter,
             rerank=rerank,
+            instruction=instruction,
             exact=exact,
             model=model,
             as_json=as_json,

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from rematch.console import say
 from rematch.data.corpus import Corpus, open_corpus
+from rematch.data.instructions import read_table
 from rematch.encoding.encoder import Encoder
 from rematch.errors import DataError, RematchError
 from rematch.model import ReMatch
@@ -45,6 +46,7 @@ class IndexOptions:
     tokens: bool = False
     dimensions: int = 0
     ann: str = "auto"
+    instructions: Path | None = None
     add: bool = False
     max_failures: float = 0.2
     engine: str = "local"
@@ -63,6 +65,7 @@ class SearchOptions:
     top: int = 10
     filter: str = ""
     rerank: str = ""
+    instruction: str | None = None
     exact: bool = False
     model: str | None = None
     as_json: bool = False
@@ -114,6 +117,7 @@ def run_index(options: IndexOptions) -> Report:
 def _open_or_create(
     options: IndexOptions, corpus: Corpus, model: ReMatch, is_update: bool
 ) -> Index:
+    instructions = read_table(options.instructions) if options.instructions else {}
     if not is_update:
         is_directory = Path(options.model).is_dir()
         return Index.create(
@@ -123,9 +127,15 @@ def _open_or_create(
             corpus=corpus.name,
             dimensions=options.dimensions,
             tokens=options.tokens,
+            instructions=instructions,
         )
     index = Index.open(options.output, model)
     settings = index.settings
+    if instructions and not instructions.items() <= settings.instructions.items():
+        raise DataError(
+            f"{options.output}: was made with other query instructions. Leave out --instructions, "
+            "search with --instruction, or make another index, with another --output."
+        )
     if options.tokens and not settings.tokens:
         raise DataError(
             f"{options.output}: was made without --tokens. Make another index, with another "
@@ -183,7 +193,12 @@ def run_search(options: SearchOptions) -> None:
         if not len(index):
             raise DataError(f"{options.index}: the index is empty. Run `rematch index` first.")
         hits = index.search(
-            query, options.top, filter=options.filter, rerank=options.rerank, exact=options.exact
+            query,
+            options.top,
+            filter=options.filter,
+            rerank=options.rerank,
+            instruction=options.instruction,
+            exact=options.exact,
         )
     for warning in hits.warnings:
         say(warning)
@@ -192,6 +207,8 @@ def run_search(options: SearchOptions) -> None:
             sys.stdout.write(json.dumps(asdict(hit), ensure_ascii=False) + "\n")
         return
     Console().print(_table(hits, index.metadata_columns))
+    if hits.instruction:
+        Console().print(f"[dim]Query instruction: {escape(hits.instruction)}", highlight=False)
     if not hits:
         Console().print("No document meets the condition." if options.filter else "No documents.")
     if index.settings.model == "rematch-tiny":

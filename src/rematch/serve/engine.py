@@ -21,6 +21,7 @@ from PIL import Image
 
 from rematch.data.corpus import Document
 from rematch.data.images import EncodedPicture, data_url, load_image
+from rematch.data.instructions import with_instruction
 from rematch.encoding.encoder import Encoder
 from rematch.errors import ImageError, RematchError
 from rematch.interpretability import attention_maps, overlay
@@ -148,6 +149,13 @@ class Engine:
                 tokens += query + count
         return tokens
 
+    def instruct(self, query: Input, instruction: str | None) -> tuple[list[Input], str]:
+        """A query with an instruction, by default that of the index, and the instruction."""
+        assert self.index is not None
+        with _index_errors():
+            text = self.index.instruction(query) if instruction is None else instruction
+        return [with_instruction(query, text)], text.strip()
+
     def _mean_document_tokens(self) -> int:
         """Mean length of a document of the index, measured once a minute."""
         mean, measured = self._mean_tokens
@@ -188,17 +196,16 @@ class Engine:
     def search(
         self, queries: Sequence[Input], *, top: int, filter: str, rerank: Sequence[Stage]
     ) -> list[Hits]:
-        """The hits of each query; options as for
-        :meth:`~rematch.search.index.Index.search`.
+        """The hits of each query, which :meth:`instruct` has given its instruction; options as
+        for :meth:`~rematch.search.index.Index.search`.
         """
         assert self.index is not None
         hits: list[Hits] = []
         with _index_errors():
-            for start in range(
-                0, len(queries), _QUERIES
-            ):  # a pass, and scans, which take time too
+            # a pass, and scans, which take time too
+            for start in range(0, len(queries), _QUERIES):
                 chunk = list(queries[start : start + _QUERIES])
-                hits += self.index.search(chunk, top, filter=filter, rerank=rerank)
+                hits += self.index.search(chunk, top, filter=filter, rerank=rerank, instruction="")
         return hits
 
     def attention_maps(

@@ -154,6 +154,12 @@ class SearchRequest(_Request):
         description="a condition on the metadata, such as year > 2000 AND place = 'Rome'",
     )
     rerank: str = Field("", max_length=100, description="stages such as feat:100,raw:10")
+    instruction: str | None = Field(
+        None,
+        max_length=2000,
+        description="text before the query, in place of the one that the index chooses; empty "
+        "for none",
+    )
 
 
 class SearchHit(BaseModel):
@@ -173,6 +179,7 @@ class SearchResponse(BaseModel):
 
     hits: list[SearchHit]
     warnings: list[str] = Field([], description="documents that could not be reranked, and why")
+    instruction: str = Field("", description="the text that was put before the query")
     milliseconds: float
 
 

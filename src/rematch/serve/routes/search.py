@@ -34,6 +34,9 @@ async def search(
     query = Multimodal(text=body.text, image=body.image)
     stages = engine.stages(body.rerank, service.most_rerank)
     inputs = await service.prepare(request, multimodal_inputs, [query], service.limits)
+    inputs, instruction = await service.in_thread(
+        request, engine.instruct, inputs[0], body.instruction
+    )
     lengths = await service.prepare(request, engine.measure, inputs)
     tokens = await service.prepare(request, engine.search_tokens, lengths[0], stages)
     key = ("search", body.top, body.filter, stages)
@@ -55,6 +58,7 @@ async def search(
             for hit in hits
         ],
         warnings=hits.warnings,
+        instruction=instruction,
         milliseconds=round(1000 * (time.perf_counter() - started), 1),
     )
 
