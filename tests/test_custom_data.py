@@ -4,7 +4,7 @@ import pytest
 from shared_benchmarks import custom_data
 
 from rematch.data.custom import load_custom
-from rematch.data.instructions import instruct, instruction_table
+from rematch.data.instructions import instruct, instruction_table, read_table
 from rematch.errors import DataError
 
 
@@ -64,3 +64,18 @@ def test_queries_without_an_instruction_get_one_by_kind(tmp_path):
     shop_with_instruction, _ = load_custom(tmp_path / "shop.yaml")
     instruct(shop_with_instruction, instruction_table({}))
     assert shop_with_instruction.queries[0].as_input() == {"text": "Find me: a red square"}
+
+
+def test_errors_in_a_table_of_instructions(tmp_path):
+    path = tmp_path / "table.json"
+    for content, message in (
+        ("", "cannot be read as JSON"),
+        ("[1]", "holds a list"),
+        ('{"text": "a"}', "'text' is not the name of an instruction"),
+        ('{"text-image": 1}', "is not text"),
+    ):
+        path.write_text(content)
+        with pytest.raises(DataError, match=message):
+            read_table(path)
+    path.write_text('{"text-image": "Find: "}')
+    assert read_table(path) == {"text-image": "Find: "}

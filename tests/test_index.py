@@ -1,5 +1,7 @@
 """An index: whose model it belongs to, exact and approximate search, filters, versions."""
 
+import json
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,10 +20,15 @@ from shared_search import (
 
 from rematch import ReMatch
 from rematch.data.corpus import open_corpus
+from rematch.data.instructions import instruction_table, with_instruction
+from rematch.encoding.encoder import Encoder
 from rematch.errors import DataError, ModelError, RematchError
+from rematch.prompts import QUERY_INSTRUCTIONS
 from rematch.search import index as index_module
 from rematch.search.approximate import EXACT_UP_TO
+from rematch.search.build import build
 from rematch.search.index import Index
+from rematch.search.schema import settings_of
 
 
 def test_another_models_index_is_refused(searcher, saved_model, photos, tmp_path, make_model):
@@ -86,7 +93,8 @@ def test_search_is_exact_for_text_pictures_and_both(searcher, library, tmp_path)
     path = save_picture(tmp_path / "q.png", 500)
     queries = ["number 3", path, {"text": "like this", "image": path}]
     for query, hits in zip(queries, library.search(queries, 7), strict=True):
-        cosines = vectors @ searcher.encode_query([query], show_progress_bar=False)[0]
+        instructed = with_instruction(query, library.instruction(query))
+        cosines = vectors @ searcher.encode_query([instructed], show_progress_bar=False)[0]
         for results in (hits, library.search(query, 7)):  # with others, and alone
             assert len(results) == 7
             assert_best(
@@ -95,6 +103,55 @@ def test_search_is_exact_for_text_pictures_and_both(searcher, library, tmp_path)
     hit = library.search("number 3", 40)[0]
     assert hit.metadata.keys() == {"year"}
     assert hit.by == "cosine"
+
+
+def test_a_search_puts_an_instruction_before_the_query(searcher, library, tmp_path):
+    picture = tmp_path / "q.png"
+    save_picture(picture, 77)
+    queries = ["number 7", {"image": picture}, {"text": "brighter", "image": picture}]
+    texts = [
+        "Find me an everyday image that matches the given caption: number 7",
+        "Find a day-to-day image that looks similar to the provided image.",
+        "Given an image, find a similar everyday image with the described changes: brighter",
+    ]
+    plain = [{"text": texts[0]}, *({"text": text, "image": picture} for text in texts[1:])]
+    for rerank in ("", "raw:5"):
+        for hits, expected in zip(
+            library.search(queries, 5, rerank=rerank),
+            library.search(plain, 5, rerank=rerank, instruction=""),
+            strict=True,
+        ):
+            assert hits == expected
+            assert hits.instruction
+            assert not expected.instruction
+    assert library.search("number 7", instruction="Find:") == library.search(
+        "Find: number 7", instruction=""
+    )
+
+
+def test_the_model_and_the_corpus_replace_instructions(searcher, tmp_path):
+    save_picture(tmp_path / "pictures" / "a.png", 1)
+    (tmp_path / "texts.jsonl").write_text('{"text": "a dog"}\n')
+    table = {"text-image": "Find a photo: "}
+    index = Index.create(tmp_path / "i", searcher, name="model", instructions=table)
+    build(index, open_corpus(tmp_path / "pictures"), Encoder(searcher, workers=0))
+    assert index.instruction("a dog") == "Find a photo: "
+    assert Index.open(tmp_path / "i", searcher).instruction("a dog") == "Find a photo: "
+    searcher.prompts["text-text"] = "Find a word: "
+    try:
+        texts, _ = build_index(searcher, tmp_path / "texts.jsonl", tmp_path / "t")
+    finally:
+        del searcher.prompts["text-text"]
+    assert texts.instruction("a dog") == "Find a word: "
+    assert texts.instruction({"image": tmp_path}) == QUERY_INSTRUCTIONS["image-text"]
+
+
+def test_an_index_of_an_earlier_version_has_the_usual_instructions(searcher, library):
+    schema = library.table.schema
+    settings = json.loads(schema.metadata[b"rematch"])
+    del settings["instructions"]
+    old = settings_of(schema.with_metadata({b"rematch": json.dumps(settings)}), "old")
+    assert instruction_table(old.instructions) == QUERY_INSTRUCTIONS
 
 
 def test_filters_apply_before_the_search(library):

@@ -62,6 +62,9 @@ def test_search_prints_a_table_or_json(rematch, photos, index):
     code, out, _ = rematch("search", index, "--image", photos / "copy.png", "--top", 3)
     assert code == 0
     assert "copy.png" in out
+    assert "Query instruction: Find a day-to-day image" in " ".join(out.split())
+    _, out, _ = rematch(*text, "--instruction", "")
+    assert "Query instruction" not in out
     _, out, _ = rematch(*text, "--filter", "year > 3000")
     assert "No document meets the condition" in out
 
@@ -70,6 +73,8 @@ def test_mistakes_are_one_line(rematch, saved_model, photos, index, tmp_path):
     other, absent = tmp_path / "other", tmp_path / "j"
     save_picture(other / "o.png", 4)
     make, search = ("index", saved_model), ("search", index)
+    table = tmp_path / "table.json"
+    table.write_text('{"text-image": "Find: "}')
     for arguments, message in (
         ((*make, other, "--output", index), "To add"),
         ((*make, photos, "--output", index, "--tokens"), "made without --tokens"),
@@ -77,6 +82,8 @@ def test_mistakes_are_one_line(rematch, saved_model, photos, index, tmp_path):
         ((*make, photos, "--output", absent, "--ann", "fast"), "--ann fast is unknown"),
         ((*make, photos, "--output", absent, "--engine", "spark"), "--engine spark is unknown"),
         ((*make, tmp_path / "nope", "--output", absent), "no such folder or file"),
+        ((*make, photos, "--output", index, "--instructions", table), "other query instructions"),
+        ((*make, photos, "--output", absent, "--instructions", photos), "is a folder"),
         (search, "no query"),
         (("search", tmp_path / "nope", "--text", "a"), "no index there. Make one with"),
         ((*search, "--text", "a", "--model", "rematch-tiny"), "made by another model"),

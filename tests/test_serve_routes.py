@@ -120,6 +120,12 @@ def test_search_is_that_of_the_index(client, engine):
         (h.id, h.by, h.nearest) for h in expected
     ]
     assert hits[0]["has_picture"]
+    plain = client.post("/v1/search", json={"text": "a", "instruction": ""}).json()
+    assert plain["instruction"] == ""
+    instructed = client.post("/v1/search", json={"text": "a", "instruction": "Find: "}).json()
+    assert instructed["instruction"] == "Find:"
+    expected = engine.index.search("Find: a", instruction="")
+    assert [h["score"] for h in instructed["hits"]] == pytest.approx([h.score for h in expected])
     filtered = {"text": "a card", "filter": "year = 2003"}
     hits = client.post("/v1/search", json=filtered).json()["hits"]
     assert [(h["id"], h["metadata"]) for h in hits] == [("white.png", {"year": 2003.0})]

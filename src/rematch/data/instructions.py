@@ -9,7 +9,6 @@ The table is :data:`rematch.prompts.QUERY_INSTRUCTIONS`, in which the model's ``
 replace entries.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Literal
 from rematch.data.images import EXTENSIONS
 from rematch.data.schema import RetrievalTask
 from rematch.errors import DataError
+from rematch.files import read_json
 from rematch.prompts import QUERY_INSTRUCTIONS
 
 DocumentKind = Literal["image", "page", "video", "text"]
@@ -66,14 +66,7 @@ def read_table(path: Path) -> dict[str, str]:
         DataError: If the file is not an object of instructions by known names.
     """
     names = ", ".join(QUERY_INSTRUCTIONS)
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from None
-    except (ValueError, RecursionError):
-        raise DataError(
-            f"{path}: not valid JSON. Write an object with instructions by name: {names}."
-        ) from None
+    table = read_json(path)
     if not isinstance(table, dict):
         raise DataError(
             f"{path}: holds a {type(table).__name__}. Write an object with instructions by name: "

@@ -31,6 +31,12 @@ class UnreadableIndexError(StorageError):
     """The index is there no more, or its files cannot be read."""
 
 
+class MissingIndexError(UnreadableIndexError):
+    """There is no index; probably another place was meant."""
+
+    exit_status = 2
+
+
 def exists(uri: str | Path) -> bool:
     """Whether there is an index at this directory or URI."""
     if is_local(str(uri)):
@@ -181,7 +187,7 @@ class LiveTable:
     def _open(self) -> Any:
         # connecting would make the directory, into which a restored index could not be moved
         if is_local(self.uri) and not exists(self.uri):
-            raise UnreadableIndexError(
+            raise MissingIndexError(
                 f"{self.uri}: no index there. Make one with `rematch index MODEL CORPUS --output "
                 f"{self.uri}`."
             )
