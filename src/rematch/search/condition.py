@@ -3,24 +3,26 @@
 LanceDB never reads what a user typed. Its parser can overflow the stack, and its functions can
 take all memory. The grammar::
 
-    condition = conjunction {OR conjunction}
+    condition   = conjunction {OR conjunction}
     conjunction = {NOT} part {AND {NOT} part}
-    part      = "(" condition ")" | column | operand comparison
-              | operand [NOT] BETWEEN operand AND operand
-              | column [NOT] IN "(" literal {"," literal} ")"
-              | column [NOT] LIKE text | column IS [NOT] NULL
-    comparison = ("=" | "!=" | "<>" | "<" | "<=" | ">" | ">=") operand
-    operand   = column | literal
-    literal   = text in single quotes | number | TRUE | FALSE
+    part        = "(" condition ")" | column
+                | operand ("=" | "!=" | "<>" | "<" | "<=" | ">" | ">=") operand
+                | operand [NOT] BETWEEN operand AND operand
+                | column [NOT] IN "(" literal {"," literal} ")"
+                | column [NOT] LIKE text
+                | column IS [NOT] NULL
+    operand     = column | literal
+    literal     = text in single quotes | number | TRUE | FALSE
 
 A column is a plain word in any case, or its exact name in backticks or double quotes. A column of
 booleans is a condition by itself. In a pattern of LIKE, ``%`` is any text, ``_`` any character,
 and a backslash takes either literally. NULL is as in SQL: a comparison with it is neither true nor
 false.
 
-A parsed condition is in a normal form. NOT stands only before a comparison, because LanceDB takes
-time exponential in nested NOT, and AND and OR alternate. NOT IN stands beside IS NOT NULL, because
-LanceDB takes ``x NOT IN (1) OR x NOT IN (2)`` for true if x is NULL.
+A parsed condition is in a normal form. AND and OR alternate. NOT stands only before a comparison,
+because LanceDB's parser refuses 24 nested NOT and takes exponential time for more. NOT IN stands
+beside IS NOT NULL, because LanceDB takes ``x NOT IN (1, 2) OR x NOT IN (3, 4)`` for true if x is
+NULL.
 """
 
 import math
@@ -335,11 +337,10 @@ class _Parser:
         self.position += 1
         return token
 
-    def _accept(self, *texts: str) -> bool:
-        """Go on after these keywords or symbols, if they are what comes next."""
-        following = self.tokens[self.position : self.position + len(texts)]
-        accepted = [t.text for t in following if t.kind in ("keyword", "symbol")] == list(texts)
-        self.position += len(texts) * accepted
+    def _accept(self, text: str) -> bool:
+        """Go on after this keyword or symbol, if it comes next."""
+        accepted = self.token.kind in ("keyword", "symbol") and self.token.text == text
+        self.position += accepted
         return accepted
 
     def _expect(self, text: str, after: str) -> None:
