@@ -20,6 +20,7 @@ PACKAGE = Path(rematch.__file__).parent
 # Modules that those in VECTOR_MODULES import, but that no vector depends on.
 IRRELEVANT = {
     "errors": "messages",
+    "files": "how files are read and written",
     "console": "messages",
     "matching": "masks and positions of questions",
     "scoring": "scores from vectors and from the matching head",

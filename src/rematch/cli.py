@@ -232,7 +232,7 @@ def evaluate(
         bool, typer.Option(help="Leave out tasks whose data is missing or broken, with a warning.")
     ] = False,
     frames: Annotated[
-        int, typer.Option(min=1, help="Number of frames that stand for a video.")
+        int, typer.Option(min=1, max=64, help="Number of frames that stand for a video.")
     ] = 8,
     document_instructions: Annotated[
         bool | None,
@@ -480,7 +480,8 @@ def serve(
         bool, typer.Option(help="Compute calls that wait together, in batches.")
     ] = True,
     most_rerank: Annotated[
-        int, typer.Option(min=0, help="Documents that a stage of a search may rerank.")
+        int,
+        typer.Option(min=0, max=100_000, help="Documents that a stage of a search may rerank."),
     ] = 200,
 ) -> None:
     """Serve embeddings, reranking and search over HTTP, with a search page."""

@@ -133,6 +133,8 @@ class LiveTable:
         self._opening = Lock()
         self._failing_since: float | None = None
         self._connection: Any = None
+        if not exists(uri):
+            raise _missing(uri)
         self._table = self._open()
         self._opened = time.monotonic()
         if version is not None:
@@ -187,14 +189,17 @@ class LiveTable:
     def _open(self) -> Any:
         # connecting would make the directory, into which a restored index could not be moved
         if is_local(self.uri) and not exists(self.uri):
-            raise MissingIndexError(
-                f"{self.uri}: no index there. Make one with `rematch index MODEL CORPUS --output "
-                f"{self.uri}`."
-            )
+            raise _missing(self.uri)
         with reading(self.uri):
             if self._connection is None:
                 self._connection = lancedb.connect(self.uri)
             return self._connection.open_table(TABLE)
+
+
+def _missing(uri: str) -> MissingIndexError:
+    return MissingIndexError(
+        f"{uri}: no index there. Make one with `rematch index MODEL CORPUS --output {uri}`."
+    )
 
 
 @contextmanager

@@ -190,8 +190,8 @@ def count_values(body: bytes, limit: int) -> int:
         body: The JSON, or anything else.
         limit: From which number on the count need not be exact.
 
-    >>> count_values(rb'{"a,b": [1, "\\"[,", {}]}', 100)
-    6
+    >>> count_values(rb'{"a,b": [1, "\"[,", {}]}', 100)
+    7
     """
     if b"\\" in body:
         body = body.replace(rb"\\", b"").replace(rb"\"", b"")
