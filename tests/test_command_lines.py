@@ -141,7 +141,7 @@ def parameters(function) -> list[SimpleNamespace]:
                 flag=flag,
                 kind=next(k for k in (bool, int, float, Path, str, list[str]) if k in kinds),
                 details=details,
-                may_be_empty=parameter.default == "",
+                may_be_empty=parameter.default == "" or name == "instruction",
             )
         )
     return described

@@ -173,7 +173,9 @@ def test_fewer_dimensions_and_pictures_out_of_a_data_set(searcher, tmp_path):
     short = whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True)
     rows = contents(tmp_path / "i")
     assert np.allclose([row["vector"] for row in rows], short, atol=ROUNDING)
-    hits = index.search("one", 2, rerank="raw:2")  # the picture comes from the index
+    hits = index.search(
+        "one", 2, rerank="raw:2", instruction=""
+    )  # the picture comes from the index
     inputs = [d.load_input() for d in open_corpus(tmp_path / "c.parquet")]
     assert sorted(hit.score for hit in hits) == pytest.approx(
         sorted(searcher.match(["one"] * 2, inputs).tolist()), abs=ROUNDING
