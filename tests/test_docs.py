@@ -113,7 +113,8 @@ def test_the_search_page_from_top_to_bottom(tmp_path, monkeypatch, capfd):
             assert "blue-line.png" in capfd.readouterr().out
         elif language == "bash" and "norun" not in options:
             commands += run_commands(code, monkeypatch, capfd)
-    assert commands == ["index", "search", "index", "search", "search", "search", "index", "index"]
+    updated = ["index", "search", "index"]
+    assert commands == updated + ["search"] * 5 + ["index"] * 2
     by_ray, by_one_process = (
         sorted(Index.open(name).table.to_arrow()["id"].to_pylist())
         for name in ("spread.idx", "small.idx")

@@ -102,9 +102,9 @@ def with_instruction(query: Any, instruction: str) -> Any:
     >>> with_instruction("a dog", "")
     'a dog'
     """
-    if not instruction.strip():
-        return query
     text, image = _parts(query)
+    if not instruction.strip() or (image is None and not text.strip()):
+        return query
     separator = " " if text and not instruction[-1].isspace() else ""
     with_text = {"text": f"{instruction}{separator}{text}" if text else instruction.rstrip()}
     return with_text if image is None else with_text | {"image": image}

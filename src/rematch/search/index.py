@@ -323,14 +323,18 @@ class Index:
         return choose(instruction_table(self.settings.instructions), query, self._kind())
 
     def _kind(self) -> DocumentKind:
-        def count(table: Any) -> DocumentKind:
-            pictures = table.count_rows("path IS NOT NULL OR image IS NOT NULL")
-            return "image" if 2 * pictures > table.count_rows() else "text"
+        """What most documents are, counted once for each version of the index."""
 
-        table = self._live.read(lambda: self.table)
-        version = int(table.version)
-        if self._kind_of_version is None or self._kind_of_version[0] != version:
-            self._kind_of_version = version, self._live.read(lambda: count(self.table))
+        def count() -> tuple[int, DocumentKind]:
+            table, counted = self.table, self._kind_of_version
+            with reading(self.uri):
+                version = int(table.version)
+                if counted and counted[0] == version:
+                    return counted
+                pictures = table.count_rows("path IS NOT NULL OR image IS NOT NULL")
+                return version, "image" if 2 * pictures > table.count_rows() else "text"
+
+        self._kind_of_version = self._live.read(count)
         return self._kind_of_version[1]
 
     def _search(
