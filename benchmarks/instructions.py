@@ -10,13 +10,12 @@ caption searches for its picture. Picto's queries are those of the validation sp
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from rematch import ReMatch
 from rematch.data.corpus import Document, open_corpus
-from rematch.data.instructions import choose, instruction_table, with_instruction
+from rematch.data.instructions import instruct, instruction_table
 from rematch.data.picto_tasks import evaluation_tasks
 from rematch.data.schema import Item, RetrievalTask
 from rematch.encoding.encoder import Encoder
@@ -25,12 +24,7 @@ from rematch.evaluate.run import evaluate
 from rematch.files import write_json
 
 RESULTS = Path(__file__).parent / "results" / "instructions.json"
-TASKS = {
-    "Picto-T2I": "image",
-    "Picto-I2T": "text",
-    "Picto-Edit": "image",
-    "Picto-Style": "image",
-}
+TASKS = ("Picto-T2I", "Picto-I2T", "Picto-Edit", "Picto-Style")
 
 
 def stamps(folder: Path) -> RetrievalTask:
@@ -48,22 +42,13 @@ def stamps(folder: Path) -> RetrievalTask:
     )
 
 
-def arms(task: RetrievalTask, kind: Any, table: dict[str, str]) -> dict[str, RetrievalTask]:
+def arms(task: RetrievalTask, table: dict[str, str]) -> dict[str, RetrievalTask]:
     """The task with its own instructions (if it has them), with chosen ones, and with none."""
-
-    def chosen(query: Item) -> Item:
-        plain = replace(query, instruction="").as_input()
-        text = str(with_instruction(plain, choose(table, plain, kind))["text"])
-        return replace(query, instruction=text.removesuffix(query.text))
-
-    variants = {
-        "own": task.queries,
-        "chosen": [chosen(query) for query in task.queries],
-        "none": [replace(query, instruction="") for query in task.queries],
-    }
-    if not task.queries[0].instruction:
-        del variants["own"]
-    return {name: replace(task, queries=queries) for name, queries in variants.items()}
+    plain = [replace(query, instruction="") for query in task.queries]
+    chosen = replace(task, queries=list(plain), chooses_instructions=True)
+    instruct(chosen, table)
+    variants = {"chosen": chosen, "none": replace(task, queries=plain)}
+    return {"own": task} | variants if task.queries[0].instruction else variants
 
 
 def main() -> None:
@@ -79,15 +64,15 @@ def main() -> None:
     encoder = Encoder(model)
     table = instruction_table(model.prompts)
     tasks = [
-        (task, TASKS[task.name])
+        task
         for task in evaluation_tasks(split="validation", unseen_style=False, queries=args.queries)
         if task.name in TASKS
     ]
     if args.stamps:
-        tasks.append((stamps(args.stamps), "image"))
+        tasks.append(stamps(args.stamps))
     rows = {}
-    for task, kind in tasks:
-        variants = arms(task, kind, table)
+    for task in tasks:
+        variants = arms(task, table)
         results = dict(zip(variants, evaluate(encoder, list(variants.values()))[0], strict=True))
         interval = paired_interval([results["chosen"].hits[None]], [results["none"].hits[None]])
         rows[task.name] = {

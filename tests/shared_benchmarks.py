@@ -338,8 +338,8 @@ def video_tree(root):
             frame_folder(frames / folder / name, 12, 60 * i)
     rows = [{"video_id": v, "pos_text": text} for v, text in zip(names, "abb", strict=True)]
     write_jsonl(tasks / "HMDB51/test.jsonl", rows)
-    own = [row | {"neg_text": ["a", "b", "c", "d"]} for row in rows]
-    write_jsonl(tasks / "SmthSmthV2/test.jsonl", own)
+    with_candidates = [row | {"neg_text": ["a", "b", "c", "d"]} for row in rows]
+    write_jsonl(tasks / "SmthSmthV2/test.jsonl", with_candidates)
     rows = [
         {"video_id": v, "video": f"{v}.avi", "caption": [f"caption of {v}", "another one"]}
         for v in names

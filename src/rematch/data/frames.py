@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from secrets import token_hex
 from typing import TypeVar
 
 from PIL import Image
@@ -69,23 +70,25 @@ def extract_frames(video: Path, folder: Path, kept: int = KEPT) -> list[Path]:
         DataError: If PyAV is not installed, the video cannot be decoded, or the folder cannot be
             written.
     """
-    partial = folder.with_name(f"{folder.name}{_PARTIAL}{os.getpid()}")
+    # a new folder for each process, so that what is removed is never anybody else's
+    partial = folder.with_name(f"{folder.name}{_PARTIAL}{token_hex(8)}")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        for number, frame in _decode(video, kept):
-            frame.save(partial / f"{number:06}.jpg", quality=95)
+        partial.mkdir(parents=True)
         try:
-            os.replace(partial, folder)
-        except OSError:
-            if not frames_in(folder):  # otherwise another process was faster
-                raise
+            for number, frame in _decode(video, kept):
+                frame.save(partial / f"{number:06}.jpg", quality=95)
+            try:
+                os.replace(partial, folder)
+            except OSError:
+                if not frames_in(folder):  # otherwise another process was faster
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise DataError(
             f"{folder}: frames of {video.name} cannot be written ({error.strerror or error}). "
             "Make the folder writable, or put the frames there."
         ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return frames_in(folder)
 
 

@@ -27,7 +27,7 @@ from rematch.model import ReMatch
 from rematch.search.approximate import check_kind
 from rematch.search.build import Report, build
 from rematch.search.index import Hit, Index
-from rematch.search.storage import exists, reading
+from rematch.search.storage import exists
 
 _FAILURES_PRINTED = 5
 _SCORE_NAMES = {"cosine": "cosine", "maxsim": "MaxSim"}
@@ -189,17 +189,16 @@ def run_search(options: SearchOptions) -> None:
     if options.image:
         query["image"] = options.image
     index = Index.open(options.index, options.model)
-    with reading(options.index):
-        if not len(index):
-            raise DataError(f"{options.index}: the index is empty. Run `rematch index` first.")
-        hits = index.search(
-            query,
-            options.top,
-            filter=options.filter,
-            rerank=options.rerank,
-            instruction=options.instruction,
-            exact=options.exact,
-        )
+    if not len(index):
+        raise DataError(f"{options.index}: the index is empty. Run `rematch index` first.")
+    hits = index.search(
+        query,
+        options.top,
+        filter=options.filter,
+        rerank=options.rerank,
+        instruction=options.instruction,
+        exact=options.exact,
+    )
     for warning in hits.warnings:
         say(warning)
     if options.as_json:

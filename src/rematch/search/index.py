@@ -226,7 +226,12 @@ class Index:
             )
 
     def __len__(self) -> int:
-        return int(self._live.read(lambda: self.table).count_rows())
+        def count() -> int:
+            table = self.table
+            with reading(self.uri):
+                return int(table.count_rows())
+
+        return self._live.read(count)
 
     @property
     def metadata_columns(self) -> list[str]:
