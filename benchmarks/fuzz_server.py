@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -107,11 +108,13 @@ def main() -> None:
     parser.add_argument("--model", default="rematch-tiny")
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clients", type=int, default=4, help="requests at a time")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     outcomes: Counter[str] = Counter()
     failures: list[int] = []
     slowest = 0.0
+    tenth = max(1, args.requests // 10)
     with (
         tempfile.TemporaryDirectory() as folder,
         server(make_index(args.model, Path(folder))) as (host, port, process),
@@ -125,20 +128,26 @@ def main() -> None:
         for i in range(200):  # what is loaded and allocated once
             outcome((host, port), -1 - i)
         memory = [megabytes(process)]
-        for i in range(args.requests):
+
+        def send(number: int) -> tuple[str, float]:
             start = time.perf_counter()
             try:
-                result = outcome((host, port), args.seed * 1_000_003 + i)
+                result = outcome((host, port), args.seed * 1_000_003 + number)
             except (OSError, http.client.HTTPException) as error:
                 result = type(error).__name__
-            seconds = time.perf_counter() - start
-            slowest = max(slowest, seconds)
-            outcomes[result] += 1
-            if result == "500" or seconds > SECONDS:
-                failures.append(i)
-            if (i + 1) % max(1, args.requests // 10) == 0:
+            return result, time.perf_counter() - start
+
+        with ThreadPoolExecutor(args.clients) as clients:
+            for first in range(0, args.requests, tenth):
+                numbers = range(first, min(first + tenth, args.requests))
+                for i, (result, seconds) in zip(numbers, clients.map(send, numbers), strict=True):
+                    slowest = max(slowest, seconds)
+                    outcomes[result] += 1
+                    if result == "500" or seconds > SECONDS:
+                        failures.append(i)
                 memory.append(megabytes(process))
-                print(f"{i + 1:,} requests, {memory[-1]:.1f} MB, {dict(outcomes)}", flush=True)
+                sent = numbers.stop
+                print(f"{sent:,} requests, {memory[-1]:.1f} MB, {dict(outcomes)}", flush=True)
         connection = http.client.HTTPConnection(host, port, timeout=SECONDS)
         connection.request("GET", "/health")
         healthy = connection.getresponse().status == 200
@@ -147,6 +156,7 @@ def main() -> None:
     if args.output:
         content = {
             "requests": args.requests,
+            "clients": args.clients,
             "outcomes": dict(outcomes.most_common()),
             "memory_mb": memory,
             "slowest_seconds": round(slowest, 2),
