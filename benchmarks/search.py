@@ -136,10 +136,10 @@ def on_picto(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
             index = Index.create(folder / "index", model, name=args.model, tokens=True)
             build(index, corpus, Encoder(model))
             for order, stages in ORDERS.items():
-                index.search(queries[0], 1, rerank=stages, instruction="")
+                index.search(queries[0], 1, rerank=stages, instruction="", mode="vector")
                 start = time.perf_counter()
                 best = [
-                    index.search(query, 1, rerank=stages, instruction="")[0].id
+                    index.search(query, 1, rerank=stages, instruction="", mode="vector")[0].id
                     for query in queries
                 ]
                 seconds[order] += time.perf_counter() - start
@@ -147,7 +147,10 @@ def on_picto(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
             for size in SMALLER:
                 index = Index.create(folder / str(size), model, name=args.model, dimensions=size)
                 build(index, corpus, Encoder(model))
-                best = [results[0].id for results in index.search(queries, 1, instruction="")]
+                best = [
+                    results[0].id
+                    for results in index.search(queries, 1, instruction="", mode="vector")
+                ]
                 truncated[size].append(percent_equal(best, answers))
     table = Table(
         "order", *(name.removeprefix("Picto-") for name in KINDS), "mean", "ms per query"

@@ -18,9 +18,11 @@ def settings(dimensions: int) -> IndexSettings:
 @pytest.mark.parametrize("view", ["raw-raw", "feat-feat", "raw-feat"])
 def test_reranking_is_match_of_each_pair(searcher, library, view):
     inputs = library_inputs(library)
-    nearest = [int(hit.id[1:]) for hit in library.search("number 3", 12, instruction="")]
+    nearest = [
+        int(hit.id[1:]) for hit in library.search("number 3", 12, instruction="", mode="vector")
+    ]
     p_yes = {f"d{i}": searcher.match(["number 3"], [inputs[i]], view)[0] for i in nearest[:10]}
-    hits = library.search("number 3", 12, rerank=f"{view}:10", instruction="")
+    hits = library.search("number 3", 12, rerank=f"{view}:10", instruction="", mode="vector")
     assert_best(scores_of(hits[:10]), p_yes, ROUNDING)
     assert [hit.id for hit in hits[10:]] == [f"d{i}" for i in nearest[10:]], (
         "the others keep their places"
@@ -33,15 +35,19 @@ def test_the_cascade_goes_from_stage_to_stage(searcher, library):
         library_inputs(library), multi_vector=True, show_progress_bar=False
     )
     query = searcher.encode_query(["number 3"], multi_vector=True, show_progress_bar=False)[0]
-    nearest = np.array([int(hit.id[1:]) for hit in library.search("number 3", 20, instruction="")])
+    nearest = np.array(
+        [int(hit.id[1:]) for hit in library.search("number 3", 20, instruction="", mode="vector")]
+    )
     by_tokens = nearest[np.argsort(-maxsim(query, tokens[nearest]), kind="stable")]
-    hits = library.search("number 3", 20, rerank="maxsim:20", instruction="")
+    hits = library.search("number 3", 20, rerank="maxsim:20", instruction="", mode="vector")
     # stored in float16: a component is off by at most 2**-12, a cosine by the length of such a
     # vector, 2**-12 * sqrt(32) = 1.4e-3
     assert [hit.score for hit in hits] == pytest.approx(
         maxsim(query, tokens[by_tokens]).tolist(), abs=2e-3
     )
-    staged = library.search("number 3", 20, rerank="maxsim:20,feat:10,raw:3", instruction="")
+    staged = library.search(
+        "number 3", 20, rerank="maxsim:20,feat:10,raw:3", instruction="", mode="vector"
+    )
     assert [hit.by for hit in staged] == ["raw-raw"] * 3 + ["feat-feat"] * 7 + ["maxsim"] * 10
     assert {hit.id for hit in staged[:10]} == {hit.id for hit in hits[:10]}
     assert [hit.id for hit in staged[10:]] == [hit.id for hit in hits[10:]]

@@ -76,8 +76,8 @@ def test_a_models_truncate_dim_is_the_indexs_width(searcher, saved_model, photos
     index, _ = build_index(short, photos, tmp_path / "short", tokens=True)
     same, _ = build_index(searcher, photos, tmp_path / "same", tokens=True, dimensions=8)
     assert index.settings.dimensions == 8
-    assert scores_of(index.search("a", 9)) == pytest.approx(
-        scores_of(same.search("a", 9)), abs=ROUNDING
+    assert scores_of(index.search("a", 9, mode="vector")) == pytest.approx(
+        scores_of(same.search("a", 9, mode="vector")), abs=ROUNDING
     )
     tokens = [scores_of(i.search("a", 9, rerank="maxsim:9")) for i in (index, same)]
     assert tokens[0] == pytest.approx(tokens[1], abs=1e-3)
@@ -92,15 +92,15 @@ def test_search_is_exact_for_text_pictures_and_both(searcher, library, tmp_path)
     vectors = searcher.encode_document(library_inputs(library), show_progress_bar=False)
     path = save_picture(tmp_path / "q.png", 500)
     queries = ["number 3", path, {"text": "like this", "image": path}]
-    for query, hits in zip(queries, library.search(queries, 7), strict=True):
+    for query, hits in zip(queries, library.search(queries, 7, mode="vector"), strict=True):
         instructed = with_instruction(query, library.instruction(query))
         cosines = vectors @ searcher.encode_query([instructed], show_progress_bar=False)[0]
-        for results in (hits, library.search(query, 7)):  # with others, and alone
+        for results in (hits, library.search(query, 7, mode="vector")):  # with others, and alone
             assert len(results) == 7
             assert_best(
                 scores_of(results), {f"d{i}": cosine for i, cosine in enumerate(cosines)}, ROUNDING
             )
-    hit = library.search("number 3", 40)[0]
+    hit = library.search("number 3", 40, mode="vector")[0]
     assert hit.metadata.keys() == {"year"}
     assert hit.by == "cosine"
 
@@ -117,8 +117,8 @@ def test_a_search_puts_an_instruction_before_the_query(searcher, library, tmp_pa
     plain = [{"text": texts[0]}, *({"text": text, "image": picture} for text in texts[1:])]
     for rerank in ("", "raw:5"):
         for hits, expected in zip(
-            library.search(queries, 5, rerank=rerank),
-            library.search(plain, 5, rerank=rerank, instruction=""),
+            library.search(queries, 5, rerank=rerank, mode="vector"),
+            library.search(plain, 5, rerank=rerank, instruction="", mode="vector"),
             strict=True,
         ):
             assert hits == expected

@@ -131,7 +131,7 @@ def test_reranking_says_what_it_moved(page, served):
         "() => document.getElementById('status').textContent.includes('reranking')"
     )
     hits = engine.index.search("a brown card", 12, rerank="raw:12")
-    moved = sum(hit.nearest != place for place, hit in enumerate(hits, 1))
+    moved = sum(hit.first_rank != place for place, hit in enumerate(hits, 1))
     assert f"reranking moved {moved} of them" in page.inner_text("#status")
     assert results(page) == [hit.text for hit in hits]
     assert len(page.query_selector_all(".moved")) == moved > 0

@@ -116,8 +116,8 @@ def test_search_is_that_of_the_index(client, engine):
     expected = engine.index.search(
         {"text": "a red card", "image": NOISE}, 4, rerank="feat:4,raw:2"
     )
-    assert [(h["id"], h["by"], h["nearest"]) for h in hits] == [
-        (h.id, h.by, h.nearest) for h in expected
+    assert [(h["id"], h["by"], h["first_rank"]) for h in hits] == [
+        (h.id, h.by, h.first_rank) for h in expected
     ]
     assert hits[0]["has_picture"]
     plain = client.post("/v1/search", json={"text": "a", "instruction": ""}).json()

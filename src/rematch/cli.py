@@ -405,6 +405,13 @@ def search(
             help='Text before the query, in place of the one that the index chooses; "" for none.'
         ),
     ] = None,
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="What is compared: vector, text (words) or hybrid (both); auto is hybrid for a "
+            "query of text if documents have words, otherwise vector."
+        ),
+    ] = "auto",
     exact: Annotated[
         bool, typer.Option(help="Scan all vectors even if there is an approximate index.")
     ] = False,
@@ -427,6 +434,7 @@ def search(
             filter=filter,
             rerank=rerank,
             instruction=instruction,
+            mode=mode,
             exact=exact,
             model=model,
             as_json=as_json,

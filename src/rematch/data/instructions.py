@@ -92,6 +92,15 @@ def query_kind(query: Any) -> str:
     return "text+image" if text else "image"
 
 
+def query_text(query: Any) -> str:
+    """The text of a query, empty if it has none.
+
+    >>> query_text("a dog"), query_text("dog.jpg"), query_text({"text": "red", "image": "dog.jpg"})
+    ('a dog', '', 'red')
+    """
+    return _parts(query)[0]
+
+
 def with_instruction(query: Any, instruction: str) -> Any:
     """The query with an instruction before its text.
 

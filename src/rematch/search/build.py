@@ -7,7 +7,8 @@
 3. The rest goes to :meth:`rematch.encoding.encoder.Encoder.stream` in batches of similar length.
 4. Rows are written every :data:`FLUSH_SECONDS`, in one commit. A run that was killed resumes after
    its last commit.
-5. Documents that are no longer in the corpus are deleted at the end.
+5. Documents that are no longer in the corpus are deleted at the end, and the full-text index and
+   the approximate index are built or brought up to date.
 
 Memory holds a window, the batches ahead of the model, and about 32 bytes for each document of the
 index.
@@ -188,6 +189,7 @@ class Builder:
         The report is written even if the run fails. Arguments as for :func:`build`.
         """
         index = self.index
+        index.add_words()
         try:
             self.encode_corpus(corpus)
             self.check_failures(final=True)
@@ -199,8 +201,10 @@ class Builder:
             raise
         kind = index.ann
         many_files = self.commits >= _COMPACT_AFTER
-        if self.commits and (many_files or self.report.deleted or kind != "none"):
+        has_indices = kind != "none" or index.has_full_text
+        if self.commits and (many_files or self.report.deleted or has_indices):
             index.compact()
+        index.build_full_text()
         if kind == "none" or ann not in ("auto", kind):
             index.build_ann(ann)
         self._write_report(corpus)

@@ -1,4 +1,4 @@
-"""Rerank the nearest documents, stage after stage, by scores that cost more and see more.
+"""Rerank the first documents, stage after stage, by scores that cost more and see more.
 
 In ``"maxsim:200,feat:100,raw:10"`` the first 200 documents are ordered by MaxSim over the token
 vectors. The first 100 of these are then ordered by the matching head from stored vectors alone, a
@@ -21,6 +21,7 @@ from rematch.errors import ImageError, RematchError
 from rematch.matching import View
 from rematch.model import ReMatch
 from rematch.scoring import maxsim, probability
+from rematch.search.retrieval import Candidates
 from rematch.search.schema import IndexSettings
 
 _STAGES: dict[str, View | Literal["maxsim"]] = {
@@ -61,9 +62,9 @@ class Ranked(NamedTuple):
     """A document after all stages.
 
     Attributes:
-        row: Its row among the nearest documents, from 0.
+        row: Its row among the candidates, from 0.
         score: The score of the last stage that it went through.
-        by: ``"cosine"``, ``"maxsim"``, or the view whose P(yes) the score is.
+        by: As for :class:`~rematch.search.index.Hit`.
     """
 
     row: int
@@ -140,12 +141,12 @@ def _parse_stage(text: str, settings: IndexSettings, width: int) -> Stage:
 def rerank(
     model: ReMatch,
     query: Any,
-    vector: NDArray[np.float32],
-    rows: pa.Table,
+    vector: NDArray[np.float32] | None,
+    candidates: Candidates,
     stages: Sequence[Stage],
     load_inputs: Callable[[pa.Table], list[Any]],
 ) -> Reranked:
-    """Order the nearest documents of a query by the stages.
+    """Order the candidates of a query by the stages.
 
     A document whose picture cannot be read drops out of a stage that would read it: it comes after
     the others of the stage, with the score that it had.
@@ -153,13 +154,13 @@ def rerank(
     Args:
         model: The model of the index.
         query: The query.
-        vector: The query's whole vector, (D,).
-        rows: The nearest documents, nearest first, with the columns that the stages read.
+        vector: The query's whole vector, (D,); may be ``None`` without stages.
+        candidates: The documents of the first stage, with the columns that the stages read.
         stages: The stages, in order.
         load_inputs: Returns the documents of some of the rows as a model's inputs.
     """
-    scores = 1 - np.asarray(rows["_distance"], np.float64)
-    score_names = ["cosine"] * len(rows)
+    rows, scores = candidates.rows, candidates.scores.copy()
+    score_names = [candidates.by] * len(rows)
     order = np.arange(len(rows))
     unreadable: dict[int, str] = {}
     for stage in stages:
@@ -169,6 +170,7 @@ def rerank(
         documents = rows.take(pa.array(first))
         rest = order[stage.count :]
         if isinstance(stage.by, View):
+            assert vector is not None
             margins, readable = _margins(model, query, vector, documents, stage.by, load_inputs)
             unreadable |= dict.fromkeys(first[~readable].tolist(), str(stage.by))
             rest = np.concatenate([first[~readable], rest])

@@ -7,7 +7,10 @@ import pyarrow as pa
 from rematch.data.corpus import Metadata, Value
 from rematch.errors import DataError
 
-RESERVED = ("id", "vector", "tokens", "text", "path", "image", "content_hash", "stamp")
+WORDS = "_words"  # a document's text and the metadata that is text
+RESERVED = (
+    "id", "vector", "tokens", "text", "path", "image", "content_hash", "stamp", WORDS
+)  # fmt: skip
 _VALUE_NAMES = {"bool": "a boolean", "double": "a number", "string": "text"}
 
 

@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -26,11 +26,12 @@ from rematch.errors import DataError, RematchError
 from rematch.model import ReMatch
 from rematch.search.approximate import check_kind
 from rematch.search.build import Report, build
-from rematch.search.index import Hit, Index
+from rematch.search.index import Hits, Index
+from rematch.search.retrieval import Mode
 from rematch.search.storage import exists
 
 _FAILURES_PRINTED = 5
-_SCORE_NAMES = {"cosine": "cosine", "maxsim": "MaxSim"}
+_SCORE_NAMES = {"cosine": "cosine", "bm25": "BM25", "rrf": "RRF", "maxsim": "MaxSim"}
 _TINY = (
     "rematch-tiny knows Picto's emoji scenes and little else; train a model for your own pictures."
 )
@@ -66,6 +67,7 @@ class SearchOptions:
     filter: str = ""
     rerank: str = ""
     instruction: str | None = None
+    mode: str = "auto"
     exact: bool = False
     model: str | None = None
     as_json: bool = False
@@ -197,6 +199,7 @@ def run_search(options: SearchOptions) -> None:
         filter=options.filter,
         rerank=options.rerank,
         instruction=options.instruction,
+        mode=cast(Mode, options.mode),  # which it checks
         exact=options.exact,
     )
     for warning in hits.warnings:
@@ -214,7 +217,7 @@ def run_search(options: SearchOptions) -> None:
         say(_TINY)
 
 
-def _table(hits: list[Hit], metadata_columns: list[str]) -> Table:
+def _table(hits: Hits, metadata_columns: list[str]) -> Table:
     names = [name for name in metadata_columns if any(name in hit.metadata for hit in hits)]
     with_text = any(hit.text for hit in hits)
     table = Table("")
@@ -225,13 +228,19 @@ def _table(hits: list[Hit], metadata_columns: list[str]) -> Table:
         table.add_column(escape(name))
     table.add_column("score", justify="right")
     table.add_column("by")
+    if hits.mode == "hybrid":
+        table.add_column("vector rank", justify="right")
+        table.add_column("text rank", justify="right")
     for rank, hit in enumerate(hits, 1):
         cells = [hit.id]
         if with_text:
             cells.append(_shortened(hit.text))
         cells += [str(hit.metadata.get(name, "")) for name in names]
         score_name = _SCORE_NAMES.get(hit.by, f"P(yes), {hit.by}")
-        table.add_row(str(rank), *map(escape, cells), f"{hit.score:.3f}", score_name)
+        row = [str(rank), *map(escape, cells), f"{hit.score:.3f}", score_name]
+        if hits.mode == "hybrid":
+            row += [str(rank or "–") for rank in (hit.vector_rank, hit.text_rank)]
+        table.add_row(*row)
     return table
 
 

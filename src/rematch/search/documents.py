@@ -16,6 +16,8 @@ from rematch.data.images import CheckedPicture, EncodedPicture
 from rematch.encoding.encoder import Encoder
 from rematch.encoding.inputs import MeasuredInput, batches_by_length, inspect_picture
 from rematch.scoring import truncate
+from rematch.search.columns import WORDS
+from rematch.search.retrieval import words_of
 from rematch.search.schema import IndexSettings
 
 
@@ -103,6 +105,7 @@ def _columns(loaded: LoadedDocument) -> dict[str, Any]:
         "path": str(image.resolve()) if isinstance(image, Path) else None,
         "image": image.content if isinstance(image, EncodedPicture) else None,
         "stamp": loaded.stamp,
+        WORDS: words_of(document.text, document.metadata),
     }
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,14 @@ from PIL import Image
 
 from rematch.data.corpus import Document, Metadata
 from rematch.data.images import EncodedPicture, PictureFile
-from rematch.data.instructions import DocumentKind, choose, instruction_table, with_instruction
+from rematch.data.instructions import (
+    DocumentKind,
+    choose,
+    instruction_table,
+    query_kind,
+    query_text,
+    with_instruction,
+)
 from rematch.encoding.fingerprint import FINGERPRINT_FORMAT, model_fingerprint
 from rematch.errors import DataError, ModelError
 from rematch.model import ReMatch
@@ -28,7 +35,16 @@ from rematch.scoring import truncate
 from rematch.search import approximate
 from rematch.search.cascade import Ranked, Stage, parse_stages, rerank
 from rematch.search.columns import RESERVED, new_columns
-from rematch.search.condition import Condition, RawSQL, parse, to_sql
+from rematch.search.condition import Condition, RawSQL, parse
+from rematch.search.retrieval import (
+    MODES,
+    Candidates,
+    Mode,
+    Retrieval,
+    add_words_column,
+    build_full_text_index,
+    has_full_text_index,
+)
 from rematch.search.schema import IndexSettings, as_table, settings_of, table_schema
 from rematch.search.storage import (
     LiveTable,
@@ -50,8 +66,13 @@ class Hit:
     Attributes:
         id: The document's id.
         score: Its score; ``by`` says which one.
-        by: ``"cosine"``, ``"maxsim"``, or the view whose P(yes) the score is.
-        nearest: Its rank by cosine, from 1, before it was reranked.
+        by: ``"cosine"``, ``"bm25"`` (words), ``"rrf"`` (both fused), ``"maxsim"``, or the view
+            whose P(yes) the score is.
+        first_rank: Its rank, from 1, before it was reranked.
+        vector_rank: Its rank by cosine, from 1; 0 if it was not among the nearest, or vectors were
+            not compared.
+        text_rank: Its rank by words, from 1; 0 if it was not among the best matches, or words were
+            not compared.
         text: Its text.
         path: Path of its picture, if that is a file.
         metadata: Its other values in the corpus.
@@ -60,7 +81,9 @@ class Hit:
     id: str
     score: float
     by: str = "cosine"
-    nearest: int = 0
+    first_rank: int = 0
+    vector_rank: int = 0
+    text_rank: int = 0
     text: str = ""
     path: str = ""
     metadata: Metadata = field(default_factory=dict)
@@ -72,14 +95,33 @@ class Hits(list[Hit]):
     Attributes:
         warnings: What the search could not do as asked, a sentence for each document.
         instruction: The instruction that was put before the query; empty if there was none.
+        mode: What the first stage compared: ``"vector"``, ``"text"`` or ``"hybrid"``.
     """
 
     def __init__(
-        self, hits: Iterable[Hit] = (), warnings: Sequence[str] = (), instruction: str = ""
+        self,
+        hits: Iterable[Hit] = (),
+        warnings: Sequence[str] = (),
+        instruction: str = "",
+        mode: Mode = "vector",
     ) -> None:
         super().__init__(hits)
         self.warnings = list(warnings)
-        self.instruction = instruction
+        self.instruction, self.mode = instruction, mode
+
+
+class _Version(NamedTuple):
+    """What is counted once for each version of the table.
+
+    Attributes:
+        number: The version.
+        kind: What most documents are.
+        has_words: Whether there is a full-text index.
+    """
+
+    number: int
+    kind: DocumentKind
+    has_words: bool
 
 
 class Index:
@@ -99,7 +141,7 @@ class Index:
         self._checked_table = self._live.current()
         self.settings = settings_of(self._checked_table.schema, uri)
         self._model = model
-        self._kind_of_version: tuple[int, DocumentKind] | None = None
+        self._counted: _Version | None = None
         if model is not None:
             self._check(model)
 
@@ -251,6 +293,7 @@ class Index:
         exact: bool = False,
         probes: int = 40,
         instruction: str | None = None,
+        mode: Mode = "auto",
     ) -> list[Hits]: ...
 
     @overload
@@ -264,6 +307,7 @@ class Index:
         exact: bool = False,
         probes: int = 40,
         instruction: str | None = None,
+        mode: Mode = "auto",
     ) -> Hits: ...
 
     def search(
@@ -276,6 +320,7 @@ class Index:
         exact: bool = False,
         probes: int = 40,
         instruction: str | None = None,
+        mode: Mode = "auto",
     ) -> Hits | list[Hits]:
         """The best documents for a query, or for each query of a list.
 
@@ -291,6 +336,9 @@ class Index:
             probes: Number of cells of an approximate index to search.
             instruction: Instruction before each query, which reranking reads too; by default that
                 of :meth:`instruction`, and none if it is empty.
+            mode: What the first stage compares: ``vector``, ``text`` (BM25 over the words of text
+                and metadata), or ``hybrid`` (both, fused by their ranks); by default hybrid for a
+                query without a picture if the documents have words, otherwise vector.
 
         Returns:
             Hits, best first; for a list of queries, one such list per query. Its ``warnings`` name
@@ -308,44 +356,73 @@ class Index:
             if isinstance(rerank, str)
             else list(rerank)
         )
+        modes = [self.mode(value, mode) for value in queries]
         instructions = [
             self.instruction(value) if instruction is None else instruction for value in queries
         ]
         inputs = list(map(with_instruction, queries, instructions))
-        vectors: NDArray[np.float32] = self.model.encode_query(inputs, show_progress_bar=False)
+        vectors: Sequence[NDArray[np.float32] | None] = [None] * len(inputs)
+        if stages or any(value != "text" for value in modes):
+            vectors = self.model.encode_query(inputs, show_progress_bar=False)
         hits = [
-            self._live.read(
-                partial(self._search, value, vector, top, condition, stages, exact, probes)
-            )
-            for value, vector in zip(inputs, vectors, strict=True)
+            self._live.read(partial(self._search, *parts, top, condition, stages, exact, probes))
+            for parts in zip(inputs, vectors, modes, map(query_text, queries), strict=True)
         ]
         for query_hits, text in zip(hits, instructions, strict=True):
             query_hits.instruction = text.strip()
         return hits if isinstance(query, list) else hits[0]
 
+    def mode(self, query: Query, mode: Mode = "auto") -> Mode:
+        """What the first stage of a search compares.
+
+        Args:
+            query: The query.
+            mode: As for :meth:`search`.
+
+        Raises:
+            DataError: If the mode is unknown, or the query or the documents have no words.
+        """
+        if mode not in MODES:
+            raise DataError(f"--mode {mode} is unknown; choose {', '.join(MODES)}.")
+        if mode == "vector":
+            return mode
+        has_words = self._version().has_words
+        if mode == "auto":
+            return "hybrid" if has_words and query_kind(query) == "text" else "vector"
+        if not has_words:
+            raise DataError(
+                f"--mode {mode}: the index has no full-text index, because no document has words "
+                "or an earlier version of rematch made it. Run `rematch index` with the same "
+                "corpus and --output to add one, or use --mode vector."
+            )
+        if not query_text(query).strip():
+            raise DataError(f"--mode {mode}: the query has no words. Give it text.")
+        return mode
+
     def instruction(self, query: Query) -> str:
         """The instruction that a search puts before a query, by what most documents are."""
-        return choose(instruction_table(self.settings.instructions), query, self._kind())
+        return choose(instruction_table(self.settings.instructions), query, self._version().kind)
 
-    def _kind(self) -> DocumentKind:
-        """What most documents are, counted once for each version of the index."""
-
-        def count() -> tuple[int, DocumentKind]:
-            table, counted = self.table, self._kind_of_version
+    def _version(self) -> _Version:
+        def count() -> _Version:
+            table, counted = self.table, self._counted
             with reading(self.uri):
-                version = int(table.version)
-                if counted and counted[0] == version:
+                number = int(table.version)
+                if counted and counted.number == number:
                     return counted
                 pictures = table.count_rows("path IS NOT NULL OR image IS NOT NULL")
-                return version, "image" if 2 * pictures > table.count_rows() else "text"
+                kind: DocumentKind = "image" if 2 * pictures > table.count_rows() else "text"
+                return _Version(number, kind, has_full_text_index(table))
 
-        self._kind_of_version = self._live.read(count)
-        return self._kind_of_version[1]
+        self._counted = self._live.read(count)
+        return self._counted
 
     def _search(
         self,
         query: Query,
-        vector: NDArray[np.float32],
+        vector: NDArray[np.float32] | None,
+        mode: Mode,
+        text: str,
         top: int,
         condition: Condition | RawSQL | None,
         stages: Sequence[Stage],
@@ -354,16 +431,25 @@ class Index:
     ) -> Hits:
         table = self.table
         count = max([top, *(stage.count for stage in stages)])
-        truncated = truncate(vector[None], self.settings.dimensions)[0]
-        rows = self._nearest(table, truncated, count, condition, stages, exact, probes)
+        retrieval = self._retrieval(table, count, condition, stages, exact, probes)
+        if mode == "text":
+            candidates = retrieval.by_text(text)
+        else:
+            assert vector is not None
+            truncated = truncate(vector[None], self.settings.dimensions)[0]
+            candidates = (
+                retrieval.by_vector(truncated)
+                if mode == "vector"
+                else retrieval.by_both(truncated, text)
+            )
         load_inputs = partial(self._load_inputs, table)
-        ranking, unreadable = rerank(self.model, query, vector, rows, stages, load_inputs)
+        ranking, unreadable = rerank(self.model, query, vector, candidates, stages, load_inputs)
         warnings = [
-            f"{rows['id'][row].as_py()}: its picture is missing or broken, so it was not reranked "
-            f"by {stage}."
+            f"{candidates.rows['id'][row].as_py()}: its picture is missing or broken, so it was "
+            f"not reranked by {stage}."
             for row, stage in unreadable.items()
         ]
-        return Hits(self._hits(rows, ranking[:top]), warnings)
+        return Hits(self._hits(candidates, ranking[:top]), warnings, mode=mode)
 
     def condition(self, filter: str | RawSQL) -> Condition | RawSQL | None:
         """A condition as :meth:`search` takes it, parsed; ``None`` if it is empty.
@@ -399,47 +485,31 @@ class Index:
             The documents' rows, nearest first, with ``_distance`` and ``_rowid``.
         """
         return self._live.read(
-            lambda: self._nearest(self.table, vector, count, condition, stages, exact, probes)
+            lambda: (
+                self._retrieval(self.table, count, condition, stages, exact, probes)
+                .by_vector(vector)
+                .rows
+            )
         )
 
-    def _nearest(
+    def _retrieval(
         self,
         table: Any,
-        vector: NDArray[np.float32],
         count: int,
         condition: Condition | RawSQL | None,
         stages: Sequence[Stage],
         exact: bool,
         probes: int,
-    ) -> pa.Table:
-        metadata_columns = _metadata_columns(table.schema)
-        columns = ["id", "text", "path", *metadata_columns, "_distance"]
+    ) -> Retrieval:
+        columns = ["id", "text", "path", *_metadata_columns(table.schema)]
         if any(stage.reads("vector") for stage in stages):
             columns.append("vector")
         if any(stage.reads("tokens") for stage in stages):
             columns.append("tokens")
-        request = table.search(vector, vector_column_name="vector").distance_type("cosine")
-        request = request.limit(count).select(columns).with_row_id(True)
-        if exact:
-            request = request.bypass_vector_index()
-        else:
-            request = request.nprobes(probes).refine_factor(10)
-        with reading(self.uri):
-            if isinstance(condition, RawSQL):
-                try:
-                    return request.where(condition.sql, prefilter=True).to_arrow()
-                except Exception as error:
-                    if "Not found:" in str(error):
-                        raise
-                    raise DataError(
-                        f"RawSQL({condition.sql[:200]!r}): {str(error).splitlines()[0][:200]}. "
-                        "Write a condition in SQL that LanceDB accepts."
-                    ) from error
-            if condition is not None:
-                request = request.where(to_sql(condition), prefilter=True)
-            return request.to_arrow()
+        return Retrieval(table, self.uri, count, columns, condition, exact, probes)
 
-    def _hits(self, rows: pa.Table, ranked: Sequence[Ranked]) -> list[Hit]:
+    def _hits(self, candidates: Candidates, ranked: Sequence[Ranked]) -> list[Hit]:
+        rows = candidates.rows
         records = rows.select(["id", "text", "path", *_metadata_columns(rows.schema)]).to_pylist()
         hits = []
         for row, score, by in ranked:
@@ -449,7 +519,9 @@ class Index:
                     id=record["id"],
                     score=score,
                     by=by,
-                    nearest=row + 1,
+                    first_rank=row + 1,
+                    vector_rank=candidates.vector_ranks[row],
+                    text_rank=candidates.text_ranks[row],
                     text=record["text"] or "",
                     path=record["path"] or "",
                     metadata=_metadata(record),
@@ -590,6 +662,21 @@ class Index:
         """
         with writing(self.uri):
             self.table.optimize(cleanup_older_than=keep)
+
+    def add_words(self) -> None:
+        """Add what an index of an earlier version lacks to be searched by words."""
+        with writing(self.uri):
+            add_words_column(self.table, self.metadata_columns)
+
+    def build_full_text(self) -> None:
+        """Build the full-text index if documents have words and there is none yet."""
+        with writing(self.uri):
+            build_full_text_index(self.table)
+
+    @property
+    def has_full_text(self) -> bool:
+        """Whether words can be searched for."""
+        return self._version().has_words
 
     def build_ann(self, kind: str = "auto") -> str:
         """Build an approximate index over the vectors, replacing one of another kind.

@@ -5,6 +5,7 @@ from typing import Any
 from rematch.errors import RematchError
 from rematch.search.condition import RawSQL
 from rematch.search.index import Index
+from rematch.search.retrieval import Mode
 
 try:
     from langchain_core.callbacks import CallbackManagerForRetrieverRun
@@ -26,6 +27,7 @@ class ReMatchRetriever(BaseRetriever):
         filter: Condition on the metadata, as for :meth:`rematch.Index.search`.
         rerank: Stages that rerank the nearest documents, such as ``"feat:100,raw:10"``.
         instruction: Instruction before each query; by default the index chooses it.
+        mode: ``vector``, ``text`` or ``hybrid``; by default the index chooses it.
     """
 
     index: Any  # pydantic cannot validate an Index
@@ -33,6 +35,7 @@ class ReMatchRetriever(BaseRetriever):
     filter: str | InstanceOf[RawSQL] = ""
     rerank: str = ""
     instruction: str | None = None
+    mode: Mode = "auto"
 
     @classmethod
     def open(cls, uri: str, **settings: Any) -> "ReMatchRetriever":
@@ -48,6 +51,7 @@ class ReMatchRetriever(BaseRetriever):
             filter=self.filter,
             rerank=self.rerank,
             instruction=self.instruction,
+            mode=self.mode,
         )
         return [
             Document(

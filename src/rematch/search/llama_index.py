@@ -5,6 +5,7 @@ from typing import Any
 from rematch.errors import RematchError
 from rematch.search.condition import RawSQL
 from rematch.search.index import Index
+from rematch.search.retrieval import Mode
 
 try:
     from llama_index.core.retrievers import BaseRetriever
@@ -24,6 +25,7 @@ class ReMatchRetriever(BaseRetriever):  # type: ignore[misc]
         filter: Condition on the metadata, as for :meth:`rematch.Index.search`.
         rerank: Stages that rerank the nearest documents, such as ``"feat:100,raw:10"``.
         instruction: Instruction before each query; by default the index chooses it.
+        mode: ``vector``, ``text`` or ``hybrid``; by default the index chooses it.
     """
 
     def __init__(
@@ -33,10 +35,11 @@ class ReMatchRetriever(BaseRetriever):  # type: ignore[misc]
         filter: str | RawSQL = "",
         rerank: str = "",
         instruction: str | None = None,
+        mode: Mode = "auto",
     ) -> None:
         self.index = Index.open(index) if isinstance(index, str) else index
         self.top, self.filter, self.rerank = top, filter, rerank
-        self.instruction = instruction
+        self.instruction, self.mode = instruction, mode
         super().__init__()
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
@@ -50,6 +53,7 @@ class ReMatchRetriever(BaseRetriever):  # type: ignore[misc]
             filter=self.filter,
             rerank=self.rerank,
             instruction=self.instruction,
+            mode=self.mode,
         )
         for hit in hits:
             fields = {

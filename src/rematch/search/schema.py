@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from rematch.errors import DataError
+from rematch.search.columns import WORDS
 
 _METADATA_KEY = b"rematch"
 
@@ -54,6 +55,7 @@ def table_schema(settings: IndexSettings, width: int) -> pa.Schema:
         pa.field("image", pa.large_binary()),
         pa.field("content_hash", pa.string()),
         pa.field("stamp", pa.int64()),
+        pa.field(WORDS, pa.string()),
     ]
     return pa.schema(fields, metadata={_METADATA_KEY: json.dumps(asdict(settings))})
 

@@ -30,6 +30,7 @@ from rematch.model import ReMatch
 from rematch.scoring import probability
 from rematch.search.cascade import Stage, parse_stages
 from rematch.search.index import Hit, Hits, Index
+from rematch.search.retrieval import Mode
 from rematch.search.storage import UnreadableIndexError, exists
 from rematch.serve.batching import check_wanted
 from rematch.serve.inputs import Input
@@ -149,12 +150,22 @@ class Engine:
                 tokens += query + count
         return tokens
 
-    def instruct(self, query: Input, instruction: str | None) -> tuple[list[Input], str]:
+    def mode(self, query: Input, mode: Mode) -> Mode:
+        """What the first stage of a search compares, as :meth:`~rematch.search.index.Index.mode`.
+
+        Raises:
+            DataError: If the query or the documents have no words to compare.
+        """
+        assert self.index is not None
+        with _index_errors():
+            return self.index.mode(query, mode)
+
+    def instruct(self, query: Input, instruction: str | None) -> tuple[Input, str]:
         """A query with an instruction, by default that of the index, and the instruction."""
         assert self.index is not None
         with _index_errors():
             text = self.index.instruction(query) if instruction is None else instruction
-        return [with_instruction(query, text)], text.strip()
+        return with_instruction(query, text), text.strip()
 
     def _mean_document_tokens(self) -> int:
         """Mean length of a document of the index, measured once a minute."""
@@ -193,19 +204,15 @@ class Engine:
         document_lists = [documents for _, documents in requests]
         return [probability(m) for m in self.model.score_lists(queries, document_lists)]
 
-    def search(
-        self, queries: Sequence[Input], *, top: int, filter: str, rerank: Sequence[Stage]
-    ) -> list[Hits]:
-        """The hits of each query, which :meth:`instruct` has given its instruction; options as
-        for :meth:`~rematch.search.index.Index.search`.
-        """
+    def search(self, queries: Sequence[Input], **settings: Any) -> list[Hits]:
+        """The hits of each query; settings as for :meth:`~rematch.search.index.Index.search`."""
         assert self.index is not None
         hits: list[Hits] = []
         with _index_errors():
             # a pass, and scans, which take time too
             for start in range(0, len(queries), _QUERIES):
                 chunk = list(queries[start : start + _QUERIES])
-                hits += self.index.search(chunk, top, filter=filter, rerank=rerank, instruction="")
+                hits += self.index.search(chunk, **settings)
         return hits
 
     def attention_maps(

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rematch.search.condition import MAX_LENGTH
+from rematch.search.retrieval import Mode
 
 Value = TypeVar("Value")
 _List = Annotated[
@@ -160,6 +161,11 @@ class SearchRequest(_Request):
         description="text before the query, in place of the one that the index chooses; empty "
         "for none",
     )
+    mode: Mode = Field(
+        "auto",
+        description="what is compared: vectors, words (text) or both (hybrid); auto is hybrid for "
+        "a query of text if documents have words",
+    )
 
 
 class SearchHit(BaseModel):
@@ -168,7 +174,9 @@ class SearchHit(BaseModel):
     id: str
     score: float
     by: str
-    nearest: int = Field(description="rank by cosine, from 1, before reranking")
+    first_rank: int = Field(description="rank before reranking, from 1")
+    vector_rank: int = Field(description="rank by cosine, from 1; 0 if not among the nearest")
+    text_rank: int = Field(description="rank by words, from 1; 0 if not among the best matches")
     text: str
     has_picture: bool
     metadata: dict[str, str | float | bool | None]
@@ -180,6 +188,7 @@ class SearchResponse(BaseModel):
     hits: list[SearchHit]
     warnings: list[str] = Field([], description="documents that could not be reranked, and why")
     instruction: str = Field("", description="the text that was put before the query")
+    mode: Mode = Field(description="what was compared: vector, text or hybrid")
     milliseconds: float
 
 

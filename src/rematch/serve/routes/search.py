@@ -2,7 +2,7 @@
 
 import time
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 
@@ -34,14 +34,17 @@ async def search(
     query = Multimodal(text=body.text, image=body.image)
     stages = engine.stages(body.rerank, service.most_rerank)
     inputs = await service.prepare(request, multimodal_inputs, [query], service.limits)
-    inputs, instruction = await service.in_thread(
+    mode = await service.in_thread(request, engine.mode, inputs[0], body.mode)
+    instructed, instruction = await service.in_thread(
         request, engine.instruct, inputs[0], body.instruction
     )
-    lengths = await service.prepare(request, engine.measure, inputs)
+    lengths = await service.prepare(request, engine.measure, [instructed])
     tokens = await service.prepare(request, engine.search_tokens, lengths[0], stages)
-    key = ("search", body.top, body.filter, stages)
+    settings: dict[str, Any] = {"top": body.top, "filter": body.filter, "rerank": stages}
+    settings |= {"instruction": instruction, "mode": mode}
+    key = ("search", *settings.values())
     kind = ("search", frozenset(stage.by for stage in stages))
-    compute = partial(engine.search, top=body.top, filter=body.filter, rerank=stages)
+    compute = partial(engine.search, **settings)
     (hits,) = await service.compute(request, key, compute, inputs, [tokens], kind)
     ids_with_picture = await service.in_thread(request, engine.ids_with_picture, hits)
     return SearchResponse(
@@ -50,7 +53,9 @@ async def search(
                 id=hit.id,
                 score=hit.score,
                 by=hit.by,
-                nearest=hit.nearest,
+                first_rank=hit.first_rank,
+                vector_rank=hit.vector_rank,
+                text_rank=hit.text_rank,
                 text=hit.text,
                 has_picture=hit.id in ids_with_picture,
                 metadata=hit.metadata,
@@ -59,6 +64,7 @@ async def search(
         ],
         warnings=hits.warnings,
         instruction=instruction,
+        mode=mode,
         milliseconds=round(1000 * (time.perf_counter() - started), 1),
     )
 
