@@ -41,3 +41,20 @@ def encrypt(source: Path, target: Path) -> Path:
     writer.encrypt("secret", algorithm="RC4-128")
     writer.write(target)
     return target
+
+
+def save_video(path: Path, colours: list[str], seconds: float = 1, rate: int = 5) -> Path:
+    """Write a video that shows each colour for this long."""
+    import av
+    from PIL import Image
+
+    codec = "libvpx" if path.suffix == ".webm" else "mpeg4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for colour in colours:
+            for _ in range(round(seconds * rate)):
+                frame = av.VideoFrame.from_image(Image.new("RGB", (96, 64), colour))
+                container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path

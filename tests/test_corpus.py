@@ -69,7 +69,7 @@ def test_rows_of_files_and_data_sets_are_read(tmp_path):
     ("name", "content", "message"),
     [
         ("nothing", None, "no such folder or file"),
-        ("empty", "folder", "holds no pictures"),
+        ("empty", "folder", "holds no files to index"),
         ("notes.txt", "x", "neither .jsonl nor .parquet"),
     ],
 )

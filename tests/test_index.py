@@ -252,7 +252,7 @@ def test_another_kind_replaces_an_approximate_index_and_none_drops_it(searcher, 
             searcher, tmp_path / "c.jsonl", tmp_path / "i", keep=True, ann=requested
         )
         assert index.ann == Index.open(tmp_path / "i").ann == kind
-        assert len(index.table.list_indices()) == (kind != "none")
+        assert len(index.table.list_indices()) == 1 + (kind != "none")  # and that of words
     plan = index.table.search(vectors[0], vector_column_name="vector").explain_plan()
     assert "ANN" not in plan, "searches are exact again"
     assert index.nearest(vectors[0], 1, probes=1)["id"].to_pylist() == ["0"]

@@ -316,7 +316,7 @@ def index(
     corpus: Annotated[
         str | None,
         typer.Argument(
-            help="A folder of pictures, a .jsonl or .parquet file, or a Hugging Face data set."
+            help="A folder of pictures, PDF files and videos, a .jsonl or .parquet file, or a Hugging Face data set."
         ),
     ] = None,
     output: Annotated[
@@ -343,6 +343,22 @@ def index(
         Path | None,
         typer.Option(help="JSON file of query instructions by kind, in place of the model's."),
     ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, help="Frames that stand for a video; 8 in a new index."),
+    ] = None,
+    segments: Annotated[
+        float,
+        typer.Option(
+            min=0, max=86_400, help="Seconds of a video that are a document; 0 for all of it."
+        ),
+    ] = 0,
+    store_pictures: Annotated[
+        bool,
+        typer.Option(
+            help="Store the pictures of files and pages too, so that the files may move."
+        ),
+    ] = False,
     add: Annotated[
         bool, typer.Option(help="Keep documents in the index that are not in CORPUS.")
     ] = False,
@@ -378,6 +394,9 @@ def index(
             dimensions=dimensions,
             ann=ann,
             instructions=instructions,
+            frames=frames,
+            segments=segments,
+            store_pictures=store_pictures,
             add=add,
             max_failures=max_failures,
             engine=engine,

@@ -65,13 +65,20 @@ def read_regular(path: Path, limit: int) -> bytes:
         OSError: If it cannot be opened or read.
         DataError: If it is a folder, a pipe, a socket or a device, or larger than the limit.
     """
-    _check_regular(path, path.stat(), limit)  # opening a device may already do something
+    regular_status(path, limit)  # opening a device may already do something
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         _check_regular(path, os.fstat(file.fileno()), limit)
         content = file.read(limit + 1)
     if len(content) > limit:  # it has grown, or is made up by the kernel
         raise DataError(f"{path}: is larger than {limit:,} bytes. Make it smaller.")
     return content
+
+
+def regular_status(path: Path, limit: int) -> os.stat_result:
+    """The status of a regular file; arguments and errors as for :func:`read_regular`."""
+    status = path.stat()
+    _check_regular(path, status, limit)
+    return status
 
 
 def _check_regular(path: Path, status: os.stat_result, limit: int) -> None:

@@ -28,6 +28,10 @@ DOCUMENT_INSTRUCTIONS = {
     "crop": "Represent the given cropped image of the object.",
 }
 
+# Those of MMEB-V2.
+PAGE_INSTRUCTION = "Understand the content of the provided document image."
+VIDEO_INSTRUCTION = "Understand the content of the provided video."
+
 # Query instructions of a search, by what is asked with and what is searched for. MMEB's wordings,
 # where MMEB has such a task.
 QUERY_INSTRUCTIONS = {

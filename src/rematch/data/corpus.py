@@ -1,7 +1,11 @@
 """A corpus, document by document.
 
-It is a folder of pictures, a JSONL or parquet file, or a Hugging Face data set. Whatever is wrong
-with a document makes it :class:`Unreadable`, with the reason; the others are not affected.
+It is a folder of pictures, PDF files and videos, a JSONL or parquet file, or a Hugging Face data
+set. Whatever is wrong with a document makes it :class:`Unreadable`, with the reason; the others
+are not affected.
+
+A PDF file is a document for each page, whose picture is encoded and whose text layer is kept for
+searches by words. A video is one document, or one for each segment.
 """
 
 import errno
@@ -9,19 +13,22 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from xxhash import xxh3_64
 
+from rematch.data import clips, pages
+from rematch.data.clips import Clip
 from rematch.data.images import EXTENSIONS, EncodedPicture, read_picture
 from rematch.data.inputs import check_unicode
+from rematch.data.pages import PdfPage, open_pdf
 from rematch.data.rows import load_lenient_rows, parse_item
 from rematch.data.schema import Item
 from rematch.errors import DataError, ImageError, RematchError, first_line
 from rematch.files import read_regular
-from rematch.prompts import DOCUMENT_INSTRUCTIONS
+from rematch.prompts import DOCUMENT_INSTRUCTIONS, PAGE_INSTRUCTION, VIDEO_INSTRUCTION
 
 Value = str | float | bool | None
 Metadata = dict[str, Value]
@@ -29,6 +36,10 @@ Metadata = dict[str, Value]
 LARGEST_SIDECAR = 16 << 20  # bytes
 LONGEST_TEXT, LONGEST_ID = 1_000_000, 4_096  # characters
 MOST_FIELDS = 256  # of one document's metadata
+MOST_PARTS = (1 << 16) - 1  # pages of a file, or segments
+
+StampOf = Callable[[str], int | None]  # the stamp that an index has of the document with an id
+Media = Path | EncodedPicture | PdfPage | Clip
 
 
 @dataclass(frozen=True)
@@ -38,15 +49,17 @@ class Document:
     Attributes:
         id: Its name in the index: in a folder the path relative to it, otherwise the row's ``id``
             or number.
-        text: Its text; may be empty if there is a picture.
-        image: Path of its picture, or the picture's file out of a data set.
+        text: Its text; may be empty if there is a picture. That of a page is not encoded.
+        image: Path of its picture, the picture's file out of a data set, a page, or a video.
         metadata: Values to filter by.
+        file_stamp: The stamp of a page or a segment, from its file.
     """
 
     id: str
     text: str = ""
-    image: Path | EncodedPicture | None = None
+    image: Media | None = None
     metadata: Metadata = field(default_factory=dict)
+    file_stamp: int | None = None
 
     def stamp(self) -> int:
         """A number that changes when the document may have changed.
@@ -56,24 +69,23 @@ class Document:
         Raises:
             ImageError: If the picture's file does not exist.
         """
+        if self.file_stamp is not None:
+            return self.file_stamp
         parts: list[Any] = [self.text, sorted(self.metadata.items())]
-        if isinstance(self.image, Path):
-            try:
-                status = self.image.stat()
-            except OSError as error:
-                raise ImageError(
-                    f"{self.image}: cannot be read ({error.strerror}). Check the file."
-                ) from None
-            parts += [str(self.image), status.st_mtime_ns, status.st_size]
+        path = self.image.path if isinstance(self.image, Clip) else self.image
+        if isinstance(path, Path):
+            parts += _file_state(path)
+        if isinstance(self.image, Clip):
+            parts.append(self.image.frames)
         digest = xxh3_64(repr(parts).encode())
         if isinstance(self.image, EncodedPicture):
             digest.update(self.image.content)
         return int.from_bytes(digest.digest()[:7], "little")  # fits into int64
 
     def load_input(self, instruction: bool = True) -> dict[str, Any]:
-        """The input that a model encodes, with the bytes of the picture's file.
+        """The input that a model encodes, with the bytes of the picture's file or of the frames.
 
-        The file is read once, so that it cannot change between two looks at it.
+        A file is read once, so that it cannot change between two looks at it.
 
         Args:
             instruction: Whether the document's instruction goes before its text.
@@ -81,22 +93,29 @@ class Document:
         Raises:
             ImageError: If the picture's file cannot be read.
         """
-        if not isinstance(self.image, Path):
-            return self.item().as_input(instruction)
-        content = read_picture(self.image)
-        return self.item(EncodedPicture(str(self.image), content)).as_input(instruction)
+        value = self.item().as_input(instruction)
+        if isinstance(self.image, Path):
+            value["image"] = EncodedPicture(str(self.image), read_picture(self.image))
+        elif isinstance(self.image, PdfPage):
+            value["image"] = EncodedPicture(str(self.image), self.image.read_bytes())
+        elif isinstance(self.image, Clip):
+            value["image"] = [
+                EncodedPicture(str(frame), frame.read_bytes()) for frame in self.image.pictures()
+            ]
+        return value
 
-    def item(self, image: EncodedPicture | None = None) -> Item:
-        """The document with its instruction, as in training.
-
-        Args:
-            image: The picture to put in the place of the document's own.
-        """
-        picture = image or self.image
-        instruction = DOCUMENT_INSTRUCTIONS["image"] if picture else ""
-        if instruction and self.text:
-            instruction += " "
-        return Item(self.text, picture, instruction, self.id)
+    def item(self) -> Item:
+        """The document with its instruction, as in training; files are not read yet."""
+        image = self.image
+        if image is None:
+            return Item(self.text, key=self.id)
+        if PdfPage.parse(str(image)):  # also one whose picture is stored in an index
+            assert not isinstance(image, Clip)
+            return Item("", image, PAGE_INSTRUCTION, self.id)
+        is_video = isinstance(image, Clip)
+        instruction = VIDEO_INSTRUCTION if is_video else DOCUMENT_INSTRUCTIONS["image"]
+        pictures = image.pictures() if isinstance(image, Clip) else image
+        return Item(self.text, pictures, instruction + " " * bool(self.text), self.id)
 
 
 @dataclass(frozen=True)
@@ -113,6 +132,17 @@ class Unreadable:
 
 
 @dataclass(frozen=True)
+class Unchanged:
+    """A document that the index has as it is in the corpus.
+
+    Attributes:
+        id: The document's id.
+    """
+
+    id: str
+
+
+@dataclass(frozen=True)
 class Corpus:
     """Documents that can be iterated over as often as needed.
 
@@ -120,25 +150,34 @@ class Corpus:
         name: Its name, for messages and to tell corpora apart.
         size: The number of documents, if it is known in advance.
         documents: Starts an iteration from the first document.
+        changes: Starts one that does not open files whose documents an index has already.
     """
 
     name: str
     size: int | None
     documents: Callable[[], Iterable[Document | Unreadable]]
+    changes: Callable[[StampOf], Iterable[Document | Unreadable | Unchanged]] | None = None
 
     def __iter__(self) -> Iterator[Document | Unreadable]:
         return iter(self.documents())
 
+    def since(self, stamp_of: StampOf) -> Iterable[Document | Unreadable | Unchanged]:
+        """The documents, for an index that has these stamps."""
+        return self.changes(stamp_of) if self.changes else self.documents()
 
-def open_corpus(source: Path | str) -> Corpus:
+
+def open_corpus(source: Path | str, frames: int = clips.FRAMES, segments: float = 0) -> Corpus:
     """Open a corpus; its documents are read only when it is iterated over.
 
     Args:
-        source: A folder: every picture in it, at any depth, with the text of ``NAME.txt`` or
-            ``NAME.json`` beside ``NAME.jpg`` (in JSON ``text`` or ``caption``; the rest is
-            metadata). Or a .jsonl or .parquet file of rows with ``text`` and/or ``image`` (or
-            ``document``), and optionally ``id``; the rest is metadata. Or a Hugging Face data
-            set: a directory made by ``save_to_disk``, or ``hf:NAME`` from the hub.
+        source: A folder: every picture, page of a PDF file and video in it, at any depth, with the
+            text of ``NAME.txt`` or ``NAME.json`` beside ``NAME.jpg`` (in JSON ``text`` or
+            ``caption``; the rest is metadata, which pages get too). Or a .jsonl or .parquet file
+            of rows with ``text`` and/or ``image`` (or ``document``), and optionally ``id``; the
+            rest is metadata. Or a Hugging Face data set: a directory made by ``save_to_disk``, or
+            ``hf:NAME`` from the hub.
+        frames: How many frames stand for a video.
+        segments: Seconds of a video that are a document; 0 for the whole video.
 
     Raises:
         DataError: If the source does not exist, has an unknown format, or is an empty folder.
@@ -149,22 +188,32 @@ def open_corpus(source: Path | str) -> Corpus:
     if path.is_dir():
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             return _data_set(str(path))
-        count = sum(1 for _ in _picture_paths(path))
-        if not count:
-            raise DataError(f"{path}: holds no pictures ({', '.join(EXTENSIONS)}).")
+        size: int | None = 0
+        for file in _file_paths(path):
+            several = isinstance(file, Path) and _holds_several(file, segments)
+            size = None if several or size is None else size + 1
+        if size == 0:
+            raise DataError(f"{path}: holds no files to index ({', '.join(_EXTENSIONS)}).")
+
+        def changes(stamp_of: StampOf) -> Iterator[Document | Unreadable | Unchanged]:
+            for file in _file_paths(path):
+                if isinstance(file, Unreadable):
+                    yield file
+                elif _holds_several(file, segments):
+                    yield from _parts(path, file, frames, segments, stamp_of)
+                else:
+                    yield _from_folder(path, file, frames)
 
         def documents() -> Iterator[Document | Unreadable]:
-            for picture in _picture_paths(path):
-                if isinstance(picture, Unreadable):
-                    yield picture
-                else:
-                    yield _from_folder(path, picture)
+            for document in changes(lambda _: None):
+                assert not isinstance(document, Unchanged)
+                yield document
 
-        return Corpus(str(path.resolve()), count, documents)
+        return Corpus(str(path.resolve()), size, documents, changes)
     if not path.is_file():
         raise DataError(
-            f"{path}: no such folder or file. Give a folder of pictures, or a .jsonl or "
-            ".parquet file."
+            f"{path}: no such folder or file. Give a folder of pictures, PDF files and videos, or "
+            "a .jsonl or .parquet file."
         )
     if path.suffix not in (".jsonl", ".json", ".parquet"):
         raise DataError(
@@ -202,9 +251,7 @@ def _printable(name: str) -> str:
     return name if len(name) <= LONGEST_ID else name[: LONGEST_ID - 1] + "…"
 
 
-def _checked(
-    name: str, text: Any, picture: Path | EncodedPicture | None, metadata: dict[str, Any]
-) -> Document:
+def _checked(name: str, text: Any, picture: Media | None, metadata: dict[str, Any]) -> Document:
     """A document that can be stored and encoded, as far as can be told before it is read.
 
     Raises:
@@ -230,9 +277,11 @@ def _checked(
 
 # ---- folders ------------------------------------------------------------------------------------
 
+_EXTENSIONS = (*EXTENSIONS, pages.EXTENSION, *clips.EXTENSIONS)
 
-def _picture_paths(folder: Path) -> Iterator[Path | Unreadable]:
-    """Every picture in a folder, at any depth, folder by folder, ordered by name.
+
+def _file_paths(folder: Path) -> Iterator[Path | Unreadable]:
+    """Every picture, PDF file and video in a folder, folder by folder, ordered by name.
 
     Links to folders are followed last. A folder that can be reached in several ways counts once,
     and none that holds ``folder`` itself is followed.
@@ -260,7 +309,7 @@ def _picture_paths(folder: Path) -> Iterator[Path | Unreadable]:
                 folders.append(path)
             elif entry.is_symlink() and _leads_to_folder(path):
                 links.append(path)
-            elif entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("._"):
+            elif entry.name.lower().endswith(_EXTENSIONS) and not entry.name.startswith("._"):
                 yield path
         waiting += reversed(folders)
 
@@ -288,21 +337,103 @@ def _id_in(folder: Path, path: Path) -> str:
     return os.fsencode(path.relative_to(folder)).decode("utf-8", "backslashreplace")
 
 
-def _from_folder(folder: Path, picture: Path) -> Document | Unreadable:
-    name = _id_in(folder, picture)
+def _from_folder(folder: Path, file: Path, frames: int) -> Document | Unreadable:
+    name = _id_in(folder, file)
     try:
-        str(picture).encode()
-        text, metadata = _sidecar(picture)
-        return _checked(name, text, picture, metadata)
-    except UnicodeEncodeError:
-        return Unreadable(name, ImageError(f"{name}: its name is not UTF-8. Rename it."))
+        _check_name(name, file)
+        text, metadata = _sidecar(file)
+        is_video = file.name.lower().endswith(clips.EXTENSIONS)
+        return _checked(name, text, Clip(file, frames=frames) if is_video else file, metadata)
     except Exception as error:
         return unreadable(name, error)
 
 
-def _sidecar(picture: Path) -> tuple[str, dict[str, Any]]:
-    """Text and metadata from the .json or .txt file beside a picture, if there is one."""
-    json_path, text_path = picture.with_suffix(".json"), picture.with_suffix(".txt")
+def _check_name(name: str, file: Path) -> None:
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        raise ImageError(f"{name}: its name is not UTF-8. Rename it.") from None
+
+
+def _holds_several(file: Path, segments: float) -> bool:
+    """Whether a file is a document for each of its parts."""
+    name = file.name.lower()
+    return name.endswith(pages.EXTENSION) or (segments > 0 and name.endswith(clips.EXTENSIONS))
+
+
+def _parts(
+    folder: Path, file: Path, frames: int, segments: float, stamp_of: StampOf
+) -> Iterator[Document | Unreadable | Unchanged]:
+    """The pages of a PDF file or the segments of a video.
+
+    Their stamps are those of the file, with the number of parts in the lowest 16 bits, so that an
+    unchanged file need not be opened to tell its parts.
+    """
+    name = _id_in(folder, file)
+    is_pdf = file.name.lower().endswith(pages.EXTENSION)
+    try:
+        _check_name(name, file)
+        text, metadata = _sidecar(file)
+        state = repr([text, metadata, 0 if is_pdf else (frames, segments), *_file_state(file)])
+        stamp = xxh3_64(state.encode()).intdigest() >> 24 << 16  # 40 bits
+        whole = Clip(Path(name), 0.0, segments, frames)
+
+        def names(count: int) -> list[str]:
+            if is_pdf:
+                return [str(PdfPage(Path(name), number + 1)) for number in range(count)]
+            starts = [segments * number for number in range(count)]
+            return [str(replace(whole, start=s, end=s + segments)) for s in starts]
+
+        indexed = stamp_of(names(1)[0]) or 0
+        known = names(indexed - stamp) if 0 < indexed - stamp <= MOST_PARTS else []
+        if known and all(stamp_of(part) == indexed for part in known):
+            yield from map(Unchanged, known)
+            return
+        if is_pdf:
+            yield from _pages(file, name, metadata, stamp)
+        else:
+            parts = Clip(file, frames=frames).segments(segments)
+            for part, part_name in zip(parts, names(len(parts)), strict=True):
+                document = _checked(part_name, text, part, metadata)
+                yield replace(document, file_stamp=stamp + _checked_count(len(parts)))
+    except Exception as error:
+        yield unreadable(name, error)
+
+
+def _pages(file: Path, name: str, metadata: dict[str, Any], stamp: int) -> Iterator[Document]:
+    pdf = open_pdf(file)
+    stamp += _checked_count(pdf.pages)
+    metadata = {"pages": pdf.pages, **({"title": pdf.title} if pdf.title else {})} | metadata
+    for number, text in enumerate(pdf.texts(), 1):
+        page_name = str(PdfPage(Path(name), number))
+        document = _checked(
+            page_name, text[:LONGEST_TEXT], PdfPage(file, number), {"page": number} | metadata
+        )
+        yield replace(document, file_stamp=stamp)
+
+
+def _checked_count(count: int) -> int:
+    if count > MOST_PARTS:
+        raise DataError(f"has {count:,} parts; at most {MOST_PARTS:,} are taken. Split the file.")
+    return count
+
+
+def _file_state(path: Path) -> list[Any]:
+    """What changes when a file does; it is not opened.
+
+    Raises:
+        ImageError: If it does not exist.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read ({error.strerror}). Check the file.") from None
+    return [str(path), status.st_mtime_ns, status.st_size]
+
+
+def _sidecar(file: Path) -> tuple[str, dict[str, Any]]:
+    """Text and metadata from the .json or .txt file beside a file, if there is one."""
+    json_path, text_path = file.with_suffix(".json"), file.with_suffix(".txt")
     for path in (json_path, text_path):
         try:
             content = read_regular(path, LARGEST_SIDECAR).decode("utf-8-sig")

@@ -16,6 +16,8 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 from xxhash import xxh3_128
 
+from rematch.data.clips import Frame
+from rematch.data.pages import PdfPage
 from rematch.errors import DataError, ImageError, first_line
 from rematch.files import read_regular
 
@@ -163,7 +165,7 @@ def _without_images_folder(path: str) -> str:
     return path.removeprefix("./").removeprefix("images/")
 
 
-PictureFile = ZippedPicture | EncodedPicture | CheckedPicture
+PictureFile = ZippedPicture | EncodedPicture | CheckedPicture | PdfPage | Frame
 PictureSource = Image.Image | Path | PictureFile
 
 

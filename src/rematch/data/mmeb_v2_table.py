@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rematch.data.schema import Metric, Modality
+from rematch.prompts import PAGE_INSTRUCTION, VIDEO_INSTRUCTION
 
 Form = Literal["pages", "labels", "captions", "clips", "momentseeker", "options"]
 Layout = Literal["lettered", "numbered", "listed", "joined", "yes-no"]
 METRICS: dict[Modality, Metric] = {"image": "hit@1", "video": "hit@1", "visdoc": "ndcg@5"}
 
 FIND_PAGE = "Find a document image that matches the given query: "
-PAGE = "Understand the content of the provided document image."
-VIDEO = "Understand the content of the provided video."
 QUESTION = (
     "Given a video and a question, select the most accurate answer from the provided candidates. "
     "Return only the exact text of your chosen answer. Question: "
@@ -96,7 +95,7 @@ def _pages(
         repository,
         "pages",
         FIND_PAGE,
-        PAGE,
+        PAGE_INSTRUCTION,
         split=split,
         language=language,
         published=published,
@@ -133,7 +132,7 @@ def _captions(
         repository or f"VLM2Vec/{name}",
         "captions",
         instruction,
-        VIDEO,
+        VIDEO_INSTRUCTION,
         config=config,
         split=split,
         frames=f"video_ret/{name}",
@@ -250,7 +249,7 @@ VIDEO_SETS = (
             f"VLM2Vec/{name}",
             "clips",
             _CLIP,
-            VIDEO,
+            VIDEO_INSTRUCTION,
             frames=f"video_mret/{folder}",
             columns=("video_path", "query"),
         )
@@ -311,7 +310,7 @@ PICTO_VISDOC_SETS = tuple(
         f"Picto-Pages-{what}",
         "pages",
         FIND_PAGE,
-        PAGE,
+        PAGE_INSTRUCTION,
         published=False,
     )
     for what in ("page", "doc")
@@ -324,7 +323,7 @@ PICTO_VIDEO_SETS = (
         "Picto-Clips-T2V",
         "captions",
         "Find a video that contains the following visual content: ",
-        VIDEO,
+        VIDEO_INSTRUCTION,
         frames="video_ret/Picto-Clips-T2V",
         published=False,
     ),

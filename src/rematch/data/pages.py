@@ -17,11 +17,13 @@ from typing import Any
 from PIL import Image
 
 from rematch.errors import DataError, ImageError
+from rematch.files import regular_status
 
 EXTENSION = ".pdf"
 MAX_PIXELS = 1280 * 28 * 28  # MMEB's limit for a picture
 MAX_EDGE = 4096
 _MARK = "#page="
+_LARGEST = 1 << 40  # bytes; it is not read as a whole
 _LOCK = Lock()
 
 
@@ -114,7 +116,7 @@ def open_pdf(path: Path) -> PdfFile:
 def _opened(path: Path) -> Iterator[Any]:
     """The file as a ``PdfDocument``, for one thread at a time."""
     try:
-        status = path.stat()
+        status = regular_status(path, _LARGEST)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
     with _LOCK:

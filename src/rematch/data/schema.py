@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from rematch.data.clips import Frame
 from rematch.data.images import PictureSource
 
 Modality = Literal["", "image", "video", "visdoc"]
@@ -27,7 +28,7 @@ class Item:
     """
 
     text: str = ""
-    image: PictureSource | list[Path] | list[Image.Image] | None = None
+    image: PictureSource | list[Path] | list[Image.Image] | list[Frame] | None = None
     instruction: str = ""
     key: str = ""
 

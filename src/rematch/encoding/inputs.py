@@ -17,9 +17,8 @@ from rematch.data.images import (
     EXTENSIONS,
     FORMATS,
     CheckedPicture,
-    EncodedPicture,
+    PictureFile,
     PictureSource,
-    ZippedPicture,
     picture_error,
     read_picture,
 )
@@ -134,7 +133,7 @@ def inspect_picture(source: PictureSource | str) -> PictureInfo:
         header = f"{source.mode}{source.size}".encode()
         digest = xxh3_128(header + source.tobytes()).digest()
         return PictureInfo(digest, source.width * source.height)
-    file = source if isinstance(source, ZippedPicture | EncodedPicture) else Path(source)
+    file = source if isinstance(source, PictureFile) else Path(source)
     try:
         content = read_picture(file) if isinstance(file, Path) else file.read_bytes()
         width, height = Image.open(io.BytesIO(content), formats=FORMATS).size

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
-from rematch.data.corpus import Corpus, Document, Metadata, Unreadable, unreadable
+from rematch.data.corpus import Corpus, Document, Metadata, Unchanged, Unreadable, unreadable
 from rematch.encoding.encoder import Encoder
 from rematch.errors import DataError, StorageError
 from rematch.files import write_json
@@ -73,17 +73,6 @@ class Report:
         """The counts as ``report.json`` has them."""
         counts = asdict(self)
         return {"seen": counts.pop("documents")} | counts
-
-
-@dataclass(frozen=True)
-class Unchanged:
-    """A document that the index has as it is in the corpus.
-
-    Attributes:
-        id: The document's id.
-    """
-
-    id: str
 
 
 class HashSet:
@@ -240,7 +229,7 @@ class Builder:
                 yield from self.document_encoder.batches(contents)
 
     def _windows(
-        self, corpus: Iterable[Document | Unreadable], threads: ThreadPoolExecutor
+        self, corpus: Corpus, threads: ThreadPoolExecutor
     ) -> Iterator[list[LoadedDocument]]:
         """Documents that are new or may have changed, loaded.
 
@@ -248,7 +237,7 @@ class Builder:
         """
         window: list[LoadedDocument] = []
         size, limit = 0, WINDOW // 16
-        for chunk in _chunks(corpus, _CHUNK):
+        for chunk in _chunks(corpus.since(self.indexed.stamp), _CHUNK):
             for result in threads.map(self._load, chunk):
                 document = self.register(result)
                 if document:
@@ -259,16 +248,20 @@ class Builder:
                 window, size, limit = [], 0, min(2 * limit, WINDOW)
         yield window
 
-    def _load(self, document: Document | Unreadable) -> LoadedDocument | Unchanged | Unreadable:
+    def _load(
+        self, document: Document | Unreadable | Unchanged
+    ) -> LoadedDocument | Unchanged | Unreadable:
         result = self.compare(document)
         if not isinstance(result, Document):
             return result
         is_new = self.indexed.stamp(result.id) is None
         return self.document_encoder.load(result, is_new=is_new)
 
-    def compare(self, document: Document | Unreadable) -> Document | Unchanged | Unreadable:
+    def compare(
+        self, document: Document | Unreadable | Unchanged
+    ) -> Document | Unchanged | Unreadable:
         """Compare a document's stamp with the index; the document if it is new or may differ."""
-        if isinstance(document, Unreadable):
+        if isinstance(document, Unreadable | Unchanged):
             return document
         try:
             stamp = document.stamp()
@@ -368,7 +361,7 @@ class Builder:
         self._add_rows(EncodedContent(content.measured.key, vectors, content.documents))
 
     def _add_rows(self, content: EncodedContent) -> None:
-        records = content.records(self.index.settings.dimensions)
+        records = content.records(self.index.settings)
         for document, record in zip(content.documents, records, strict=True):
             rows = self.new_rows if document.is_new else self.changed_rows
             rows.append(record)

@@ -226,8 +226,9 @@ def _margins(
 def _is_readable(document: dict[str, Any]) -> bool:
     """Whether a document has no picture or one that can be decoded."""
     try:
-        if "image" in document:
-            load_image(document["image"])
+        pictures = document.get("image", [])
+        for picture in pictures if isinstance(pictures, list) else [pictures]:
+            load_image(picture)
     except ImageError:
         return False
     return True

@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 from rematch.console import say
+from rematch.data.clips import FRAMES
 from rematch.data.corpus import Corpus, open_corpus
 from rematch.data.instructions import read_table
 from rematch.encoding.encoder import Encoder
@@ -48,6 +49,9 @@ class IndexOptions:
     dimensions: int = 0
     ann: str = "auto"
     instructions: Path | None = None
+    frames: int | None = None
+    segments: float = 0
+    store_pictures: bool = False
     add: bool = False
     max_failures: float = 0.2
     engine: str = "local"
@@ -82,10 +86,13 @@ def run_index(options: IndexOptions) -> Report:
     check_kind(options.ann)
     if options.engine not in ("local", "ray"):
         raise RematchError(f"--engine {options.engine} is unknown; choose local or ray.")
-    corpus = open_corpus(options.corpus)
+    is_update = exists(options.output)
+    frames = options.frames
+    if frames is None:
+        frames = Index.open(options.output).settings.frames if is_update else FRAMES
+    corpus = open_corpus(options.corpus, frames, options.segments)
     if next(iter(corpus), None) is None:
         raise DataError(f"{options.corpus}: holds no documents. Check that it is the right one.")
-    is_update = exists(options.output)
     model = ReMatch(options.model)
     index = _open_or_create(options, corpus, model, is_update)
     columns = (
@@ -130,6 +137,8 @@ def _open_or_create(
             dimensions=options.dimensions,
             tokens=options.tokens,
             instructions=instructions,
+            frames=options.frames or FRAMES,
+            store_pictures=options.store_pictures,
         )
     index = Index.open(options.output, model)
     settings = index.settings
@@ -147,6 +156,16 @@ def _open_or_create(
         raise DataError(
             f"{options.output}: has vectors of {settings.dimensions} dimensions. Make another "
             "index, with another --output."
+        )
+    if options.frames and options.frames != settings.frames:
+        raise DataError(
+            f"{options.output}: was made with --frames {settings.frames}. Make another index, with "
+            "another --output."
+        )
+    if options.store_pictures and not settings.store_pictures:
+        raise DataError(
+            f"{options.output}: was made without --store-pictures. Make another index, with "
+            "another --output."
         )
     if corpus.name != settings.corpus and not options.add:
         raise DataError(

@@ -4,15 +4,17 @@ Both the local build and the workers of Ray consist of these steps.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rematch.data.clips import Clip
 from rematch.data.corpus import Document, Metadata, Unreadable, unreadable
 from rematch.data.images import CheckedPicture, EncodedPicture
+from rematch.data.pages import PdfPage
 from rematch.encoding.encoder import Encoder
 from rematch.encoding.inputs import MeasuredInput, batches_by_length, inspect_picture
 from rematch.scoring import truncate
@@ -49,9 +51,10 @@ class LoadedDocument:
 
     @property
     def loaded_bytes(self) -> int:
-        """Size of the picture's file, if that is in memory."""
-        picture = self.value.get("image")
-        return len(picture.content) if isinstance(picture, EncodedPicture) else 0
+        """Size of the picture's file or of the frames, if they are in memory."""
+        pictures = self.value.get("image")
+        listed = pictures if isinstance(pictures, list) else [pictures]
+        return sum(len(p.content) for p in listed if isinstance(p, EncodedPicture))
 
 
 @dataclass(frozen=True)
@@ -81,29 +84,34 @@ class EncodedContent:
     vectors: NDArray[np.float32]
     documents: list[LoadedDocument]
 
-    def records(self, dimensions: int) -> list[dict[str, Any]]:
-        """The documents' rows in the index.
-
-        Args:
-            dimensions: Number of the embedding's first dimensions to store.
-        """
+    def records(self, settings: IndexSettings) -> list[dict[str, Any]]:
+        """The documents' rows in an index with these settings."""
         vectors = np.atleast_2d(self.vectors)
         shared = {
-            "vector": truncate(vectors[:1], dimensions)[0],
+            "vector": truncate(vectors[:1], settings.dimensions)[0],
             "tokens": vectors[1:],
             "content_hash": self.key.hex(),
         }
-        return [shared | _columns(loaded) for loaded in self.documents]
+        return [shared | _columns(d, settings.store_pictures) for d in self.documents]
 
 
-def _columns(loaded: LoadedDocument) -> dict[str, Any]:
+def _columns(loaded: LoadedDocument, store_pictures: bool) -> dict[str, Any]:
     document = loaded.document
     image = document.image
+    path = None
+    if isinstance(image, Path):
+        path = str(image.resolve())
+    elif isinstance(image, PdfPage | Clip):
+        path = str(replace(image, path=image.path.resolve()))
+    picture = loaded.value.get("image")
+    is_stored = isinstance(image, EncodedPicture) or (
+        store_pictures and isinstance(picture, EncodedPicture | CheckedPicture)
+    )
     return document.metadata | {
         "id": document.id,
         "text": document.text,
-        "path": str(image.resolve()) if isinstance(image, Path) else None,
-        "image": image.content if isinstance(image, EncodedPicture) else None,
+        "path": path,
+        "image": picture.read_bytes() if picture is not None and is_stored else None,
         "stamp": loaded.stamp,
         WORDS: words_of(document.text, document.metadata),
     }

@@ -18,7 +18,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from rematch.data.corpus import Document, Metadata
+from rematch.data import clips, pages
+from rematch.data.clips import FRAMES, Clip
+from rematch.data.corpus import Document, Media, Metadata
 from rematch.data.images import EncodedPicture, PictureFile
 from rematch.data.instructions import (
     DocumentKind,
@@ -28,6 +30,7 @@ from rematch.data.instructions import (
     query_text,
     with_instruction,
 )
+from rematch.data.pages import PdfPage
 from rematch.encoding.fingerprint import FINGERPRINT_FORMAT, model_fingerprint
 from rematch.errors import DataError, ModelError
 from rematch.model import ReMatch
@@ -110,6 +113,19 @@ class Hits(list[Hit]):
         self.instruction, self.mode = instruction, mode
 
 
+# The kinds of documents as conditions of our own; of equally many, the first is the index's
+_KINDS: dict[DocumentKind, str] = {
+    "text": "path IS NULL AND image IS NULL",
+    "image": "path IS NOT NULL OR image IS NOT NULL",
+    "page": f"lower(path) LIKE '%{pages.EXTENSION}#page=%'",
+    "video": " OR ".join(
+        f"lower(path) LIKE '%{extension}{end}'"
+        for extension in clips.EXTENSIONS
+        for end in ("", "#t=%")
+    ),
+}
+
+
 class _Version(NamedTuple):
     """What is counted once for each version of the table.
 
@@ -174,6 +190,8 @@ class Index:
         dimensions: int = 0,
         tokens: bool = False,
         instructions: Mapping[str, str] | None = None,
+        frames: int = FRAMES,
+        store_pictures: bool = False,
     ) -> "Index":
         """Create an empty index.
 
@@ -186,6 +204,9 @@ class Index:
             tokens: Whether to store the K token vectors too, for MaxSim.
             instructions: Query instructions that replace the model's, by kind
                 (:mod:`rematch.data.instructions`).
+            frames: How many frames stand for a video; those of the corpus.
+            store_pictures: Whether to store pictures of files, and of pages, so that the files
+                need not stay where they are. Videos are not stored.
 
         Raises:
             DataError: If the place cannot be written, or ``dimensions`` is more than the model
@@ -205,6 +226,8 @@ class Index:
             document_instructions=model.backbone.document_instructions,
             corpus=corpus,
             instructions=instruction_table(model.prompts, instructions),
+            frames=frames,
+            store_pictures=store_pictures,
         )
         schema = table_schema(settings, model.backbone.width)
         create_table(str(uri), schema)
@@ -410,8 +433,9 @@ class Index:
                 number = int(table.version)
                 if counted and counted.number == number:
                     return counted
-                pictures = table.count_rows("path IS NOT NULL OR image IS NOT NULL")
-                kind: DocumentKind = "image" if 2 * pictures > table.count_rows() else "text"
+                counts = {kind: table.count_rows(sql) for kind, sql in _KINDS.items()}
+                counts["image"] -= counts["page"] + counts["video"]
+                kind = max(counts, key=lambda kind: counts[kind])  # the first of equal ones
                 return _Version(number, kind, has_full_text_index(table))
 
         self._counted = self._live.read(count)
@@ -532,11 +556,15 @@ class Index:
     def _load_inputs(self, table: Any, rows: pa.Table) -> list[Any]:
         """The inputs that the documents of a table's rows with ``_rowid`` were encoded from."""
         records = rows.select(["id", "text", "path", "_rowid"]).to_pylist()
-        row_ids = [record["_rowid"] for record in records if record["path"] is None]
+        row_ids = [
+            record["_rowid"]
+            for record in records
+            if record["path"] is None or self.settings.store_pictures
+        ]
         pictures = self._stored_pictures(table, row_ids)
         instruction = self.settings.document_instructions
         return [
-            _document(record, pictures.get(record["_rowid"])).item().as_input(instruction)
+            self._document(record, pictures.get(record["_rowid"])).item().as_input(instruction)
             for record in records
         ]
 
@@ -547,6 +575,18 @@ class Index:
         with reading(self.uri):
             rows = table.take_row_ids(row_ids).select(["image"]).with_row_id().to_arrow()
         return dict(zip(rows["_rowid"].to_pylist(), rows["image"].to_pylist(), strict=True))
+
+    def _document(
+        self, record: dict[str, Any], picture: bytes | None, metadata: Metadata | None = None
+    ) -> Document:
+        """A document from a row with ``id``, ``text`` and ``path``, and its stored picture."""
+        name, path, text = record["id"], record["path"], record["text"] or ""
+        image: Media | None = None
+        if picture:
+            image = EncodedPicture(name, picture)
+        elif path:
+            image = PdfPage.parse(path) or Clip.parse(path, self.settings.frames) or Path(path)
+        return Document(name, text, image, metadata or {})
 
     # ---- documents ------------------------------------------------------------------------------
 
@@ -562,7 +602,7 @@ class Index:
         if not ids:
             return []
         rows = self._rows(is_in("id", ids))
-        return [_document(r, r["image"], _metadata(r)) for r in rows.to_pylist()]
+        return [self._document(r, r["image"], _metadata(r)) for r in rows.to_pylist()]
 
     def sample(self, count: int) -> list[Document]:
         """Up to this many documents at equal distances from one another."""
@@ -577,7 +617,7 @@ class Index:
                 columns = ["id", "text", "path", "image"]
                 return table.take_offsets(list(offsets)).select(columns).to_arrow()
 
-        return [_document(r, r["image"]) for r in self._live.read(take).to_pylist()]
+        return [self._document(r, r["image"]) for r in self._live.read(take).to_pylist()]
 
     def texts(self, count: int) -> list[str]:
         """The texts of up to this many documents that have one."""
@@ -719,15 +759,3 @@ def _metadata(record: dict[str, Any]) -> Metadata:
         for name, value in record.items()
         if name not in RESERVED and not name.startswith("_") and value is not None
     }
-
-
-def _document(
-    record: dict[str, Any], picture: bytes | None, metadata: Metadata | None = None
-) -> Document:
-    """A document from a row with ``id``, ``text`` and ``path``, and its stored picture."""
-    image: Path | EncodedPicture | None = None
-    if picture:
-        image = EncodedPicture(record["id"], picture)
-    elif record["path"]:
-        image = Path(record["path"])
-    return Document(record["id"], record["text"] or "", image, metadata or {})

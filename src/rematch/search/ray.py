@@ -75,7 +75,7 @@ class Worker:
             unreadable += broken
             encoded_count += len(encoded)
             for content in encoded:
-                rows += content.records(self.index.settings.dimensions)
+                rows += content.records(self.index.settings)
         changed = {document.id for document in loaded if not document.is_new}
         result = {
             "fragments": self._write_fragments(rows),
@@ -130,7 +130,7 @@ class RayBuilder(Builder):
     def _changed_documents(self, corpus: Corpus) -> list[dict[str, Any]]:
         """Rows of ``document`` (pickled) and ``is_new``, for documents that are to be encoded."""
         rows = []
-        for document in corpus:
+        for document in corpus.since(self.indexed.stamp):
             changed = self.register(self.compare(document))
             if changed:
                 is_new = self.indexed.stamp(changed.id) is None

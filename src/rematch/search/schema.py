@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from rematch.data.clips import FRAMES
 from rematch.errors import DataError
 from rematch.search.columns import WORDS
 
@@ -27,6 +28,8 @@ class IndexSettings:
         corpus: Name of the corpus.
         instructions: Query instructions by kind (:mod:`rematch.data.instructions`); those that
             are missing, as in an index of an earlier version, are the default ones.
+        frames: How many frames stand for a video.
+        store_pictures: Whether pictures of files and pages are stored too.
     """
 
     model: str
@@ -36,6 +39,8 @@ class IndexSettings:
     document_instructions: bool
     corpus: str
     instructions: dict[str, str] = field(default_factory=dict)
+    frames: int = FRAMES
+    store_pictures: bool = False
 
 
 def table_schema(settings: IndexSettings, width: int) -> pa.Schema:

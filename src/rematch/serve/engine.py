@@ -19,9 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from rematch.data.clips import Clip
 from rematch.data.corpus import Document
 from rematch.data.images import EncodedPicture, data_url, load_image
 from rematch.data.instructions import with_instruction
+from rematch.data.pages import PdfPage
 from rematch.encoding.encoder import Encoder
 from rematch.errors import ImageError, RematchError
 from rematch.interpretability import attention_maps, overlay
@@ -40,6 +42,7 @@ _EXAMPLES = 4  # texts that the page offers as queries
 _OVERLAYS = 6  # token vectors whose attention the page shows
 _OVERLAY_EDGE = 320  # pixels
 _QUERIES = 16  # that are searched for before the next check whether somebody waits
+_PAGE_SIZE, _FRAME_SIZE = (842, 1191), (640, 360)  # pixels
 _SAMPLE, _MEAN_SECONDS = 16, 60.0  # documents that are measured, and how long that holds
 
 
@@ -236,8 +239,11 @@ class Engine:
         if not documents:
             raise ClientError("the index has no document with this id.", 404)
         parts: Any = documents[0].item().as_input(self.index.settings.document_instructions)
-        if "image" in parts:
-            parts["image"] = load_image(parts["image"])
+        pictures = parts.get("image")
+        if isinstance(pictures, list):
+            parts["image"] = list(map(load_image, pictures))
+        elif pictures is not None:
+            parts["image"] = load_image(pictures)
         document: Input = parts
         return document
 
@@ -248,12 +254,13 @@ class Engine:
             ClientError: 404 if the document has no picture or its file cannot be read.
         """
         try:
-            picture = self.document(document_id).get("image")
+            pictures = self.document(document_id).get("image")
         except ImageError:
-            picture = None
-        if picture is None:
+            pictures = None
+        if pictures is None:
             raise ClientError("the document has no picture, or its file is gone.", 404)
-        assert isinstance(picture, Image.Image)
+        # the poster of a video is a frame from its middle
+        picture = pictures[len(pictures) // 2] if isinstance(pictures, list) else pictures
         buffer = io.BytesIO()
         picture.thumbnail((edge, edge), Image.Resampling.LANCZOS)
         picture.save(buffer, "JPEG", quality=88)
@@ -317,11 +324,18 @@ def _index_errors() -> Iterator[None]:
 
 
 def _as_header(document: Document, files: ExitStack) -> dict[str, Any]:
-    """A document whose picture is opened but not decoded; without it if that is impossible."""
-    value: dict[str, Any] = {"text": document.text}
+    """A document whose picture is opened but not decoded; without it if that is impossible.
+
+    Pages and frames of videos are not rendered; they count with usual sizes.
+    """
+    value: dict[str, Any] = {"text": document.item().text}
     source: Path | io.BytesIO | None = None
     if isinstance(document.image, EncodedPicture):
         source = io.BytesIO(document.image.content)
+    elif isinstance(document.image, PdfPage):
+        value["image"] = Image.new("RGB", _PAGE_SIZE)
+    elif isinstance(document.image, Clip):
+        value["image"] = [Image.new("RGB", _FRAME_SIZE)] * document.image.frames
     elif document.image is not None and document.image.is_file():
         source = document.image
     if source is not None:
