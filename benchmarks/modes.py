@@ -1,4 +1,4 @@
-"""What vectors, words, and both together find: each caption's noun phrase searches for its picture.
+"""What vectors, words, and both find: each caption's noun phrase searches for its picture.
 
     python benchmarks/modes.py --stamps photos --output benchmarks/results/modes.json
 

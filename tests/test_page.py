@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from PIL import Image
+from shared_documents import save_pdf, save_video
 from shared_search import save_picture
 from shared_server import running
 
@@ -145,7 +146,7 @@ def test_filter_no_results_and_errors(page):
     assert results(page) == ["a white card"]
     page.fill("#filter", "year = 1900")
     page.keyboard.press("Enter")
-    assert results(page, "No document matches the filter") == []
+    assert results(page, "No document meets the conditions") == []
     page.fill("#filter", "yeer = 1")
     page.keyboard.press("Enter")
     assert results(page, "The columns are id, text, path, year") == []
@@ -290,10 +291,11 @@ def test_markup_is_shown_and_never_runs(browser, hostile, tmp_path):
     page.fill("#filter", "<img src=x onerror=window.ran=1>")
     page.keyboard.press("Enter")
     page.wait_for_selector("#status.error")
-    inside = "#results script, #results iframe, #results svg, #detail script, #detail a, [onerror]"
+    inside = "#results script, #results iframe, #results svg, #detail script, [onerror]"
+    assert page.query_selector_all("#detail a:not(#source)") == []
     assert page.query_selector_all(inside) == []
     assert page.evaluate("window.ran") is None
-    assert len(expected) == 1  # nothing opened another page
+    assert {url.split("?")[0] for url in expected} == {f"{address}/"}, "no other page opened"
     assert not [problem for problem in problems if "status of 4" not in problem], problems
     page.close()
 
@@ -324,3 +326,118 @@ def test_the_policy_blocks_inline_code(browser, hostile):
     assert page.evaluate("window.ran") is None
     assert sum("Content Security Policy" in message for message in messages) >= 3, messages
     page.close()
+
+
+@pytest.fixture(scope="module")
+def library(saved_model, tmp_path_factory):
+    """(address, folder) of a server over pictures, a PDF file and a video."""
+    folder = tmp_path_factory.mktemp("library")
+    for number in range(14):
+        save_picture(folder / "photos" / f"{number:02}.png", number)
+        text = {"text": f"photo {number}", "place": ("Rome", "O'Hara")[number % 2], "year": 2000}
+        (folder / "photos" / f"{number:02}.json").write_text(json.dumps(text))
+    save_pdf(folder / "report.pdf", ["A red fox", "Two owls"], "Animals")
+    save_video(folder / "clip.mp4", ["red", "blue", "white"])
+    model = ReMatch(str(saved_model))
+    index = Index.create(folder.parent / "library.idx", model, name=str(saved_model), frames=2)
+    corpus = open_corpus(folder, frames=2, segments=2)
+    build(index, corpus, Encoder(model, workers=0))
+    with running(Engine(index.uri)) as address:
+        yield address, folder
+
+
+@pytest.fixture
+def library_page(browser, library):
+    page = browser.new_page(viewport={"width": 1000, "height": 800})
+    problems = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(library[0])
+    page.wait_for_function("() => document.querySelectorAll('#examples button').length === 4")
+    yield page
+    page.close()
+    assert not problems
+
+
+def test_the_address_has_the_query_and_going_back_restores_it(library_page):
+    page = library_page
+    page.fill("#text", "owls")
+    page.select_option("#mode", "text")
+    page.keyboard.press("Enter")
+    assert results(page, "by words in") == ["Animals, page 2"]
+    page.select_option("#facets select[name=place]", label="O'Hara")
+    assert results(page, "No document meets the conditions") == []
+    assert "facet%3Aplace=" in page.url
+    page.go_back()
+    assert results(page, "by words in") == ["Animals, page 2"]
+    assert page.input_value("#facets select[name=place]") == ""
+    page.goto(page.url)
+    assert results(page, "by words in") == ["Animals, page 2"]
+    assert (page.input_value("#text"), page.input_value("#mode")) == ("owls", "text")
+
+
+def test_more_results_facets_and_modes(library_page):
+    page = library_page
+    page.fill("#text", "photo")
+    page.keyboard.press("Enter")
+    assert len(results(page, "by words and vectors in")) == 12
+    page.click("#more")
+    assert len(results(page, "18 results")) == 18
+    assert page.is_hidden("#more")
+    page.select_option("#facets select[name=place]", label="Rome")
+    assert len(results(page, "7 results")) == 7
+    page.select_option("#mode", "vector")
+    results(page, "by vectors in")
+    assert "everyday image" in page.get_attribute("#status", "title")
+
+
+def test_more_like_this(library_page, library):
+    page = library_page
+    page.fill("#text", "photo 3")
+    page.keyboard.press("Enter")
+    assert results(page)[0] == "photo 3"
+    page.click(".card >> nth=0")
+    page.click("#like")
+    names = results(page, "like photos/03.png by vectors")
+    assert len(names) == 12
+    assert "photo 3" not in names
+    assert page.is_hidden("#detail")
+    page.go_back()
+    assert results(page)[0] == "photo 3"
+
+
+def test_pages_and_videos_are_shown_with_a_link_to_their_place(library_page, library):
+    page, (address, folder) = library_page, library
+    page.fill("#text", "owls")
+    page.keyboard.press("Enter")
+    assert results(page)[0] == "Animals, page 2"
+    page.click(".card >> nth=0")
+    link = page.wait_for_selector("#source:not([hidden])")
+    assert link.inner_text() == "Open the file at page 2"
+    url = link.get_attribute("href")
+    assert url.endswith("#page=2")
+    answer = page.request.get(f"{address}/{url.split('#')[0]}")
+    assert answer.headers["content-type"] == "application/pdf"
+    assert answer.body() == (folder / "report.pdf").read_bytes()
+    page.keyboard.press("Escape")
+    page.fill("#filter", "id = 'clip.mp4#t=2,4'")
+    page.keyboard.press("Enter")
+    assert results(page, "1 result") == ["clip.mp4#t=2,4, video from 0:02"]
+    page.wait_for_function("() => document.querySelector('.card img')?.naturalWidth")
+    page.click(".card >> nth=0")
+    link = page.wait_for_selector("#source:not([hidden])")
+    assert link.inner_text() == "Play the video from 0:02"
+    url = link.get_attribute("href")
+    part = page.request.get(f"{address}/{url.split('#')[0]}", headers={"Range": "bytes=0-9"})
+    assert (part.status, part.headers["content-type"]) == (206, "video/mp4")
+    assert page.request.get(f"{address}/v1/documents/photos%2F03.png/file").status == 404
+
+
+def test_warnings_are_shown(library_page, library):
+    page, (_, folder) = library_page, library
+    (folder / "photos" / "00.png").rename(folder / "moved")
+    page.fill("#text", "photo 0")
+    page.check("#rerank")
+    page.keyboard.press("Enter")
+    results(page)
+    assert "photos/00.png: its picture is missing" in page.inner_text("#warnings")
+    (folder / "moved").rename(folder / "photos" / "00.png")

@@ -7,12 +7,12 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared_search import build_index, save_picture
 
 from rematch.errors import DataError
 from rematch.search.columns import WORDS
 from rematch.search.index import Index
 from rematch.search.retrieval import Retrieval, words_of
-from shared_search import build_index, save_picture
 
 DOCUMENTS = [
     {"id": "fox", "text": "A red fox in the snow", "year": 1990},

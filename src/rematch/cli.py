@@ -316,7 +316,8 @@ def index(
     corpus: Annotated[
         str | None,
         typer.Argument(
-            help="A folder of pictures, PDF files and videos, a .jsonl or .parquet file, or a Hugging Face data set."
+            help="A folder of pictures, PDF files and videos, a .jsonl or .parquet file, or a "
+            "Hugging Face data set."
         ),
     ] = None,
     output: Annotated[

@@ -96,7 +96,8 @@ class PdfFile:
         """
         for number in range(self.pages):
             with _opened(self.path) as pdf:
-                yield _text(pdf, number)
+                text = _text(pdf, number)
+            yield text  # without the lock
 
 
 def open_pdf(path: Path) -> PdfFile:

@@ -159,8 +159,8 @@ def _open_or_create(
         )
     if options.frames and options.frames != settings.frames:
         raise DataError(
-            f"{options.output}: was made with --frames {settings.frames}. Make another index, with "
-            "another --output."
+            f"{options.output}: was made with --frames {settings.frames}. Make another index, "
+            "with another --output."
         )
     if options.store_pictures and not settings.store_pictures:
         raise DataError(

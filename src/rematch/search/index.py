@@ -20,7 +20,7 @@ from PIL import Image
 
 from rematch.data import clips, pages
 from rematch.data.clips import FRAMES, Clip
-from rematch.data.corpus import Document, Media, Metadata
+from rematch.data.corpus import Document, Media, Metadata, Value
 from rematch.data.images import EncodedPicture, PictureFile
 from rematch.data.instructions import (
     DocumentKind,
@@ -113,6 +113,7 @@ class Hits(list[Hit]):
         self.instruction, self.mode = instruction, mode
 
 
+_FACET_ROWS = 10_000
 # The kinds of documents as conditions of our own; of equally many, the first is the index's
 _KINDS: dict[DocumentKind, str] = {
     "text": "path IS NULL AND image IS NULL",
@@ -421,6 +422,56 @@ class Index:
         if not query_text(query).strip():
             raise DataError(f"--mode {mode}: the query has no words. Give it text.")
         return mode
+
+    def similar(self, document_id: str, top: int = 10, *, filter: str | RawSQL = "") -> Hits:
+        """The documents nearest to a document of the index, without itself.
+
+        Args:
+            document_id: Its id.
+            top: Number of hits.
+            filter: As for :meth:`search`.
+
+        Raises:
+            DataError: If the index has no such document, or the condition is invalid.
+        """
+        condition = self.condition(filter)
+
+        def find() -> Hits:
+            rows = self._rows(is_in("id", [document_id]), ["vector"])
+            if not len(rows):
+                raise DataError(f"{document_id}: the index has no document with this id.")
+            vector = np.asarray(rows["vector"][0].as_py(), np.float32)
+            retrieval = self._retrieval(self.table, top + 1, condition, (), False, 40)
+            candidates = retrieval.by_vector(vector)
+            scores = zip(
+                candidates.scores.tolist(), candidates.rows["id"].to_pylist(), strict=True
+            )
+            ranked = [
+                Ranked(row, score, candidates.by)
+                for row, (score, name) in enumerate(scores)
+                if name != document_id
+            ]
+            return Hits(self._hits(candidates, ranked[:top]))
+
+        return self._live.read(find)
+
+    def facets(self, most: int = 12) -> dict[str, list[Value]]:
+        """Columns of the metadata with few values, as the first 10,000 documents have them.
+
+        Args:
+            most: Number of values up to which a column counts.
+
+        Returns:
+            By column its values, in order; columns with only one are left out.
+        """
+        columns = self.metadata_columns
+        rows = self._rows("", columns, _FACET_ROWS) if columns else pa.table({})
+        facets: dict[str, list[Value]] = {}
+        for name in columns:
+            values = rows[name].drop_null().unique().to_pylist()
+            if 1 < len(values) <= most and all(len(str(value)) < 40 for value in values):
+                facets[name] = sorted(values)
+        return facets
 
     def instruction(self, query: Query) -> str:
         """The instruction that a search puts before a query, by what most documents are."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rematch.data.clips import Clip
-from rematch.data.corpus import Document
+from rematch.data.corpus import Document, Value
 from rematch.data.images import EncodedPicture, data_url, load_image
 from rematch.data.instructions import with_instruction
 from rematch.data.pages import PdfPage
@@ -273,6 +273,38 @@ class Engine:
         others = [hit.id for hit in hits if not hit.path]
         with _index_errors():
             return with_file | self.index.with_stored_picture(others)
+
+    def similar(self, document_id: str, top: int, filter: str) -> Hits:
+        """The documents nearest to a document of the index.
+
+        Raises:
+            ClientError: 404 if the index does not hold it.
+        """
+        assert self.index is not None
+        with _index_errors():
+            if not self.index.documents([document_id]):
+                raise ClientError("the index has no document with this id.", 404)
+            return self.index.similar(document_id, top, filter=filter)
+
+    def facets(self) -> dict[str, list[Value]]:
+        """Columns of the metadata with few values."""
+        assert self.index is not None
+        with _index_errors():
+            return self.index.facets()
+
+    def file(self, document_id: str) -> Path:
+        """The PDF file or the video that a document is from.
+
+        Raises:
+            ClientError: 404 if there is none.
+        """
+        assert self.index is not None
+        with _index_errors():
+            documents = self.index.documents([document_id])
+        source = documents[0].image if documents else None
+        if not isinstance(source, PdfPage | Clip) or not source.path.is_file():
+            raise ClientError("no PDF file or video of this document is there.", 404)
+        return source.path
 
     def examples(self) -> list[str]:
         """A few short texts of the index, always the same ones."""

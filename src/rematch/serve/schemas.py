@@ -144,10 +144,13 @@ class RerankResponse(BaseModel):
 
 
 class SearchRequest(_Request):
-    """A query of text, a picture, or both."""
+    """A query of text, a picture, or both; or a document of the index, to find similar ones."""
 
     text: str = ""
     image: str | None = None
+    like: str | None = Field(
+        None, max_length=4096, description="id of a document, in place of text and image"
+    )
     top: int = Field(10, ge=1, le=200)
     filter: str = Field(
         "",
@@ -179,6 +182,8 @@ class SearchHit(BaseModel):
     text_rank: int = Field(description="rank by words, from 1; 0 if not among the best matches")
     text: str
     has_picture: bool
+    page: int | None = Field(description="number of the page, of a PDF file")
+    start: float | None = Field(description="where it begins in seconds, of a video")
     metadata: dict[str, str | float | bool | None]
 
 

@@ -1,6 +1,10 @@
 "use strict";
 const $ = (id) => document.getElementById(id);
+const STEP = 12, MOST = 200, RERANKED = 48;
+const MODES = { vector: "vectors", text: "words", hybrid: "words and vectors" };
+const SCORES = { cosine: "cosine", bm25: "BM25", rrf: "RRF", maxsim: "MaxSim" };
 let picture = null; // the query's picture as a data URL
+let like = null; // id of the document to which similar ones are searched for
 let latestSearch = 0; // number of the latest search; responses to earlier ones are dropped
 let shownQuery = null; // the query whose results are shown
 const apiKey = () => sessionStorage.getItem("key") || "";
@@ -44,6 +48,7 @@ function usePicture(file) {
     $("thumb").hidden = false;
     $("hint").textContent = file.name || "pasted picture";
     $("clear").hidden = false;
+    like = null;
     search();
   };
   reader.onerror = () => say("“" + file.name + "” cannot be read.", true);
@@ -59,25 +64,65 @@ function removePicture() {
   $("clear").hidden = true;
 }
 
-async function search() {
+// What is searched for; everything but the picture is in the page's address.
+function query() {
   const text = $("text").value.trim();
-  if (!text && !picture) { say("Type a query or add a picture."); return; }
+  const values = { like, text: like ? "" : text, mode: $("mode").value, filter: $("filter").value.trim(), rerank: $("rerank").checked };
+  for (const select of $("facets").querySelectorAll("select")) if (select.value) values["facet:" + select.name] = select.value;
+  return values;
+}
+
+function condition(values) {
+  const parts = values.filter ? ["(" + values.filter + ")"] : [];
+  for (const [name, value] of Object.entries(values)) if (name.startsWith("facet:")) parts.push("`" + name.slice(6) + "` = " + value);
+  return parts.length === 1 && values.filter ? values.filter : parts.join(" AND ");
+}
+
+function remember(values) {
+  const address = new URLSearchParams();
+  for (const [name, value] of Object.entries(values)) if (value && !(name === "mode" && value === "auto")) address.set(name === "text" ? "q" : name, value === true ? "1" : value);
+  const search = address.size ? "?" + address : location.pathname;
+  if (search !== location.search) history.pushState(null, "", search);
+}
+
+function restore() {
+  const address = new URLSearchParams(location.search);
+  $("text").value = address.get("q") || "";
+  $("mode").value = ["hybrid", "vector", "text"].includes(address.get("mode")) ? address.get("mode") : "auto";
+  $("filter").value = address.get("filter") || "";
+  $("rerank").checked = address.has("rerank");
+  for (const select of $("facets").querySelectorAll("select")) select.value = address.get("facet:" + select.name) || "";
+  like = address.get("like");
+  if (picture) removePicture();
+  if ($("text").value || like) search({ isNew: false });
+  else { show([]); say(""); }
+}
+
+async function search({ isNew = true, count = STEP } = {}) {
+  const values = query();
+  if (!values.text && !picture && !like) { say("Type a query or add a picture."); return; }
   const number = ++latestSearch;
-  const top = Number($("top").value);
-  const body = { text, image: picture, top, filter: $("filter").value.trim(), rerank: $("rerank").checked ? "raw:" + top : "" };
+  const body = { text: values.text, top: count, filter: condition(values) };
+  if (like) body.like = like;
+  else Object.assign(body, { image: picture, mode: values.mode, rerank: values.rerank ? "raw:" + Math.min(count, RERANKED) : "" });
+  if (isNew) remember(values);
   say("Searching…");
   $("results").classList.add("busy");
   try {
     const response = await (await call("v1/search", body)).json();
     if (number !== latestSearch) return;
-    shownQuery = { text, image: picture };
+    shownQuery = { text: values.text, image: like ? null : picture };
     const hits = response.hits;
-    show(hits);
-    const moved = hits.filter((hit, i) => hit.nearest !== i + 1).length;
-    let message = hits.length + (hits.length === 1 ? " result" : " results") + " in " + Math.round(response.milliseconds) + " ms";
+    show(hits, response.warnings);
+    $("more").hidden = hits.length < count || count >= MOST;
+    $("more").onclick = () => search({ isNew: false, count: Math.min(MOST, count + STEP) });
+    const moved = hits.filter((hit, i) => hit.first_rank !== i + 1).length;
+    let message = hits.length + (hits.length === 1 ? " result" : " results") + (like ? " like " + like : "") + " by " + MODES[response.mode] + " in " + Math.round(response.milliseconds) + " ms";
     if (body.rerank) message += moved ? "; reranking moved " + moved + " of them" : "; reranking did not change the order";
-    if (!hits.length) message = body.filter ? "No document matches the filter" : "The index has no documents";
+    if (!hits.length) message = body.filter ? "No document meets the conditions" : response.mode === "text" ? "No document has these words" : "The index has no documents";
     say(message + ".");
+    if (response.instruction) $("status").title = "Instruction before the query: " + response.instruction;
+    else $("status").removeAttribute("title");
   } catch (error) {
     if (number === latestSearch) { show([]); say(error.message, true); }
   } finally {
@@ -85,36 +130,47 @@ async function search() {
   }
 }
 
-function show(hits) {
+function element(kind, className, text) {
+  const result = document.createElement(kind);
+  result.className = className;
+  if (text !== undefined) result.textContent = text;
+  return result;
+}
+
+function place(hit) {
+  if (hit.page) return "page " + hit.page;
+  if (hit.start !== null) return "video" + (hit.start ? " from " + clock(hit.start) : "");
+  return "";
+}
+
+function clock(seconds) {
+  return Math.floor(seconds / 60) + ":" + String(Math.floor(seconds % 60)).padStart(2, "0");
+}
+
+function title(hit) {
+  return hit.page ? hit.metadata.title || hit.id.replace(/#page=.*/, "") : hit.text || hit.id;
+}
+
+function show(hits, warnings = []) {
+  $("more").hidden = true;
+  $("warnings").replaceChildren(...warnings.map((text) => element("li", "", text)));
+  $("warnings").hidden = !warnings.length;
   $("results").replaceChildren(...hits.map((hit, i) => {
-    const card = document.createElement("button");
+    const card = element("button", "card");
     card.type = "button";
-    card.className = "card";
-    const name = hit.text || hit.id;
-    card.setAttribute("aria-label", (i + 1) + ": " + name);
+    card.setAttribute("aria-label", (i + 1) + ": " + title(hit) + (place(hit) ? ", " + place(hit) : ""));
     if (hit.has_picture) {
       const image = document.createElement("img");
       image.alt = "";
       load(image, hit.id, 320);
       card.append(image);
     }
-    const words = document.createElement("span");
-    words.className = "words";
-    const title = document.createElement("span");
-    title.className = "name";
-    title.textContent = name;
-    const score = document.createElement("span");
-    score.className = "score";
-    const value = document.createElement("span");
-    value.textContent = (hit.by === "cosine" ? "cosine " : "P(yes) ") + hit.score.toFixed(3);
-    score.append(value);
-    if (hit.nearest !== i + 1) {
-      const moved = document.createElement("span");
-      moved.className = "moved";
-      moved.textContent = (hit.nearest > i + 1 ? "▲" : "▼") + " was " + hit.nearest;
-      score.append(moved);
-    }
-    words.append(title, score);
+    const words = element("span", "words");
+    const score = element("span", "score");
+    score.append(element("span", "", (SCORES[hit.by] || "P(yes)") + " " + hit.score.toFixed(3)));
+    if (place(hit)) score.append(element("span", "", place(hit)));
+    if (hit.first_rank !== i + 1 && !like) score.append(element("span", "moved", (hit.first_rank > i + 1 ? "▲" : "▼") + " was " + hit.first_rank));
+    words.append(element("span", "name", title(hit)), score);
     card.append(words);
     card.addEventListener("click", () => open(hit));
     return card;
@@ -139,7 +195,9 @@ async function open(hit) {
   $("detail-picture").removeAttribute("src");
   $("token-maps").replaceChildren();
   for (const name of ["detail-map", "query-map"]) $(name).hidden = true;
-  const rows = [["score", hit.score.toFixed(4) + " (" + hit.by + ")"], ["rank by cosine", hit.nearest], ...Object.entries(hit.metadata)];
+  const rows = [["score", hit.score.toFixed(4) + " (" + hit.by + ")"], ["rank by vectors", hit.vector_rank || null], ["rank by words", hit.text_rank || null], ...Object.entries(hit.metadata)];
+  $("like").onclick = () => { $("detail").close(); removePicture(); $("text").value = ""; like = hit.id; search(); };
+  showSource(hit);
   $("detail-metadata").replaceChildren(...rows.filter(([, value]) => value !== null).map(([name, value]) => {
     const row = document.createElement("tr"), head = document.createElement("th"), cell = document.createElement("td");
     head.textContent = name;
@@ -159,6 +217,21 @@ async function open(hit) {
   $("detail-status").textContent = failed ? failed.reason.message : "";
 }
 
+// The link to a page of a PDF file or into a video. With an API key, which no link can send, the
+// file is fetched first.
+function showSource(hit) {
+  const link = $("source"), fragment = hit.page ? "#page=" + hit.page : hit.start ? "#t=" + hit.start : "";
+  link.hidden = !place(hit);
+  if (link.hidden) return;
+  const address = "v1/documents/" + encodeURIComponent(hit.id) + "/file";
+  link.textContent = hit.page ? "Open the file at page " + hit.page : "Play the video" + (hit.start ? " from " + clock(hit.start) : "");
+  link.href = address + fragment;
+  link.onclick = !apiKey() ? null : async (event) => {
+    event.preventDefault();
+    try { window.open(URL.createObjectURL(await (await call(address)).blob()) + fragment, "_blank"); } catch (error) { $("detail-status").textContent = error.message; }
+  };
+}
+
 async function showAttention(figureId, body, withTokens) {
   const maps = await (await call("v1/attention", body)).json();
   const figure = $(figureId);
@@ -175,7 +248,7 @@ async function showAttention(figureId, body, withTokens) {
   }
 }
 
-$("form").addEventListener("submit", (event) => { event.preventDefault(); search(); });
+$("form").addEventListener("submit", (event) => { event.preventDefault(); like = null; search(); });
 $("file").addEventListener("change", () => usePicture($("file").files[0]));
 $("clear").addEventListener("click", () => { removePicture(); $("text").focus(); });
 $("drop").addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); $("file").click(); } });
@@ -187,22 +260,35 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
   });
 }
 document.addEventListener("paste", (event) => usePicture([...event.clipboardData.files].find((file) => file.type.startsWith("image/"))));
-for (const id of ["rerank", "top"]) $(id).addEventListener("change", () => { if (shownQuery) search(); });
+for (const id of ["rerank", "mode", "facets"]) $(id).addEventListener("change", () => { if (shownQuery) search(); });
+window.addEventListener("popstate", restore);
+
+function addFacets(facets) {
+  $("facets").replaceChildren(...Object.entries(facets).map(([name, values]) => {
+    const label = element("label", "", name + " "), select = document.createElement("select");
+    select.name = name;
+    select.append(new Option("any", ""), ...values.map((value) => new Option(value, typeof value === "string" ? "'" + value.replaceAll("'", "''") + "'" : String(value).toUpperCase())));
+    label.append(select);
+    return label;
+  }));
+}
 
 (async () => {
   try {
-    const [models, examples] = await Promise.all([call("v1/models"), call("v1/examples")]);
+    const [models, examples, facets] = await Promise.all([call("v1/models"), call("v1/examples"), call("v1/facets")]);
     const model = (await models.json()).data[0];
+    addFacets(await facets.json());
     $("about").textContent = model.documents.toLocaleString() + " documents, encoded by " + model.id;
     $("examples").replaceChildren(...(await examples.json()).map((text) => {
       const button = document.createElement("button");
       button.type = "button";
       button.className = "plain";
       button.textContent = text;
-      button.addEventListener("click", () => { $("text").value = text; search(); });
+      button.addEventListener("click", () => { $("text").value = text; like = null; search(); });
       return button;
     }));
     say("");
+    if (location.search) restore();
   } catch (error) {
     say(error.message, true);
   }

@@ -5,7 +5,11 @@ from functools import partial
 from typing import Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import FileResponse
 
+from rematch.data.clips import Clip
+from rematch.data.pages import PdfPage
+from rematch.search.index import Hit, Hits
 from rematch.serve.inputs import multimodal_inputs
 from rematch.serve.limits import ClientError
 from rematch.serve.schemas import (
@@ -19,6 +23,13 @@ from rematch.serve.schemas import (
 from rematch.serve.service import ServiceDependency
 
 router = APIRouter()
+_FILE_TYPES = {
+    ".pdf": "application/pdf",
+    ".mp4": "video/mp4",
+    ".mov": "video/quicktime",
+    ".webm": "video/webm",
+    ".mkv": "video/x-matroska",
+}
 
 
 @router.post("/v1/search")
@@ -27,6 +38,8 @@ async def search(
 ) -> SearchResponse:
     """The nearest documents of the index, reranked if the request says so."""
     started = time.perf_counter()
+    if body.like is not None:
+        return await _search_similar(request, body, service, started)
     if not body.text.strip() and body.image is None:
         raise ClientError("no query. Send text, image, or both.")
     engine = service.engine
@@ -47,25 +60,50 @@ async def search(
     compute = partial(engine.search, **settings)
     (hits,) = await service.compute(request, key, compute, inputs, [tokens], kind)
     ids_with_picture = await service.in_thread(request, engine.ids_with_picture, hits)
+    return _response(hits, ids_with_picture, started, instruction)
+
+
+async def _search_similar(
+    request: Request, body: SearchRequest, service: ServiceDependency, started: float
+) -> SearchResponse:
+    """The documents nearest to a document of the index; the model does not run for it."""
+    if body.text.strip() or body.image is not None or body.rerank.strip():
+        raise ClientError("like is searched for alone. Leave out text, image and rerank.")
+    if body.mode not in ("auto", "vector"):
+        raise ClientError(f"mode {body.mode}: like compares vectors. Leave out mode.")
+    engine = service.engine
+    await service.in_thread(request, engine.check_filter, body.filter)
+    hits = await service.in_thread(request, engine.similar, body.like, body.top, body.filter)
+    ids_with_picture = await service.in_thread(request, engine.ids_with_picture, hits)
+    return _response(hits, ids_with_picture, started)
+
+
+def _response(
+    hits: Hits, ids_with_picture: set[str], started: float, instruction: str = ""
+) -> SearchResponse:
     return SearchResponse(
-        hits=[
-            SearchHit(
-                id=hit.id,
-                score=hit.score,
-                by=hit.by,
-                first_rank=hit.first_rank,
-                vector_rank=hit.vector_rank,
-                text_rank=hit.text_rank,
-                text=hit.text,
-                has_picture=hit.id in ids_with_picture,
-                metadata=hit.metadata,
-            )
-            for hit in hits
-        ],
+        hits=[_search_hit(hit, hit.id in ids_with_picture) for hit in hits],
         warnings=hits.warnings,
         instruction=instruction,
-        mode=mode,
+        mode=hits.mode,
         milliseconds=round(1000 * (time.perf_counter() - started), 1),
+    )
+
+
+def _search_hit(hit: Hit, has_picture: bool) -> SearchHit:
+    page, clip = PdfPage.parse(hit.path), Clip.parse(hit.path)
+    return SearchHit(
+        id=hit.id,
+        score=hit.score,
+        by=hit.by,
+        first_rank=hit.first_rank,
+        vector_rank=hit.vector_rank,
+        text_rank=hit.text_rank,
+        text=hit.text,
+        has_picture=has_picture,
+        page=page and page.number,
+        start=clip and clip.start,
+        metadata=hit.metadata,
     )
 
 
@@ -84,6 +122,26 @@ async def picture(
     content = await service.in_thread(request, service.engine.picture, name, edge)
     headers = {"Cache-Control": "private, no-cache"}  # the index may have another one by now
     return Response(content, media_type="image/jpeg", headers=headers)
+
+
+@router.get(
+    "/v1/documents/{name:path}/file",
+    responses={200: {"content": {"application/pdf": {}, "video/*": {}}}},
+    response_class=FileResponse,
+)
+async def file(request: Request, name: str, service: ServiceDependency) -> FileResponse:
+    """The PDF file or the video that a document is from."""
+    path = await service.in_thread(request, service.engine.file, name)
+    kind = _FILE_TYPES[path.suffix.lower()]
+    return FileResponse(path, media_type=kind, headers={"Cache-Control": "private, no-cache"})
+
+
+@router.get("/v1/facets")
+async def facets(
+    request: Request, service: ServiceDependency
+) -> dict[str, list[str | float | bool | None]]:
+    """Columns of the metadata with few values, to filter by."""
+    return await service.in_thread(request, service.engine.facets)
 
 
 @router.post("/v1/attention")
