@@ -50,10 +50,7 @@ if __name__ == "__main__":
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
-        query = (
-            "Find me an image that matches the given caption: a dog above a pizza, on a blue "
-            "background"
-        )
+        query = "a dog above a pizza, on a blue background"
         page = browser.new_page(viewport={"width": 1000, "height": 700})
         page.goto(address)
         page.fill("#text", query)

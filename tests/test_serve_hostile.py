@@ -3,9 +3,13 @@
 import ipaddress
 import json
 import logging
+import os
 import random
 import re
+import resource
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -453,6 +457,43 @@ def test_idle_connections_shut_nobody_out(engine, monkeypatch, tally):
         assert sum(map(is_open, idle)) <= 60
         for connection in idle:
             connection.close()
+
+
+def test_more_idle_connections_than_files_may_be_open(saved_model, tally):
+    """1,100 of them, and a server that may open 1,024 files."""
+    own, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < 2048:
+        pytest.skip("this process may open too few files")
+    code = (
+        "import resource, sys; "
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (1024, {most})); "
+        "from rematch.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "serve", str(saved_model), "--port", "0"]
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    idle = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(own, 2048), most))
+    try:
+        address = server.stdout.readline().split(" on ")[1].split(";")[0]
+        post(f"{address}/v1/embeddings", {"input": "a"})
+        for i in range(1100):
+            connection = socket.create_connection(place(address), timeout=20)
+            idle.append(connection)
+            connection.sendall((b"", b"GET /", HALF)[i % 3])
+            tally("Raw HTTP")["idle"] += 1
+            if i % 50 == 49:
+                assert post(f"{address}/v1/embeddings", {"input": "a"}, seconds=20)[0] == 200
+        assert sum(map(is_open, idle)) <= 1024 // 3
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+        for connection in idle:
+            connection.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (own, most))
 
 
 def is_open(connection: socket.socket) -> bool:
