@@ -27,9 +27,10 @@ if __name__ == "__main__":
     rng = random.Random(4)
     with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
         folder = Path(name)
-        rows = []
+        rows, captions = [], []
         for i in range(150):
             scene = picto.sample_scene(rng, held_out=True)
+            captions.append(picto.caption(scene))
             picto.render(scene, "noto", i).resize((288, 288), Image.Resampling.LANCZOS).save(
                 folder / f"{i:03}.png"
             )
@@ -50,7 +51,12 @@ if __name__ == "__main__":
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
-        query = "a dog above a pizza, on a blue background"
+        # a query whose answer is in the index and is found
+        query = next(
+            caption
+            for caption, row in zip(captions, rows, strict=True)
+            if row["objects"] == 2 and index.search(caption, 1)[0].id == row["id"]
+        )
         page = browser.new_page(viewport={"width": 1000, "height": 700})
         page.goto(address)
         page.fill("#text", query)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from shared_benchmarks import custom_data, eval_tree, visdoc_tree, zeroshot_tree
+from shared_documents import save_pdf, save_video
 
 from rematch import Index, cli
 
@@ -83,8 +84,24 @@ def cells_of(scores: dict[str, float]) -> dict[str, str]:
 # ---- what runs ----------------------------------------------------------------------------------
 
 
+def some_documents(folder):
+    """50 captioned photos, three PDF files of which one is broken, and two videos."""
+    for number in range(50):
+        colour = ("red", "green", "blue")[number % 3]
+        path = folder / "photos" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (60, 40), colour).save(path)
+        path.with_suffix(".txt").write_text(f"a {colour} picture")
+    save_pdf(folder / "report.pdf", ["Annual report of 2025", "Expenses"], "Report")
+    save_pdf(folder / "letter.pdf", ["Dear owl"])
+    (folder / "broken.pdf").write_bytes(b"%PDF-1.7 nothing")
+    for name in ("walk.mp4", "swim.webm"):
+        save_video(folder / name, ["green", "blue"])
+
+
 def test_the_quickstart_from_top_to_bottom(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
+    some_documents(tmp_path / "documents")
     commands = []
     for language, options, code in blocks("docs/quickstart.md"):
         if "title=" in options:
@@ -93,7 +110,12 @@ def test_the_quickstart_from_top_to_bottom(tmp_path, monkeypatch, capfd):
             exec(compile(code, "quickstart", "exec"), {})
         elif language == "bash":
             commands += run_commands(code, monkeypatch, capfd)
-    assert commands == ["train", "evaluate", "index", "search", "search"]
+    assert commands == ["index", "search", "train", "evaluate", "index", "search", "search"]
+    report = json.loads((tmp_path / "documents.idx/report.json").read_text())
+    assert report["documents"] == 50 + 3 + 2
+    assert list(report["last_run"]["failures"]) == ["broken.pdf"]
+    hits = Index.open("documents.idx").search("annual report", 2)
+    assert {hit.id for hit in hits} == {"report.pdf#page=1", "report.pdf#page=2"}
     assert (tmp_path / "scores/scores.json").exists()
     assert ".png" in capfd.readouterr().out
 
@@ -114,7 +136,7 @@ def test_the_search_page_from_top_to_bottom(tmp_path, monkeypatch, capfd):
         elif language == "bash" and "norun" not in options:
             commands += run_commands(code, monkeypatch, capfd)
     updated = ["index", "search", "index"]
-    assert commands == updated + ["search"] * 5 + ["index"] * 2
+    assert commands == updated + ["search"] * 7 + ["index"] * 2
     by_ray, by_one_process = (
         sorted(Index.open(name).table.to_arrow()["id"].to_pylist())
         for name in ("spread.idx", "small.idx")
