@@ -122,7 +122,8 @@ def value(rng: random.Random, depth: int = 0) -> object:
 
 _NAMES = (
     "input", "messages", "content", "type", "text", "image", "image_url", "url", "query",
-    "documents", "top_n", "top", "filter", "rerank", "id", "dimensions", "task", "model", "é",
+    "documents", "top_n", "top", "mode", "like", "filter", "rerank", "id", "dimensions",
+    "task", "model", "é",
 )  # fmt: skip
 
 
@@ -138,8 +139,13 @@ def body(rng: random.Random, path: str) -> bytes:
         "/v1/attention": {"id": rng.choice(("red.png", "\0", "../../etc/passwd", "'"))},
     }
     content = dict(usual[path])
-    if path == "/v1/search" and rng.random() < 0.5:
-        del content["image"]
+    if path == "/v1/search":
+        if rng.random() < 0.5:
+            del content["image"]
+        if rng.random() < 0.5:
+            content["mode"] = rng.choice(("text", "hybrid", "vector", "auto", "x"))
+        if rng.random() < 0.3:
+            content = {"like": rng.choice(("red.png", "\0", "'", "x" * 5000))}
     way = rng.randrange(5)
     if way == 1:
         content[rng.choice((*content, *_NAMES))] = value(rng)
@@ -159,6 +165,7 @@ def body(rng: random.Random, path: str) -> bytes:
 
 _TARGETS = (
     "/", "*", "//", "/health", "/%00", "/v1/documents/%2e%2e/picture", "x:80", "/page/%2e%2e",
+    "/v1/documents/red.png/file", "/v1/documents/%23page=1/file", "/v1/facets",
     "/v1/documents/%00/picture?edge=1e9", "/v1/documents/red.png/picture?edge=16", "/\x80",
 )  # fmt: skip
 
