@@ -167,7 +167,7 @@ def test_a_hash_set_is_right_beyond_its_buffer():
 
 
 def test_a_clock_that_is_set_back_changes_nothing(searcher, photos, tmp_path, monkeypatch):
-    """A changed file seems older, and whoever looked at the clock would go back a day each time."""
+    """A changed file seems older, and each look at the clock would go back a day."""
     now = time.time()
     days = itertools.count()
     monkeypatch.setattr(time, "time", lambda: now - 86_400 * next(days))
