@@ -327,7 +327,7 @@ def test_bad_corpora_and_queries(fails, tmp_path, monkeypatch):
         return fails("index", "rematch-tiny", path, "--output", output, "--workers", "0")
 
     assert "no query" in fails("search", output)
-    assert "holds no pictures" in index()
+    assert "holds no files to index" in index()
     assert "no such folder or file" in index(tmp_path / "nowhere")
     (corpus / "fake.png").write_text("not a picture")
     assert "fake.png: not a picture" in index()

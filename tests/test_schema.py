@@ -16,6 +16,8 @@ OPERATIONS = {
     "POST /v1/search",
     "POST /v1/attention",
     "GET /v1/documents/{name}/picture",
+    "GET /v1/documents/{name}/file",
+    "GET /v1/facets",
     "GET /v1/examples",
     "GET /v1/models",
     "GET /health",

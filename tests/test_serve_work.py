@@ -80,7 +80,7 @@ def test_a_search_costs_the_tokens_that_are_read(engine, rerank):
     estimate = engine.search_tokens(engine.measure([query])[0], stages)
     read: list[int] = []
     with hooked(engine, read.append):
-        engine.search([query], top=6, filter="", rerank=stages)
+        engine.search([query], top=6, filter="", rerank=stages, instruction="")
     assert sum(read) / 2 <= estimate <= 2 * sum(read)
 
 

@@ -22,8 +22,8 @@ FINGERPRINT_FORMAT = "2:"  # begins every fingerprint; those before it ignored t
 # modules that turn an input into a vector; an edit of any other one leaves stored vectors valid
 VECTOR_MODULES = (
     "prompts tokens model backbone/module backbone/loading backbone/reading backbone/turns "
-    "backbone/pictures backbone/key_values backbone/lora data/images data/inputs "
-    "encoding/encoder encoding/inputs"
+    "backbone/pictures backbone/key_values backbone/lora data/images data/inputs data/clips "
+    "data/pages encoding/encoder encoding/inputs"
 ).split()
 _PACKAGE = Path(__file__).parents[1]
 _LIBRARIES = ("torch", "transformers", "sentence-transformers", "pillow")

@@ -534,7 +534,7 @@ class Index:
         """
         if isinstance(filter, RawSQL):
             return filter
-        return parse(filter, self.table.schema) if filter else None
+        return parse(filter, self._live.read(lambda: self.table).schema) if filter else None
 
     def nearest(
         self,

@@ -80,7 +80,8 @@ class Engine:
             DataError: If it is not one.
         """
         assert self.index is not None
-        self.index.condition(filter)
+        with _index_errors():
+            self.index.condition(filter)
 
     def measure(self, inputs: Sequence[Input]) -> list[int]:
         """Number of tokens of each input, pictures included; for any thread.
