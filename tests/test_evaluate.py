@@ -90,7 +90,7 @@ def test_hits_on_an_mmeb_export_equal_an_independent_script_query_by_query(saved
             str(saved_model),
             output=tmp_path / "out",
             data=tmp_path / "tree",
-            limit=30,
+            limit=12,
             save_vectors=True,
         )
     )

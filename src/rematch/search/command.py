@@ -22,6 +22,7 @@ from rematch.console import say
 from rematch.data.clips import FRAMES
 from rematch.data.corpus import Corpus, open_corpus
 from rematch.data.instructions import read_table
+from rematch.data.pages import PdfPage
 from rematch.encoding.encoder import Encoder
 from rematch.errors import DataError, RematchError
 from rematch.model import ReMatch
@@ -237,7 +238,13 @@ def run_search(options: SearchOptions) -> None:
 
 
 def _table(hits: Hits, metadata_columns: list[str]) -> Table:
-    names = [name for name in metadata_columns if any(name in hit.metadata for hit in hits)]
+    are_pages = all(PdfPage.parse(hit.path) for hit in hits)
+    names = [
+        name
+        for name in metadata_columns
+        if any(name in hit.metadata for hit in hits)
+        and not (are_pages and name in ("page", "pages"))  # their ids say it
+    ]
     with_text = any(hit.text for hit in hits)
     table = Table("")
     table.add_column("document", overflow="fold")
@@ -248,8 +255,7 @@ def _table(hits: Hits, metadata_columns: list[str]) -> Table:
     table.add_column("score", justify="right")
     table.add_column("by")
     if hits.mode == "hybrid":
-        table.add_column("vector rank", justify="right")
-        table.add_column("text rank", justify="right")
+        table.add_column("vector/text rank", justify="right")
     for rank, hit in enumerate(hits, 1):
         cells = [hit.id]
         if with_text:
@@ -258,7 +264,7 @@ def _table(hits: Hits, metadata_columns: list[str]) -> Table:
         score_name = _SCORE_NAMES.get(hit.by, f"P(yes), {hit.by}")
         row = [str(rank), *map(escape, cells), f"{hit.score:.3f}", score_name]
         if hits.mode == "hybrid":
-            row += [str(rank or "–") for rank in (hit.vector_rank, hit.text_rank)]
+            row.append(f"{hit.vector_rank or '–'}/{hit.text_rank or '–'}")
         table.add_row(*row)
     return table
 
