@@ -238,7 +238,7 @@ def damages(path, rng):
 def test_a_damaged_index_is_read_or_refused(
     searcher, saved_model, photos, tmp_path, tally, capsys
 ):
-    """Every file of an index, damaged in two ways."""
+    """Every file of an index, damaged in one of six ways."""
     whole = tmp_path / "whole"
     build_index(searcher, photos, whole)
     ids = [row["id"] for row in contents(whole)]
@@ -246,7 +246,7 @@ def test_a_damaged_index_is_read_or_refused(
     files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
     outcomes, messages = tally("Directories"), []
     for file in files:
-        for number in rng.sample(range(6), 2):
+        for number in rng.sample(range(6), 1):
             shutil.copytree(whole, folder)
             _, damage = list(damages(folder / file, rng))[number]
             damage()

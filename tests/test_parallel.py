@@ -171,7 +171,7 @@ FSDP2 = {
 
 @pytest.mark.parametrize(
     ("kind", "matching"),
-    [("ddp", "unified"), ("fsdp2", "unified"), ("fsdp2", "feat"), ("fsdp2", "reuse")],
+    [("ddp", "unified"), ("fsdp2", "unified"), ("fsdp2", "reuse")],
 )
 def test_two_processes_train_and_save_what_one_does(backbone_path, tmp_path, kind, matching):
     """The whole command under torchrun; the model of a sharded run is put together at the end."""
