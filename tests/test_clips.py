@@ -17,9 +17,9 @@ COLOURS = ["red", "lime", "blue", "white", "black", "orange", "purple", "yellow"
 
 def colours_of(clip):
     """The name of the colour that each frame shows."""
-    known = {name: np.array(ImageColor.getrgb(name)) for name in COLOURS}
+    values = {name: np.array(ImageColor.getrgb(name)) for name in COLOURS}
     means = [np.asarray(load_image(frame)).mean((0, 1)) for frame in clip.pictures()]
-    return [min(known, key=lambda name: abs(known[name] - mean).sum()) for mean in means]
+    return [min(values, key=lambda name: abs(values[name] - mean).sum()) for mean in means]
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.webm", "a.MOV", "a.mkv"])

@@ -461,12 +461,12 @@ def test_idle_connections_shut_nobody_out(engine, monkeypatch, tally):
 
 def test_more_idle_connections_than_files_may_be_open(saved_model, tally):
     """1,100 of them, and a server that may open 1,024 files."""
-    own, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if most != resource.RLIM_INFINITY and most < 2048:
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard_limit != resource.RLIM_INFINITY and hard_limit < 2048:
         pytest.skip("this process may open too few files")
     code = (
         "import resource, sys; "
-        f"resource.setrlimit(resource.RLIMIT_NOFILE, (1024, {most})); "
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (1024, {hard_limit})); "
         "from rematch.cli import main; main()"
     )
     command = [sys.executable, "-c", code, "serve", str(saved_model), "--port", "0"]
@@ -475,7 +475,7 @@ def test_more_idle_connections_than_files_may_be_open(saved_model, tally):
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     idle = []
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(own, 2048), most))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft_limit, 2048), hard_limit))
     try:
         address = server.stdout.readline().split(" on ")[1].split(";")[0]
         post(f"{address}/v1/embeddings", {"input": "a"})
@@ -493,7 +493,7 @@ def test_more_idle_connections_than_files_may_be_open(saved_model, tally):
         server.stdout.close()
         for connection in idle:
             connection.close()
-        resource.setrlimit(resource.RLIMIT_NOFILE, (own, most))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard_limit))
 
 
 def is_open(connection: socket.socket) -> bool:

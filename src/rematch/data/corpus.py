@@ -385,9 +385,9 @@ def _parts(
             return [str(replace(whole, start=s, end=s + segments)) for s in starts]
 
         indexed = stamp_of(names(1)[0]) or 0
-        known = names(indexed - stamp) if 0 < indexed - stamp <= MOST_PARTS else []
-        if known and all(stamp_of(part) == indexed for part in known):
-            yield from map(Unchanged, known)
+        indexed_names = names(indexed - stamp) if 0 < indexed - stamp <= MOST_PARTS else []
+        if indexed_names and all(stamp_of(part) == indexed for part in indexed_names):
+            yield from map(Unchanged, indexed_names)
             return
         if is_pdf:
             yield from _pages(file, name, metadata, stamp)

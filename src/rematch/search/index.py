@@ -435,25 +435,22 @@ class Index:
             DataError: If the index has no such document, or the condition is invalid.
         """
         condition = self.condition(filter)
+        rows = self._rows(is_in("id", [document_id]), ["vector"])
+        if not len(rows):
+            raise DataError(f"{document_id}: the index has no document with this id.")
+        vector = np.asarray(rows["vector"][0].as_py(), np.float32)
 
-        def find() -> Hits:
-            rows = self._rows(is_in("id", [document_id]), ["vector"])
-            if not len(rows):
-                raise DataError(f"{document_id}: the index has no document with this id.")
-            vector = np.asarray(rows["vector"][0].as_py(), np.float32)
+        def search() -> Hits:
             retrieval = self._retrieval(self.table, top + 1, condition, (), False, 40)
             candidates = retrieval.by_vector(vector)
-            scores = zip(
-                candidates.scores.tolist(), candidates.rows["id"].to_pylist(), strict=True
-            )
             ranked = [
-                Ranked(row, score, candidates.by)
-                for row, (score, name) in enumerate(scores)
+                Ranked(row, float(candidates.scores[row]), candidates.by)
+                for row, name in enumerate(candidates.rows["id"].to_pylist())
                 if name != document_id
             ]
             return Hits(self._hits(candidates, ranked[:top]))
 
-        return self._live.read(find)
+        return self._live.read(search)
 
     def facets(self, most: int = 12) -> dict[str, list[Value]]:
         """Columns of the metadata with few values, as the first 10,000 documents have them.
