@@ -8,7 +8,8 @@ import pytest
 from rematch.data.picto_tasks import TASKS
 from rematch.demo.command import DemoOptions, run_demo
 from rematch.demo.pace import MAX_STEPS, MIN_STEPS, Pace, seconds_per_step
-from rematch.demo.run import demo_recipes
+from rematch.demo.run import demo_recipes, verdict
+from rematch.evaluate.metrics import Interval
 from rematch.matching import View
 
 
@@ -46,8 +47,25 @@ def test_the_demo_writes_both_reports(tmp_path, monkeypatch):
     assert html.count("data:image/png;base64,") > 30
     assert not re.search(r'(?:src|href)="http', html)  # self-contained
     assert "prove no ranking" in html
+    difference = report["difference"]
+    assert difference["low"] <= difference["mean"] <= difference["high"]
+    assert report["verdict"] in html
     assert "<th>overall<th>IND<th>OOD<th>style" in html
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "report.json"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.5, 6.0, "rematch is ahead."),
+        (-6.0, -0.5, "rematch is behind: it starts with 16 new tokens that 48 steps"),
+        (-2.0, 3.0, "cannot tell the two apart."),
+    ],
+)
+def test_the_verdict_says_who_is_ahead_and_how_certainly(low, high, words):
+    sentence = verdict(Interval((low + high) / 2, low, high), 48)
+    assert words in sentence
+    assert f"95 % interval {low:+.1f} to {high:+.1f}" in sentence
 
 
 @pytest.mark.parametrize(

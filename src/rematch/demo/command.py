@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 from transformers.utils import logging
 
 from rematch.demo.report import check_output, write_reports
@@ -44,5 +46,16 @@ def run_demo(options: DemoOptions) -> Path:
     with Progress(*columns, speed_estimate_period=60) as progress:
         results = demonstrate(progress, options.steps)
     path = write_reports(options.output, results)
-    Console(soft_wrap=True, highlight=False).print(f"\nReport: {escape(str(path))}")
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(_scores(results.content["arms"]), results.content["verdict"], sep="\n")
+    console.print(f"\nReport: {escape(str(path))}")
     return path
+
+
+def _scores(arms: dict[str, dict[str, float]]) -> Table:
+    """Hit@1 of the models."""
+    columns = {"overall": "overall", "ind": "IND", "ood": "OOD", "style": "style"}
+    table = Table("Hit@1 (%)", *columns.values(), box=SIMPLE)
+    for name, scores in arms.items():
+        table.add_row(name, *(f"{scores[column]:.1f}" for column in columns))
+    return table
