@@ -14,7 +14,8 @@ from pathlib import Path
 from rich.console import Console
 
 from rematch import ReMatch
-from rematch.data.corpus import Document, open_corpus
+from rematch.data.corpus import open_corpus
+from rematch.data.document import Document
 from rematch.data.instructions import instruct, instruction_table
 from rematch.data.picto_tasks import evaluation_tasks
 from rematch.data.schema import Item, RetrievalTask

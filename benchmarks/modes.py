@@ -14,7 +14,8 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 
 from rematch import ReMatch
-from rematch.data.corpus import Document, open_corpus
+from rematch.data.corpus import open_corpus
+from rematch.data.document import Document
 from rematch.encoding.encoder import Encoder
 from rematch.evaluate.metrics import paired_interval
 from rematch.files import write_json

@@ -38,7 +38,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rematch.data import picto
-from rematch.data.corpus import Corpus, Document, open_corpus
+from rematch.data.corpus import Corpus, open_corpus
+from rematch.data.document import Document
 from rematch.data.picto_tasks import evaluation_tasks
 from rematch.encoding.encoder import Encoder
 from rematch.files import write_json

@@ -6,7 +6,8 @@ import random
 import pytest
 from shared_search import build_index
 
-from rematch.data.corpus import Corpus, Document, open_corpus
+from rematch.data.corpus import Corpus, open_corpus
+from rematch.data.document import Document
 from rematch.encoding.encoder import Encoder
 from rematch.errors import DataError
 from rematch.search.build import build

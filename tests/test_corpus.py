@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from shared_search import NAMES, save_picture
 
-from rematch.data.corpus import Document, Unreadable, documents_of, open_corpus
+from rematch.data.corpus import documents_of, open_corpus
+from rematch.data.document import Document, Unreadable
 from rematch.errors import DataError
 
 

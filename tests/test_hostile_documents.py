@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from shared_search import build_index, contents, save_picture
 
-from rematch.data.corpus import Unreadable, open_corpus
+from rematch.data.corpus import open_corpus
+from rematch.data.document import Unreadable
 from rematch.data.images import FORMATS, load_image
 from rematch.errors import DataError, ImageError, RematchError
 from rematch.files import read_regular

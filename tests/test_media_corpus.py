@@ -9,8 +9,9 @@ from shared_documents import encrypt, save_pdf, save_video
 from shared_search import assert_same_rows, build_index, contents, save_picture
 
 from rematch import cli
-from rematch.data import corpus as corpus_module
-from rematch.data.corpus import Document, Unreadable, open_corpus
+from rematch.data import folder as folder_module
+from rematch.data.corpus import open_corpus
+from rematch.data.document import Document, Unreadable
 from rematch.encoding.encoder import Encoder
 from rematch.search.build import build
 from rematch.search.index import Index
@@ -100,8 +101,8 @@ def test_a_missing_page_or_video_drops_out_of_reranking(searcher, tmp_path):
 def test_only_changed_files_are_opened_again(media, searcher, monkeypatch, tmp_path):
     folder = make_folder(tmp_path / "f")
     opened = []
-    real = corpus_module.open_pdf
-    monkeypatch.setattr(corpus_module, "open_pdf", lambda p: opened.append(p.name) or real(p))
+    real = folder_module.open_pdf
+    monkeypatch.setattr(folder_module, "open_pdf", lambda p: opened.append(p.name) or real(p))
     index = Index.create(tmp_path / "i", searcher, name="model", frames=2)
 
     def run(segments=0):

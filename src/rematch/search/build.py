@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
-from rematch.data.corpus import Corpus, Document, Metadata, Unchanged, Unreadable, unreadable
+from rematch.data.corpus import Corpus
+from rematch.data.document import Document, Metadata, Unchanged, Unreadable, unreadable
 from rematch.encoding.encoder import Encoder
 from rematch.errors import DataError, StorageError
 from rematch.files import write_json

@@ -64,7 +64,7 @@ class Ranked(NamedTuple):
     Attributes:
         row: Its row among the candidates, from 0.
         score: The score of the last stage that it went through.
-        by: As for :class:`~rematch.search.index.Hit`.
+        by: As for :class:`~rematch.search.hits.Hit`.
     """
 
     row: int

@@ -4,7 +4,7 @@ from unicodedata import category
 
 import pyarrow as pa
 
-from rematch.data.corpus import Metadata, Value
+from rematch.data.document import Metadata, Value
 from rematch.errors import DataError
 
 WORDS = "_words"  # a document's text and the metadata that is text

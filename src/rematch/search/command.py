@@ -28,7 +28,8 @@ from rematch.errors import DataError, RematchError
 from rematch.model import ReMatch
 from rematch.search.approximate import check_kind
 from rematch.search.build import Report, build
-from rematch.search.index import Hits, Index
+from rematch.search.hits import Hits
+from rematch.search.index import Index
 from rematch.search.retrieval import Mode
 from rematch.search.storage import exists
 

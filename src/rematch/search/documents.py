@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rematch.data.clips import Clip
-from rematch.data.corpus import Document, Metadata, Unreadable, unreadable
+from rematch.data.document import Document, Metadata, Unreadable, unreadable
 from rematch.data.images import CheckedPicture, EncodedPicture
 from rematch.data.pages import PdfPage
 from rematch.encoding.encoder import Encoder

@@ -2,12 +2,11 @@
 
 A row has ``id``, the unit-length ``vector`` (D), optionally the K token vectors ``tokens`` (K, D),
 ``text``, ``path`` or the picture's file ``image``, ``content_hash`` (the content key), ``stamp``
-(:meth:`~rematch.data.corpus.Document.stamp`), and a column for each name in the corpus' metadata.
+(:meth:`rematch.data.document.Document.stamp`), and a column for each name in the corpus' metadata.
 The fingerprint of the model is stored with the table; searching with another model is refused.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from PIL import Image
 
 from rematch.data import clips, pages
 from rematch.data.clips import FRAMES, Clip
-from rematch.data.corpus import Document, Media, Metadata, Value
+from rematch.data.document import Document, Media, Metadata, Value
 from rematch.data.images import EncodedPicture, PictureFile
 from rematch.data.instructions import (
     DocumentKind,
@@ -39,6 +38,7 @@ from rematch.search import approximate
 from rematch.search.cascade import Ranked, Stage, parse_stages, rerank
 from rematch.search.columns import RESERVED, new_columns
 from rematch.search.condition import Condition, RawSQL, parse
+from rematch.search.hits import Hit, Hits
 from rematch.search.retrieval import (
     MODES,
     Candidates,
@@ -60,57 +60,6 @@ from rematch.search.storage import (
 )
 
 Query = str | Path | Image.Image | PictureFile | Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A document that a search returns.
-
-    Attributes:
-        id: The document's id.
-        score: Its score; ``by`` says which one.
-        by: ``"cosine"``, ``"bm25"`` (words), ``"rrf"`` (both fused), ``"maxsim"``, or the view
-            whose P(yes) the score is.
-        first_rank: Its rank, from 1, before it was reranked.
-        vector_rank: Its rank by cosine, from 1; 0 if it was not among the nearest, or vectors were
-            not compared.
-        text_rank: Its rank by words, from 1; 0 if it was not among the best matches, or words were
-            not compared.
-        text: Its text.
-        path: Path of its picture, if that is a file.
-        metadata: Its other values in the corpus.
-    """
-
-    id: str
-    score: float
-    by: str = "cosine"
-    first_rank: int = 0
-    vector_rank: int = 0
-    text_rank: int = 0
-    text: str = ""
-    path: str = ""
-    metadata: Metadata = field(default_factory=dict)
-
-
-class Hits(list[Hit]):
-    """The hits of a query, best first.
-
-    Attributes:
-        warnings: What the search could not do as asked, a sentence for each document.
-        instruction: The instruction that was put before the query; empty if there was none.
-        mode: What the first stage compared: ``"vector"``, ``"text"`` or ``"hybrid"``.
-    """
-
-    def __init__(
-        self,
-        hits: Iterable[Hit] = (),
-        warnings: Sequence[str] = (),
-        instruction: str = "",
-        mode: Mode = "vector",
-    ) -> None:
-        super().__init__(hits)
-        self.warnings = list(warnings)
-        self.instruction, self.mode = instruction, mode
 
 
 _FACET_ROWS = 10_000

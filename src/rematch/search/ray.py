@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from rematch.data.corpus import Corpus, Unreadable
+from rematch.data.corpus import Corpus
+from rematch.data.document import Unreadable
 from rematch.encoding.encoder import Encoder
 from rematch.errors import DataError, RematchError, StorageError
 from rematch.model import ReMatch

@@ -16,7 +16,7 @@ from lancedb.query import MatchQuery
 from lancedb.rerankers import RRFReranker
 from numpy.typing import NDArray
 
-from rematch.data.corpus import Metadata
+from rematch.data.document import Metadata
 from rematch.errors import DataError
 from rematch.search.columns import WORDS
 from rematch.search.condition import Condition, RawSQL, to_sql

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rematch.data.clips import Clip
-from rematch.data.corpus import Document, Value
+from rematch.data.document import Document, Value
 from rematch.data.images import EncodedPicture, data_url, load_image
 from rematch.data.instructions import with_instruction
 from rematch.data.pages import PdfPage
@@ -31,7 +31,8 @@ from rematch.matching import View
 from rematch.model import ReMatch
 from rematch.scoring import probability
 from rematch.search.cascade import Stage, parse_stages
-from rematch.search.index import Hit, Hits, Index
+from rematch.search.hits import Hit, Hits
+from rematch.search.index import Index
 from rematch.search.retrieval import Mode
 from rematch.search.storage import UnreadableIndexError, exists
 from rematch.serve.batching import check_wanted

@@ -9,7 +9,7 @@ from fastapi.responses import FileResponse
 
 from rematch.data.clips import Clip
 from rematch.data.pages import PdfPage
-from rematch.search.index import Hit, Hits
+from rematch.search.hits import Hit, Hits
 from rematch.serve.inputs import multimodal_inputs
 from rematch.serve.limits import ClientError
 from rematch.serve.schemas import (
