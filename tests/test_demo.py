@@ -2,15 +2,24 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
-from rematch.data.picto_tasks import TASKS
+from rematch.data.picto_tasks import TASKS, evaluation_tasks
 from rematch.demo.command import DemoOptions, run_demo
 from rematch.demo.pace import MAX_STEPS, MIN_STEPS, Pace, seconds_per_step
 from rematch.demo.run import demo_recipes, verdict
 from rematch.evaluate.metrics import Interval
 from rematch.matching import View
+
+
+def with_ten_queries(**options):
+    """Picto's tasks with ten queries each."""
+    return [
+        replace(task, queries=task.queries[:10], candidates=task.candidates[:10])
+        for task in evaluation_tasks(**options)
+    ]
 
 
 def test_the_demo_writes_both_reports(tmp_path, monkeypatch):
@@ -19,6 +28,7 @@ def test_the_demo_writes_both_reports(tmp_path, monkeypatch):
     monkeypatch.setattr("rematch.data.picto_tasks.TASKS", tasks)
     monkeypatch.setattr("rematch.data.picto_tasks.TRAINED_TASKS", names[2:])
     monkeypatch.setattr("rematch.demo.run.BATCH_SIZE", 4)
+    monkeypatch.setattr("rematch.demo.run.evaluation_tasks", with_ten_queries)
     page = run_demo(DemoOptions(tmp_path / "out", steps=2))
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["benchmark"] == "picto"
