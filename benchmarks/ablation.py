@@ -44,7 +44,7 @@ from rich.table import Table
 from rematch.data import picto
 from rematch.data.picto_tasks import TASKS, Draw, evaluation_tasks
 from rematch.encoding.encoder import Encoder
-from rematch.evaluate.metrics import paired_interval
+from rematch.evaluate.metrics import Interval, paired_interval
 from rematch.evaluate.run import evaluate, summary
 from rematch.files import write_json
 from rematch.matching import View
@@ -386,16 +386,32 @@ def encoding(rounds: int) -> dict[str, float]:
 
 # ---- report ------------------------------------------------------------------------------
 
-COLUMNS = {
+SCORES = {
     "IND": lambda row: row["scores"]["ind"],
     "OOD": lambda row: row["scores"]["ood"],
     "style": lambda row: row["scores"]["style"],
     "overall": lambda row: row["scores"]["overall"],
+}
+ABILITIES = {
     "replace": lambda row: row["composition"]["replace"],
     "swap": lambda row: row["composition"]["swap"],
     "add": lambda row: row["composition"]["add or leave out"],
     **{view: lambda row, view=view: row["matching"][view] for view in View},
     "VQA": lambda row: row["vqa_exact"],
+}
+# overall Hit@1 on MMEB of the paper's own ladder (2B, tuned settings, with the chat template)
+PAPER = {
+    "1-last-token": 65.5,
+    "2-target-instructions": 67.3,
+    "3-hard-negatives": 67.9,
+    "4-matching": 68.8,
+    "5-multi-token": 68.7,
+    "6-all": 69.2,
+}
+PANELS = {
+    "ind": ("trained tasks", "#3b6ea5"),
+    "ood": ("untrained tasks", "#c2410c"),
+    "style": ("unseen style", "#7a7a7a"),
 }
 REFERENCES = {"experiments": "last-token", "ladder": REFERENCE, "sweeps": REFERENCE}
 
@@ -420,46 +436,80 @@ def hits_of(rows: list[dict[str, Any]], seeds: list[int]) -> list[np.ndarray]:
     ]
 
 
-def difference(rows: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
+def difference(rows: list[dict[str, Any]], reference: list[dict[str, Any]]) -> Interval | None:
     """Difference of two arms over the seeds that both have, with its paired 95 % interval."""
     seeds = sorted({row["seed"] for row in rows} & {row["seed"] for row in reference})
-    if not seeds:
-        return ""
-    interval = paired_interval(hits_of(rows, seeds), hits_of(reference, seeds))
-    return f"{interval.mean:+.1f} ({interval.low:+.1f} … {interval.high:+.1f})"
+    return paired_interval(hits_of(rows, seeds), hits_of(reference, seeds)) if seeds else None
 
 
-def table_of(stage: str) -> list[str]:
-    """The results of a stage as lines of a Markdown table."""
-    groups = read_rows(stage)
-    reference = groups.get(REFERENCES[stage], [])
-    header = ["arm", "steps", "seeds", *COLUMNS, f"overall against {REFERENCES[stage]}"]
-    lines = [f"| {' | '.join(header)} |", "|---" + "|--:" * (len(header) - 1) + "|"]
-    console_table = Table(*header)
+def score_table(stage: str) -> list[list[str]]:
+    """Scores of a stage, and each arm's difference from its reference: a header, then the arms."""
+    groups, reference_name = read_rows(stage), REFERENCES[stage]
+    reference = groups.get(reference_name, [])
+    table = [["arm", "steps", "seeds", *SCORES, f"overall − {reference_name}"]]
+    if stage == "ladder":
+        table[0].append("paper, MMEB")
     for name, rows in groups.items():
         cells = [name, f"{rows[0].get('steps', 0):,}", str(len(rows))]
-        cells += [mean_and_error([value(row) for row in rows]) for value in COLUMNS.values()]
-        cells.append(difference(rows, reference) if rows is not reference else "")
-        console_table.add_row(*cells)
-        lines.append(f"| {' | '.join(cells)} |")
-    Console(width=200).print(console_table)
+        cells += [mean_and_error([value(row) for row in rows]) for value in SCORES.values()]
+        interval = None if name == reference_name else difference(rows, reference)
+        cells.append(
+            f"{interval.mean:+.1f} ({interval.low:+.1f} … {interval.high:+.1f})"
+            if interval
+            else ""
+        )
+        if stage == "ladder":
+            cells.append(paper_cell(name))
+        table.append(cells)
+    return table
+
+
+def paper_cell(name: str) -> str:
+    """The paper's score of a rung, and its difference from the paper's reference."""
+    if name not in PAPER:
+        return ""
+    score = f"{PAPER[name]:.1f}"
+    return score if name == REFERENCE else f"{score} ({PAPER[name] - PAPER[REFERENCE]:+.1f})"
+
+
+def ability_table(stage: str) -> list[list[str]]:
+    """Abilities of the arms of a stage: a header, then the arms."""
+    return [["arm", *ABILITIES]] + [
+        [name, *(mean_and_error([value(row) for row in rows]) for value in ABILITIES.values())]
+        for name, rows in read_rows(stage).items()
+    ]
+
+
+def print_missing(stage: str) -> None:
+    """Print which planned runs of a stage have no result."""
+    groups = read_rows(stage)
     missing = [
         f"{name} (seed {seed})"
         for name in STAGES[stage].arms
         for seed in range(STAGES[stage].seeds)
         if seed not in [row["seed"] for row in groups.get(name, [])]
     ]
-    Console().print("Not run:", ", ".join(missing) or "nothing")
-    return lines
+    Console().print(f"Not run of {stage}:", ", ".join(missing) or "nothing")
 
 
 def report() -> None:
-    """Print every stage, write its table into docs/ablation.md, and plot the ladder."""
+    """Print every stage, write its tables into docs/ablation.md, and plot the ladder."""
     page = PAGE.read_text()
     for stage in filter(read_rows, STAGES):
-        start, end = f"<!-- {stage} -->\n", f"<!-- end of {stage} -->"
-        before, _, rest = page.partition(start)
-        page = before + start + "\n".join(table_of(stage)) + "\n" + end + rest.partition(end)[2]
+        for marker, cells in (
+            (stage, score_table(stage)),
+            (f"{stage}-abilities", ability_table(stage)),
+        ):
+            console_table = Table(*cells[0])
+            for row in cells[1:]:
+                console_table.add_row(*row)
+            Console(width=200).print(console_table)
+            lines = [f"| {' | '.join(row)} |" for row in cells]
+            lines.insert(1, "|---" + "|--:" * (len(cells[0]) - 1) + "|")
+            start, end = f"<!-- {marker} -->\n", f"<!-- end of {marker} -->"
+            before, _, rest = page.partition(start)
+            page = before + start + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
+        print_missing(stage)
     scratch = PAGE.with_suffix(".tmp")
     scratch.write_text(page)
     scratch.replace(PAGE)
@@ -468,25 +518,40 @@ def report() -> None:
 
 
 def draw(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Plot Hit@1 of every arm: a point for each seed, a bar for their mean."""
+    """Plot each arm's difference from the reference with its interval, and its scores by seed."""
     import matplotlib.pyplot as plt
 
-    panels = {"ind": "trained tasks", "ood": "untrained tasks", "style": "unseen style"}
-    panels["overall"] = "overall"
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(13, 0.42 * len(groups) + 1.4), sharey=True, layout="constrained"
+    arms = [name for name in groups if name != BASE][::-1]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, 0.4 * len(arms) + 1.9), sharey=True, layout="constrained"
     )
-    arms = list(groups)[::-1]
-    for axis, (key, title) in zip(axes, panels.items(), strict=True):
-        for y, arm in enumerate(arms):
+    for y, arm in enumerate(arms):
+        if arm in PAPER:
+            left.plot(PAPER[arm] - PAPER[REFERENCE], y, "D", mfc="none", mec="#c2410c", ms=7)
+        interval = difference(groups[arm], groups[REFERENCE]) if arm != REFERENCE else None
+        if interval:
+            left.plot((interval.low, interval.high), (y, y), color="#3b6ea5", lw=2)
+            left.plot(interval.mean, y, "o", color="#3b6ea5", ms=7)
+        for key, (title, color) in PANELS.items():
             values = [row["scores"][key] for row in groups[arm]]
-            color = "#3b6ea5" if "all" in arm else "#9db8d2"
-            axis.barh(y, statistics.mean(values), color=color, height=0.62)
-            axis.scatter(values, [y] * len(values), color="#222", s=14, zorder=3)
-        axis.set(title=f"{title} (%)", yticks=range(len(arms)), yticklabels=arms, xlim=(0, 100))
+            right.plot(values, [y] * len(values), ".", color=color, alpha=0.6, ms=6)
+            right.plot(statistics.mean(values), y, "|", color=color, ms=14, mew=2.5, label=title)
+    left.plot([], [], "o-", color="#3b6ea5", label="Picto, paired 95 % interval")
+    left.plot([], [], "D", mfc="none", mec="#c2410c", label="the paper, MMEB, 2B")
+    left.axvline(0, color="#888", lw=1)
+    left.set(
+        title=f"overall Hit@1 minus {REFERENCE} (points)",
+        yticks=range(len(arms)),
+        yticklabels=arms,
+    )
+    right.set(title="Hit@1 (%): mean, and each seed", xlim=(0, 100))
+    handles, labels = right.get_legend_handles_labels()
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.08), "frameon": False}
+    right.legend(handles[: len(PANELS)], labels[: len(PANELS)], ncols=len(PANELS), **below)
+    left.legend(ncols=2, **below)
+    for axis in (left, right):
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("Hit@1")
     figure.savefig(path, dpi=110)
 
 

@@ -145,13 +145,14 @@ def steps_with_set_gradients(model, mesh=None):
         fully_shard(model, mesh=mesh)
     parts = scaled_parts(model)
     factors = [(r, 50.0) for rows in parts.values() for r in rows]
-    embedding = model.backbone.model.get_input_embeddings()
-    factors[0] = (Rows(embedding, ids=AT_THE_BORDER), 50.0)
+    if factors[0][0].ids:  # rows of the embedding; with LoRA they are an adapter
+        embedding = model.backbone.model.get_input_embeddings()
+        factors[0] = (Rows(embedding, ids=AT_THE_BORDER), 50.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     ScaledSteps(optimizer, factors)
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
-        for parameter in model.parameters():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
             gradient = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             if mesh is not None:
                 gradient = distribute_tensor(gradient, mesh, parameter.placements)
@@ -160,35 +161,48 @@ def steps_with_set_gradients(model, mesh=None):
     return movement.shares()
 
 
+def models(backbone):
+    """Models for full fine-tuning and for LoRA, by name."""
+    return {
+        "full": build_model(backbone, num_tokens=2),
+        "lora": build_model(backbone, num_tokens=2, lora=LoraConfig(r=2)),
+    }
+
+
 def sharded_worker(rank, port, backbone, results):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=2))
-    model = build_model(backbone, num_tokens=2)
-    if rank:  # as with cpu_ram_efficient_loading, where only the first process has the weights
-        scales = measure(build_model(backbone, num_tokens=2).to_empty(device="cpu"))
-    else:
-        scales = measure(model)
-    moved = steps_with_set_gradients(model, init_device_mesh("cpu", (2,)))
-    weights = {name: p.full_tensor() for name, p in model.named_parameters()}
-    torch.save((scales, moved, weights), results / f"{rank}.pt")
+    for kind, model in models(backbone).items():
+        # as with cpu_ram_efficient_loading, where only the first process has the weights
+        loaded = models(backbone)[kind].to_empty(device="cpu") if rank else model
+        scales = measure(loaded)
+        moved = steps_with_set_gradients(model, init_device_mesh("cpu", (2,)))
+        weights = {name: p.full_tensor() for name, p in model.named_parameters()}
+        torch.save((scales, moved, weights), results / f"{kind}-{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_sharded_rows_step_as_in_one_process(backbone_path, tmp_path):
     mp.spawn(sharded_worker, (free_port(), backbone_path, tmp_path), nprocs=2)
-    model = build_model(backbone_path, num_tokens=2)
-    expected_scales, start = measure(model), build_model(backbone_path, num_tokens=2)
-    expected_moved = steps_with_set_gradients(model)
-    for rank in range(2):
-        scales, moved, weights = torch.load(tmp_path / f"{rank}.pt")
-        assert scales == pytest.approx(expected_scales)
-        assert moved == pytest.approx(expected_moved)
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(weights[name], parameter.detach(), rtol=1e-12, atol=1e-12)
-    table, before = (m.backbone.model.get_input_embeddings().weight for m in (model, start))
-    far = ((table - before).abs().mean(1) > 0.01).nonzero().flatten().tolist()
-    assert far == list(AT_THE_BORDER)
+    for kind, model in models(backbone_path).items():
+        expected_scales = measure(model)
+        expected_moved = steps_with_set_gradients(model)
+        for rank in range(2):
+            scales, moved, weights = torch.load(tmp_path / f"{kind}-{rank}.pt")
+            assert scales == pytest.approx(expected_scales)
+            assert moved == pytest.approx(expected_moved)
+            for name, parameter in model.named_parameters():
+                expected = parameter.detach()
+                torch.testing.assert_close(weights[name], expected, rtol=1e-12, atol=1e-12)
+        assert moved["moved_tokens"] > 0.01
+        if kind == "full":
+            start = models(backbone_path)[kind]
+            table, before = (
+                m.backbone.model.get_input_embeddings().weight for m in (model, start)
+            )
+            far = ((table - before).abs().mean(1) > 0.01).nonzero().flatten().tolist()
+            assert far == list(AT_THE_BORDER)
 
 
 # ---- the factors --------------------------------------------------------------------------------
