@@ -67,15 +67,16 @@ def test_the_demo_writes_both_reports(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [
-        (0.5, 6.0, "rematch is ahead."),
-        (-6.0, -0.5, "rematch is behind: it starts with 16 new tokens that 48 steps"),
-        (-2.0, 3.0, "cannot tell the two apart."),
+        (0.5, 6.5, "rematch is 3.5 points ahead of contrastive overall ("),
+        (-6.5, -0.5, "rematch is 3.5 points behind contrastive overall ("),
+        (-2.0, 3.0, "cannot tell rematch and contrastive apart"),
     ],
 )
 def test_the_verdict_says_who_is_ahead_and_how_certainly(low, high, words):
     sentence = verdict(Interval((low + high) / 2, low, high), 48)
     assert words in sentence
-    assert f"95 % interval {low:+.1f} to {high:+.1f}" in sentence
+    assert f"95 % interval of the difference: {low:+.1f} to {high:+.1f}, over" in sentence
+    assert ("16 new tokens that 48 steps" in sentence) == (high < 0)
 
 
 @pytest.mark.parametrize(

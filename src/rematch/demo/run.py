@@ -116,23 +116,25 @@ def verdict(difference: Interval, steps: int) -> str:
         difference: Overall Hit@1 of ``rematch`` minus that of ``contrastive``.
         steps: Training steps of each.
 
-    >>> verdict(Interval(4.0, 1.5, 6.5), 48).partition(".")[0]
-    'rematch - contrastive, overall: +4'
+    >>> verdict(Interval(4.0, 1.5, 6.5), 48).partition(" (")[0]
+    'rematch is 4.0 points ahead of contrastive overall'
     """
-    sentence = (
-        f"rematch - contrastive, overall: {difference.mean:+.1f} points, 95 % interval "
-        f"{difference.low:+.1f} to {difference.high:+.1f} over the queries; another seed can "
-        "change it by a few points more."
+    certainty = (
+        f"95 % interval of the difference: {difference.low:+.1f} to {difference.high:+.1f}, over "
+        "the queries; another seed can change it by a few points more"
     )
     if difference.low > 0:
-        return f"{sentence} rematch is ahead."
+        return (
+            f"rematch is {difference.mean:.1f} points ahead of contrastive overall ({certainty})."
+        )
     if difference.high < 0:
         return (
-            f"{sentence} rematch is behind: it starts with {TOKENS} new tokens that {steps} steps "
-            "have hardly trained, whereas the last token is the one that the base answers with. "
-            "docs/ablation.md compares them after more steps."
+            f"rematch is {-difference.mean:.1f} points behind contrastive overall ({certainty}). "
+            f"It starts with {TOKENS} new tokens that {steps} steps have hardly trained, whereas "
+            "the last token is the one that the base answers with. docs/ablation.md compares the "
+            "two after more steps."
         )
-    return f"{sentence} These queries cannot tell the two apart."
+    return f"These queries cannot tell rematch and contrastive apart overall ({certainty})."
 
 
 def demonstrate(progress: Progress, steps: int | None = None) -> DemoResults:
