@@ -129,7 +129,7 @@ def verdict(difference: Interval, steps: int) -> str:
         )
     if difference.high < 0:
         return (
-            f"rematch is {-difference.mean:.1f} points behind contrastive overall ({certainty}). "
+            f"rematch is {points} behind contrastive overall ({certainty}). "
             f"It starts with {TOKENS} new tokens that {steps} steps have hardly trained, whereas "
             "the last token is the one that the base answers with. docs/ablation.md compares the "
             "two after more steps."
