@@ -123,10 +123,9 @@ def verdict(difference: Interval, steps: int) -> str:
         f"95 % interval of the difference: {difference.low:+.1f} to {difference.high:+.1f}, over "
         "the queries; another seed can change it by a few points more"
     )
+    points = f"{abs(difference.mean):.1f} points"
     if difference.low > 0:
-        return (
-            f"rematch is {difference.mean:.1f} points ahead of contrastive overall ({certainty})."
-        )
+        return f"rematch is {points} ahead of contrastive overall ({certainty})."
     if difference.high < 0:
         return (
             f"rematch is {points} behind contrastive overall ({certainty}). "
