@@ -13,6 +13,7 @@ from rematch.data import folder as folder_module
 from rematch.data.corpus import open_corpus
 from rematch.data.document import Document, Unreadable
 from rematch.encoding.encoder import Encoder
+from rematch.prompts import QUERY_INSTRUCTIONS
 from rematch.search.build import build
 from rematch.search.index import Index
 
@@ -140,6 +141,19 @@ def test_the_kind_of_most_documents_chooses_the_instruction(searcher, tmp_path):
         make(tmp_path / name)
         index, _ = build_index(searcher, tmp_path / name, tmp_path / f"{name}.idx")
         assert expected in index.instruction("a fox")
+
+
+def test_the_kind_of_documents_is_told_by_a_few_of_them(searcher, tmp_path, monkeypatch):
+    monkeypatch.setattr("rematch.search.index._KIND_ROWS", 3)
+    index = Index.create(tmp_path / "i", searcher, name="model")
+    assert index.instruction("a fox") == QUERY_INSTRUCTIONS["text-text"]  # still empty
+    folder = tmp_path / "f"
+    folder.mkdir()
+    for number in range(12):
+        save_picture(folder / f"{number:02}.png", number)
+    save_pdf(folder / "zz.pdf", ["a"])
+    build(index, open_corpus(folder), Encoder(searcher, workers=0))
+    assert index.instruction("a fox") == QUERY_INSTRUCTIONS["text-image"]
 
 
 def test_stored_pictures_make_the_files_dispensable(searcher, tmp_path):

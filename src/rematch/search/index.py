@@ -6,6 +6,7 @@ A row has ``id``, the unit-length ``vector`` (D), optionally the K token vectors
 The fingerprint of the model is stored with the table; searching with another model is refused.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -17,7 +18,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from rematch.data import clips, pages
 from rematch.data.clips import FRAMES, Clip
 from rematch.data.document import Document, Media, Metadata, Value
 from rematch.data.images import EncodedPicture, PictureFile
@@ -63,25 +63,16 @@ Query = str | Path | Image.Image | PictureFile | Mapping[str, Any]
 
 
 _FACET_ROWS = 10_000
-# The kinds of documents as conditions of our own; of equally many, the first is the index's
-_KINDS: dict[DocumentKind, str] = {
-    "text": "path IS NULL AND image IS NULL",
-    "image": "path IS NOT NULL OR image IS NOT NULL",
-    "page": f"lower(path) LIKE '%{pages.EXTENSION}#page=%'",
-    "video": " OR ".join(
-        f"lower(path) LIKE '%{extension}{end}'"
-        for extension in clips.EXTENSIONS
-        for end in ("", "#t=%")
-    ),
-}
+_KIND_ROWS = 1_000
+_KINDS: tuple[DocumentKind, ...] = ("text", "image", "page", "video")
 
 
 class _Version(NamedTuple):
-    """What is counted once for each version of the table.
+    """What is found out once for each version of the table.
 
     Attributes:
         number: The version.
-        kind: What most documents are.
+        kind: What most documents are, by up to 1,000 at equal distances.
         has_words: Whether there is a full-text index.
     """
 
@@ -430,9 +421,10 @@ class Index:
                 number = int(table.version)
                 if counted and counted.number == number:
                     return counted
-                counts = {kind: table.count_rows(sql) for kind, sql in _KINDS.items()}
-                counts["image"] -= counts["page"] + counts["video"]
-                kind = max(counts, key=lambda kind: counts[kind])  # the first of equal ones
+                columns = {"path": "path", "is_stored": "image IS NOT NULL"}
+                rows = _spread(table, _KIND_ROWS).select(columns).to_arrow().to_pylist()
+                counts = Counter(_kind(row["path"], row["is_stored"]) for row in rows)
+                kind = max(_KINDS, key=lambda kind: counts[kind])  # the first of equal ones
                 return _Version(number, kind, has_full_text_index(table))
 
         self._counted = self._live.read(count)
@@ -607,12 +599,8 @@ class Index:
         def take() -> pa.Table:
             table = self.table
             with reading(self.uri):
-                size = table.count_rows()
-                offsets = (
-                    [i * size // count for i in range(count)] if size > count else range(size)
-                )
                 columns = ["id", "text", "path", "image"]
-                return table.take_offsets(list(offsets)).select(columns).to_arrow()
+                return _spread(table, count).select(columns).to_arrow()
 
         return [self._document(r, r["image"]) for r in self._live.read(take).to_pylist()]
 
@@ -743,6 +731,22 @@ class Index:
         """Make an earlier version the latest."""
         with writing(self.uri):
             self.table.restore(version)
+
+
+def _spread(table: Any, count: int) -> Any:
+    """A query for up to this many rows of a table, at equal distances from one another."""
+    size = int(table.count_rows())
+    count = min(size, count)
+    return table.take_offsets([row * size // count for row in range(count)])
+
+
+def _kind(path: str | None, is_stored: bool) -> DocumentKind:
+    """What a document is, by its path and whether its picture is stored."""
+    if path is None:
+        return "image" if is_stored else "text"
+    if PdfPage.parse(path):
+        return "page"
+    return "video" if Clip.parse(path) else "image"
 
 
 def _metadata_columns(schema: pa.Schema) -> list[str]:
