@@ -42,7 +42,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rematch.data import picto
-from rematch.data.picto_tasks import TASKS, Draw, evaluation_tasks
+from rematch.data.picto_tasks import TASKS, UNSEEN, Draw, evaluation_tasks
 from rematch.encoding.encoder import Encoder
 from rematch.evaluate.metrics import Interval, paired_interval
 from rematch.evaluate.run import evaluate, summary
@@ -427,37 +427,49 @@ def read_rows(stage: str) -> dict[str, list[dict[str, Any]]]:
     return groups
 
 
-def hits_of(rows: list[dict[str, Any]], seeds: list[int]) -> list[np.ndarray]:
-    """Hits of an arm for each task, (seeds, queries)."""
+def hits_of(rows: list[dict[str, Any]], seeds: list[int], left_out: str = "") -> list[np.ndarray]:
+    """Hits of an arm for each task, (seeds, queries), without the tasks of a kind."""
     chosen = sorted((row for row in rows if row["seed"] in seeds), key=lambda row: row["seed"])
     return [
         np.array([[bit == "1" for bit in row["hits"][task]] for row in chosen])
         for task in chosen[0]["hits"]
+        if task.removesuffix(UNSEEN) != left_out
     ]
 
 
-def difference(rows: list[dict[str, Any]], reference: list[dict[str, Any]]) -> Interval | None:
+def difference(
+    rows: list[dict[str, Any]], reference: list[dict[str, Any]], left_out: str = ""
+) -> Interval | None:
     """Difference of two arms over the seeds that both have, with its paired 95 % interval."""
     seeds = sorted({row["seed"] for row in rows} & {row["seed"] for row in reference})
-    return paired_interval(hits_of(rows, seeds), hits_of(reference, seeds)) if seeds else None
+    if not seeds:
+        return None
+    return paired_interval(*(hits_of(arm, seeds, left_out) for arm in (rows, reference)))
+
+
+def difference_cell(interval: Interval | None) -> str:
+    """A difference with its interval, as the tables show it."""
+    if interval is None:
+        return ""
+    return f"{interval.mean:+.1f} ({interval.low:+.1f} … {interval.high:+.1f})"
 
 
 def score_table(stage: str) -> list[list[str]]:
     """Scores of a stage, and each arm's difference from its reference: a header, then the arms."""
     groups, reference_name = read_rows(stage), REFERENCES[stage]
     reference = groups.get(reference_name, [])
-    table = [["arm", "steps", "seeds", *SCORES, f"overall − {reference_name}"]]
+    differences = f"overall − {reference_name}", "the same without Style"
+    table = [["arm", "steps", "seeds", *SCORES, *differences]]
     if stage == "ladder":
         table[0].append("paper, MMEB")
     for name, rows in groups.items():
         cells = [name, f"{rows[0].get('steps', 0):,}", str(len(rows))]
         cells += [mean_and_error([value(row) for row in rows]) for value in SCORES.values()]
-        interval = None if name == reference_name else difference(rows, reference)
-        cells.append(
-            f"{interval.mean:+.1f} ({interval.low:+.1f} … {interval.high:+.1f})"
-            if interval
-            else ""
-        )
+        for left_out in ("", "Picto-Style"):
+            is_reference = name == reference_name
+            cells.append(
+                "" if is_reference else difference_cell(difference(rows, reference, left_out))
+            )
         if stage == "ladder":
             cells.append(paper_cell(name))
         table.append(cells)

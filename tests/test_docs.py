@@ -24,7 +24,6 @@ PAGES = sorted(
 )
 # headings of scores that are not their names
 HEADINGS = {"vqa": "VQA", "ind": "IND", "ood": "OOD", "style": "unseen style"}
-HEADINGS["ood_overall"] = "unseen style"  # in results from when all tasks were trained
 
 
 def blocks(page: str) -> list[tuple[str, str, str]]:

@@ -92,8 +92,6 @@ def _train(
     factors = rate_factors(scales) if recipe.train.scale_learning_rates else {}
     if _is_first_process() and not quiet:
         sys.stderr.write(_scale_line(recipe, scales, factors))
-    # the model card is our own and shows none, and they would be read and encoded
-    model.model_card_data.generate_widget_examples = False
     stop = StopOnSignal()
     with _tensorboard_directory(partial / "tensorboard"):
         trainer = Trainer(

@@ -67,6 +67,9 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # untyped libr
         self._skipped: set[str] = set()
         self._warned_of_guessing = False
 
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """Collect nothing for a model card, which is our own: it would read 1,000 samples."""
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
