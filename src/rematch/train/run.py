@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 import yaml
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import PrinterCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from rematch.errors import RecipeError, RematchError, TrainingError
 from rematch.files import PartialDirectory, remove, write_json, write_text, writing
@@ -247,12 +248,24 @@ def _run(trainer: Trainer, stop: StopOnSignal, checkpoint: Path | None) -> None:
         raise
     finally:
         stop.restore()
+        _close_tensorboard(trainer)
     step, steps = trainer.state.global_step, trainer.args.max_steps
     if stop.stopped and step < steps:
         raise TrainingError(
             f"stopped after step {step} of {steps} on SIGTERM; a checkpoint was written. Run the "
             "same command again to resume."
         )
+
+
+def _close_tensorboard(trainer: Trainer) -> None:
+    """End the thread that writes TensorBoard files, before their directory may be removed.
+
+    transformers closes them only after a run that comes to its end.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            with suppress(OSError):  # the disk may be full, which the run has reported
+                callback.on_train_end(trainer.args, trainer.state, trainer.control)
 
 
 def _trained_model(trainer: Trainer, model: ReMatch, recipe: Recipe) -> ReMatch:
