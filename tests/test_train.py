@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import threading
 
 import pytest
 import torch
@@ -27,13 +28,15 @@ def test_a_loss_that_is_not_finite_names_step_and_samples(backbone_path, tmp_pat
     settings = small_recipe(
         backbone_path,
         tmp_path / "model",
-        train={"save_every": 0, "steps": 6},
+        train={"save_every": 0, "steps": 6, "report_to": ["tensorboard"]},
     )
     # no recipe may say so
     settings.train = settings.train.model_copy(update={"learning_rate": 1e30})
     with pytest.raises(TrainingError, match=r"step [2-6]: the loss is .*picto, sample \d+"):
         train(settings, quiet=True)
     assert not list(tmp_path.iterdir())
+    # nor does TensorBoard go on writing there
+    assert "_AsyncWriterThread" not in {type(t).__name__ for t in threading.enumerate()}
 
 
 def test_validation_chooses_the_checkpoint_and_the_card_tells_the_small_recipe(
