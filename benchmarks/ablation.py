@@ -451,7 +451,8 @@ def difference_cell(interval: Interval | None) -> str:
     """A difference with its interval, as the tables show it."""
     if interval is None:
         return ""
-    return f"{interval.mean:+.1f} ({interval.low:+.1f} … {interval.high:+.1f})"
+    mean, low, high = (round(value, 1) + 0.0 for value in interval)  # + 0.0: no negative zero
+    return f"{mean:+.1f} ({low:+.1f} … {high:+.1f})"
 
 
 def score_table(stage: str) -> list[list[str]]:

@@ -305,6 +305,24 @@ def test_figures_of_the_evaluation_benchmark_are_those_measured():
         assert rows[name] == cells_of(method["scores"]) | milliseconds
 
 
+def test_figures_of_the_ablation_are_those_measured():
+    page = (ROOT / "docs/ablation.md").read_text()
+    probe = results("ablation/probe.json")
+    for kind in ("label", "crop", "picture"):
+        cosines = probe["document_cosine"][kind]
+        assert f"{cosines['with']:.2f}" in page
+        assert f"{cosines['without']:.2f}" in page
+    for losses in probe["gradients"].values():
+        share = losses["matching"]["norm"] / losses["contrastive"]["norm"]
+        assert f" {100 * share:.0f} % " in page
+    seconds = results("ablation/seconds.json")["seconds_per_step"]
+    for arm in ("3-hard-negatives", "5-multi-token", "6-all", "7-all-reuse"):
+        assert f"{seconds[arm]:.2f} s" in page
+    milliseconds = results("ablation/encoding.json")["encode_ms_per_scene"]
+    for tokens in ("K=0", "K=16"):
+        assert f"{milliseconds[tokens]:.2f} ms" in page
+
+
 def test_figures_of_pictos_pages_and_clips_are_those_measured():
     rows = table("docs/evaluation.md", "set")
     for report in results("picto-v2.json").values():
