@@ -194,6 +194,30 @@ def test_an_index_that_is_gone_is_said_to_be(engine, saved_model):
         assert post(f"{address}/v1/search", search)[0] == 200
 
 
+def test_a_copy_under_way_is_read_once_it_is_complete(engine):
+    folder = Path(engine.index.uri, "documents.lance", "_versions")
+    # numbers count down in names, so that the latest version comes first
+    newer = sorted(folder.glob("*.manifest"))[:-1]
+    contents = {path: path.read_bytes() for path in newer}
+    assert len(engine.index) == 6
+
+    def copy():
+        for path, content in reversed(contents.items()):
+            time.sleep(0.15)
+            path.write_bytes(content)
+
+    for path in newer:
+        path.unlink()
+    assert lancedb.connect(engine.index.uri).open_table("documents").count_rows() == 0
+    time.sleep(0.6)  # until the version in hand is checked again
+    copying = threading.Thread(target=copy)
+    copying.start()
+    try:
+        assert len(engine.index) == 6
+    finally:
+        copying.join()
+
+
 def test_a_version_that_was_opened_stays(engine):
     path = engine.index.uri
     version = engine.index.table.version

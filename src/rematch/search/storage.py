@@ -22,6 +22,7 @@ _LOCK = ".lock"
 _OBJECT_STORES = ("s3", "gs", "az", "file")
 _FRESH_SECONDS = 0.5  # how old the version may be that is read
 _PATIENCE_SECONDS = 2.0  # for an index that is being replaced
+_SETTLED_SECONDS = 0.2  # in which a replaced index must not change before it is read
 _PAUSE_SECONDS = 0.05
 
 Value = TypeVar("Value")
@@ -135,6 +136,7 @@ class LiveTable:
         self._connection: Any = None
         if not exists(uri):
             raise _missing(uri)
+        self._directory = self._inode()
         self._table = self._open()
         self._opened = time.monotonic()
         if version is not None:
@@ -153,7 +155,7 @@ class LiveTable:
         """
         with self._opening:
             if self._follows and time.monotonic() - self._opened > _FRESH_SECONDS:
-                self._table = self._open()
+                self._table = self._open_latest()
                 self._opened = time.monotonic()
             return self._table
 
@@ -185,6 +187,30 @@ class LiveTable:
             else:
                 self._failing_since = None
                 return result
+
+    def _open_latest(self) -> Any:
+        """The latest version; of an index that was replaced, once no more versions turn up.
+
+        A copy that is under way may hold an old version alone, even the first one without a row.
+        """
+        table = self._open()
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        inode, version = self._inode(), table.version
+        was_replaced = inode != self._directory or version < self._table.version
+        while was_replaced and time.monotonic() < deadline:
+            time.sleep(_SETTLED_SECONDS)
+            table = self._open()
+            before, inode, version = (inode, version), self._inode(), table.version
+            was_replaced = before != (inode, version)
+        self._directory = inode
+        return table
+
+    def _inode(self) -> int | None:
+        """Which directory holds the table; None on an object store."""
+        if not is_local(self.uri):
+            return None
+        with reading(self.uri):
+            return (Path(self.uri) / f"{TABLE}.lance").stat().st_ino
 
     def _open(self) -> Any:
         # connecting would make the directory, into which a restored index could not be moved
