@@ -40,7 +40,10 @@ DOCUMENTS = 150
 def document_cosines() -> dict[str, dict[str, float]]:
     """Mean cosine between different documents of a kind in the base, pooled by the last token."""
     model = ReMatch.from_backbone("rematch-base", 0).eval()
-    tasks = {task.name: task for task in evaluation_tasks(split="validation", queries=100)}
+    tasks = {
+        task.name: task
+        for task in evaluation_tasks(TASKS.values(), split="validation", queries=100)
+    }
     cosines: dict[str, dict[str, float]] = {}
     for kind, name in TASKS.items():
         documents = tasks[name].documents[:DOCUMENTS]

@@ -64,11 +64,7 @@ def main() -> None:
     model = ReMatch(args.model)
     encoder = Encoder(model)
     table = instruction_table(model.prompts)
-    tasks = [
-        task
-        for task in evaluation_tasks(split="validation", unseen_style=False, queries=args.queries)
-        if task.name in TASKS
-    ]
+    tasks = evaluation_tasks(TASKS, split="validation", queries=args.queries)
     if args.stamps:
         tasks.append(stamps(args.stamps))
     rows = {}

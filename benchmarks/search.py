@@ -81,7 +81,7 @@ def best_of(rounds: int, run: Callable[[], Any]) -> tuple[float, Any]:
 
 def rerank(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
     """Measure seconds for 100 candidates, kind by kind."""
-    tasks = {task.name: task for task in evaluation_tasks(queries=50)}
+    tasks = {task.name: task for task in evaluation_tasks(KINDS, queries=50)}
     kinds, worst = {}, 0.0
     for name in KINDS:
         task = tasks[name]
@@ -124,7 +124,7 @@ def on_picto(model: ReMatch, args: argparse.Namespace) -> dict[str, Any]:
     hits: dict[str, dict[str, float]] = {order: {} for order in ORDERS}
     truncated: dict[int, list[float]] = {size: [] for size in SMALLER}
     seconds = dict.fromkeys(ORDERS, 0.0)
-    for task in [task for task in evaluation_tasks() if task.name in KINDS]:
+    for task in evaluation_tasks(KINDS):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             documents = [

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from rematch.data.images import load_image
-from rematch.data.picto_tasks import evaluation_tasks
+from rematch.data.picto_tasks import TASKS, evaluation_tasks
 from rematch.encoding.encoder import Encoder
 from rematch.encoding.inputs import batches_by_length, content_key
 from rematch.encoding.vector_store import VectorStore
@@ -27,7 +27,8 @@ ROUNDING = 1e-5
 def inputs(tmp_path_factory):
     """Short and long texts, pictures in memory and on disk, both; half of them twice."""
     folder = tmp_path_factory.mktemp("pictures")
-    documents = [d.as_input() for t in evaluation_tasks(queries=50)[5:9] for d in t.documents[:12]]
+    tasks = evaluation_tasks(list(TASKS)[5:9], queries=50)
+    documents = [d.as_input() for task in tasks for d in task.documents[:12]]
     for i in range(4):
         Image.effect_noise((200 + 90 * i, 150), 60).convert("RGB").save(folder / f"{i}.jpg")
     files = [{"image": folder / f"{i}.jpg", "text": "word " * (20 * i)} for i in range(4)]
@@ -122,7 +123,7 @@ def test_truncate_dim_leaves_token_vectors_whole(make_model, inputs):
     assert np.allclose(
         model.encode_document(inputs[:3], multi_vector=True), whole[:, 1:], atol=ROUNDING
     )
-    task = evaluation_tasks(queries=50)[0]
+    [task] = evaluation_tasks(["Picto-Category"], queries=50)
     with pytest.raises(RematchError, match=r"truncate_dim=8\. Use --views raw-raw"):
         evaluate_task(Encoder(model), task, reranking=Reranking(3, (View.FEAT_RAW,)))
 

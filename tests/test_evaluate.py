@@ -117,7 +117,7 @@ def test_hits_on_an_mmeb_export_equal_an_independent_script_query_by_query(saved
 
 
 def test_text_documents_shared_by_tasks_are_encoded_once(make_model):
-    tasks = evaluation_tasks(queries=50)[:2]
+    tasks = evaluation_tasks(list(TASKS)[:2], queries=50)
     model = make_model(dtype=torch.float32)
     encoder = Encoder(model, workers=0)
     together, _ = evaluate(encoder, tasks)
@@ -217,7 +217,7 @@ def test_maxsim_is_the_mean_of_best_cosines():
 
 def test_reranking_orders_the_first_candidates_by_p_yes_of_single_pairs(make_model):
     model = make_model(dtype=torch.float32)
-    task = next(t for t in evaluation_tasks(queries=50) if t.name == "Picto-T2I")
+    [task] = evaluation_tasks(["Picto-T2I"], queries=50)
     task.queries, task.candidates = task.queries[:6], task.candidates[:6]
     views = (View.RAW_RAW, View.FEAT_FEAT)
     encoder = Encoder(model, workers=0)
@@ -260,7 +260,7 @@ def test_reranking_orders_the_first_candidates_by_p_yes_of_single_pairs(make_mod
 
 def test_equal_vectors_nan_and_chance_are_flagged(make_model, monkeypatch):
     model = make_model(dtype=torch.float32)
-    task = evaluation_tasks(queries=50)[2]
+    [task] = evaluation_tasks(["Picto-Count"], queries=50)
     encoder = Encoder(model, workers=0)
     monkeypatch.setattr(
         encoder, "encode", lambda inputs, *_, **__: np.ones((len(inputs), 4), np.float32)

@@ -8,7 +8,7 @@ hard negative; the splits put near-misses into every candidate list.
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -279,7 +279,11 @@ def training_triplet(seed: int, index: int, task: str | None = None) -> Triplet:
 
 
 def evaluation_tasks(
-    *, split: Split = "test", unseen_style: bool = False, queries: int = QUERIES
+    names: Collection[str] = (),
+    *,
+    split: Split = "test",
+    unseen_style: bool = False,
+    queries: int = QUERIES,
 ) -> list[RetrievalTask]:
     """Return a fixed split: twelve tasks of 200 queries with 100 candidates each.
 
@@ -287,6 +291,7 @@ def evaluation_tasks(
     smaller test of the same difficulty.
 
     Args:
+        names: Names of the tasks to draw, as in :data:`TASKS`; by default all twelve.
         split: ``"test"``, or ``"validation"``: other scenes of the same kind, to choose by.
         unseen_style: Whether queries have pictures in the style that no training picture has.
         queries: Number of queries per task, a multiple of 50, at most 200.
@@ -300,7 +305,11 @@ def evaluation_tasks(
         raise ValueError(
             f"queries={queries}: Picto's splits come in blocks of {BLOCK}, up to {QUERIES}."
         )
-    return [_evaluation_task(name, split, unseen_style, queries) for name in TASKS]
+    return [
+        _evaluation_task(name, split, unseen_style, queries)
+        for name in TASKS
+        if not names or name in names
+    ]
 
 
 def _evaluation_task(name: str, split: Split, unseen_style: bool, n_queries: int) -> RetrievalTask:

@@ -104,12 +104,17 @@ def _load_picto(
     queries = min(QUERIES, -(-(limit or QUERIES) // BLOCK) * BLOCK)
     tasks = [
         task
-        for unseen_style in (False, True)
-        for task in evaluation_tasks(split=split, unseen_style=unseen_style, queries=queries)
+        for name in selected
+        for task in evaluation_tasks(
+            [name.removesuffix(UNSEEN)],
+            split=split,
+            unseen_style=name.endswith(UNSEEN),
+            queries=queries,
+        )
     ]
     for task in tasks:
         task.queries, task.candidates = task.queries[:limit], task.candidates[:limit]
-    return [task for task in tasks if task.name in selected], {}
+    return tasks, {}
 
 
 def _load_mmeb_v2(
