@@ -506,8 +506,11 @@ def test_video_files_are_decoded_once_into_frames(tmp_path):
     assert len(videos.find("short")) == 5
     (root / "videos/video_cls/HMDB51/clip.mp4").unlink()
     assert Videos(tmp_path, "video_cls/HMDB51").find("clip") == frames, "from its frames"
-    with pytest.raises(DataError, match=r"broken.mp4: cannot be decoded"):
-        videos.find("broken")
+    playlist = root / "videos/video_cls/HMDB51/playlist.mp4"
+    playlist.write_text(f"#EXTM3U\n#EXTINF:1,\n{root / 'videos/video_cls/HMDB51/short.avi'}\n")
+    for name in ("broken", "playlist"):
+        with pytest.raises(DataError, match=rf"{name}.mp4: cannot be decoded"):
+            videos.find(name)
     assert sorted(p.name for p in (root / "frames/video_cls/HMDB51").iterdir()) == [
         "clip",
         "short",
@@ -522,7 +525,7 @@ def test_video_files_are_decoded_once_into_frames(tmp_path):
 def test_without_pyav_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "v.mp4").write_bytes(b"?")
-    with pytest.raises(DataError, match=r"Install rematch-mm\[video\]"):
+    with pytest.raises(DataError, match=r"pip install 'rematch-mm\[video\]'"):
         extract_frames(tmp_path / "v.mp4", tmp_path / "v")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["v.mp4"]
 

@@ -27,7 +27,13 @@ _LARGEST = 1 << 40  # bytes
 _QUALITY = 90
 _SEEK_OVER = 5.0  # seconds; nearer frames are reached by decoding those before them
 # FFmpeg must not take a playlist for a video, as it would open what that names
-_FORMATS = {".mp4": "mp4", ".mov": "mov", ".webm": "matroska", ".mkv": "matroska"}
+_FORMATS = {
+    ".mp4": "mp4",
+    ".mov": "mov",
+    ".webm": "matroska",
+    ".mkv": "matroska",
+    ".avi": "avi",
+}
 _TIME = re.compile(r"(.+)#t=(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)", re.DOTALL)
 
 
@@ -78,7 +84,7 @@ class Clip:
         Raises:
             DataError: If the video cannot be opened.
         """
-        with _opened(self.path) as (container, stream):
+        with open_video(self.path) as (container, stream):
             duration = _duration(container, stream)
         starts = [seconds * i for i in range(max(1, math.ceil(duration / seconds - 1e-6)))]
         return [replace(self, start=start, end=start + seconds) for start in starts]
@@ -119,7 +125,7 @@ class Frame:
 @lru_cache(maxsize=4)
 def _frames(clip: Clip, modified: int, size: int) -> tuple[bytes, ...]:
     """All frames of a clip, decoded anew if the file has changed."""
-    with _opened(clip.path) as (container, stream):
+    with open_video(clip.path) as (container, stream):
         duration = _duration(container, stream)
         end = max(clip.start, duration if clip.end is None else min(clip.end, duration))
         step = (end - clip.start) / clip.frames
@@ -175,7 +181,7 @@ def _seconds(ticks: int | None, stream: Any) -> float:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     """A video and its picture stream.
 
     Raises:

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from PIL import Image
 
+from rematch.data.clips import open_video
 from rematch.errors import DataError
 
 T = TypeVar("T")
@@ -94,27 +95,15 @@ def extract_frames(video: Path, folder: Path, kept: int = KEPT) -> list[Path]:
 
 def _decode(video: Path, kept: int) -> Iterator[tuple[int, Image.Image]]:
     """Yield the number and the picture of evenly drawn frames."""
-    try:
-        import av
-    except ImportError:
-        raise DataError(
-            f"{video}: decoding a video needs PyAV. Install rematch-mm[video], or give the "
-            "video's frames as a folder of pictures."
-        ) from None
-    try:
-        with av.open(str(video)) as container:
-            total = sum(1 for _ in container.decode(video=0))
-        numbers = {i * total // kept for i in range(kept)} if total > kept else set(range(total))
-        with av.open(str(video)) as container:
-            for number, frame in enumerate(container.decode(video=0)):
-                if number in numbers:
-                    yield number, frame.to_image()
-    except (av.error.FFmpegError, IndexError) as error:
-        raise DataError(
-            f"{video}: cannot be decoded ({str(error) or 'no pictures'}). Replace the file."
-        ) from None
+    with open_video(video) as (container, stream):
+        total = sum(1 for _ in container.decode(stream))
     if not total:
         raise DataError(f"{video}: has no frames. Replace the file.")
+    numbers = {i * total // kept for i in range(kept)} if total > kept else set(range(total))
+    with open_video(video) as (container, stream):
+        for number, frame in enumerate(container.decode(stream)):
+            if number in numbers:
+                yield number, frame.to_image()
 
 
 class Videos:

@@ -67,6 +67,10 @@ _KIND_ROWS = 1_000
 _KINDS: tuple[DocumentKind, ...] = ("text", "image", "page", "video")
 
 
+class UnknownDocumentError(DataError):
+    """The index has no document with the id."""
+
+
 class _Version(NamedTuple):
     """What is found out once for each version of the table.
 
@@ -372,12 +376,13 @@ class Index:
             filter: As for :meth:`search`.
 
         Raises:
-            DataError: If the index has no such document, or the condition is invalid.
+            UnknownDocumentError: If the index has no such document.
+            DataError: If the condition is invalid.
         """
         condition = self.condition(filter)
         rows = self._rows(is_in("id", [document_id]), ["vector"])
         if not len(rows):
-            raise DataError(f"{document_id}: the index has no document with this id.")
+            raise UnknownDocumentError(f"{document_id}: the index has no document with this id.")
         vector = np.asarray(rows["vector"][0].as_py(), np.float32)
 
         def search() -> Hits:

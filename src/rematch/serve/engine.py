@@ -32,7 +32,7 @@ from rematch.model import ReMatch
 from rematch.scoring import probability
 from rematch.search.cascade import Stage, parse_stages
 from rematch.search.hits import Hit, Hits
-from rematch.search.index import Index
+from rematch.search.index import Index, UnknownDocumentError
 from rematch.search.retrieval import Mode
 from rematch.search.storage import UnreadableIndexError, exists
 from rematch.serve.batching import check_wanted
@@ -284,9 +284,10 @@ class Engine:
         """
         assert self.index is not None
         with _index_errors():
-            if not self.index.documents([document_id]):
-                raise ClientError("the index has no document with this id.", 404)
-            return self.index.similar(document_id, top, filter=filter)
+            try:
+                return self.index.similar(document_id, top, filter=filter)
+            except UnknownDocumentError:
+                raise ClientError("the index has no document with this id.", 404) from None
 
     def facets(self) -> dict[str, list[Value]]:
         """Columns of the metadata with few values."""
