@@ -101,6 +101,49 @@ def test_the_seed_decides_how_learnable_tokens_start(backbone_path, tmp_path):
     assert not torch.equal(rows(1), rows(2))
 
 
+def test_a_trained_model_is_trained_further(saved_model, tmp_path):
+    first = ReMatch(str(saved_model), model_kwargs={"dtype": torch.float32})
+    recipe = small_recipe(
+        saved_model,
+        tmp_path / "further",
+        model={"num_tokens": 4, "lora": None},
+        train={"save_every": 0, "learning_rate": 1e-3},
+    )
+    start = build_model(recipe)
+    for name, weight in first.state_dict().items():
+        assert torch.equal(start.state_dict()[name], weight), name
+    train(recipe, quiet=True)
+    further = ReMatch(tmp_path / "further")
+    tokens = first.backbone.reader.learnable_ids("query")
+    rows, rows_before = (
+        model.backbone.model.get_input_embeddings().weight[tokens] for model in (further, first)
+    )
+    assert not torch.equal(rows, rows_before)
+    assert not torch.equal(further.fusion.projector(rows), first.fusion.projector(rows))
+
+
+def test_an_adapter_on_a_trained_model_is_trained_and_loaded(saved_model, tmp_path):
+    settings = {
+        "model": {"num_tokens": 4, "lora": {"r": 2}},
+        "train": {"steps": 2, "save_every": 0},
+    }
+    trained = train(small_recipe(saved_model, tmp_path / "adapter", **settings), quiet=True)
+    loaded = ReMatch(tmp_path / "adapter")
+    assert loaded.backbone.base_name == str(saved_model)
+    pair = ["a dog"], ["a cat"]
+    for view in ("raw-raw", "feat-feat"):
+        assert loaded.match(*pair, view) == pytest.approx(trained.match(*pair, view), abs=1e-6)
+    merged = loaded.merge_lora().save_pretrained(str(tmp_path / "merged")) or tmp_path / "merged"
+    with pytest.raises(RecipeError, match=r"has a LoRA adapter.*merge_lora\(\)"):
+        build_model(small_recipe(tmp_path / "adapter", tmp_path / "more", **settings))
+    build_model(small_recipe(merged, tmp_path / "more", **settings))
+
+
+def test_a_trained_model_keeps_its_number_of_tokens(saved_model, tmp_path):
+    with pytest.raises(RecipeError, match=r"trained with 4 learnable.*Give model\.num_tokens=4"):
+        build_model(small_recipe(saved_model, tmp_path / "more"))
+
+
 def test_validation_needs_checkpoints(backbone_path, tmp_path):
     with pytest.raises(ValueError, match="save_every"):
         small_recipe(backbone_path, tmp_path, data={"validation": 4}, train={"save_every": 0})

@@ -158,11 +158,12 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
             backbone.processor.chat_template, num_tokens
         )
         backbone.check_reading(name_or_path)  # again, with the learnable tokens
-        if lora is not None:
-            inject(backbone.model, lora, ids, lora_vision)
         scale = words.float().pow(2).mean().sqrt().item()
         fusion = MultiTokenFusion(num_tokens, backbone.width, scale)
-        return cls(modules=[backbone, fusion], device=device)
+        model = cls(modules=[backbone, fusion], device=device)
+        if lora is not None:
+            model.add_lora(lora, vision=lora_vision)
+        return model
 
     def _create_model_card(self, path: str, *args: Any, **kwargs: Any) -> None:
         (Path(path) / "README.md").write_text(
@@ -180,6 +181,18 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         """The module of learnable-token fusion and of the ``Z*`` projector."""
         module: MultiTokenFusion = self[1]
         return module
+
+    def add_lora(self, lora: LoraConfig, *, vision: bool = False) -> "ReMatch":
+        """Add a LoRA adapter (in place), which is trained instead of the weights.
+
+        Args:
+            lora: As in :meth:`from_backbone`.
+            vision: Whether the vision tower gets an adapter too.
+        """
+        reader = self.backbone.reader
+        ids = [*reader.learnable_ids("query"), *reader.learnable_ids("document")]
+        inject(self.backbone.model, lora, ids, vision)
+        return self
 
     def merge_lora(self) -> "ReMatch":
         """Fold a LoRA adapter into the weights (in place), so that the checkpoint needs no base

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from sentence_transformers.util import load_file_path
 from torch import OutOfMemoryError
 from transformers import AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -18,6 +19,7 @@ from rematch.errors import ModelError, RematchError, first_line, shortened
 from rematch.files import read_json
 
 PACKAGED = {"rematch-base": "assets/base", "rematch-tiny": "assets/tiny"}
+_FUSION = "rematch.tokens.MultiTokenFusion"
 _ADAPTER_FILE = "adapter_model.safetensors"
 _LARGEST_VOCABULARY = 10_000_000
 
@@ -59,6 +61,14 @@ def resolve(name: str) -> str:
     if similar := get_close_matches(name, PACKAGED, 1, cutoff=0.85):
         raise ModelError(f"{name}: no such model. Did you mean {similar[0]}?")
     return name
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether this is a ReMatch model, and not a backbone of one."""
+    with loading(name, "Check the name, or your connection to the hub."):
+        path = load_file_path(resolve(name), "modules.json")
+        modules = read_json(Path(path)) if path else []
+    return any(module.get("type") == _FUSION for module in modules)
 
 
 def packaged_name(path: str) -> str:

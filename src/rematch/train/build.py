@@ -10,6 +10,7 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
+from rematch.backbone.loading import is_checkpoint
 from rematch.backbone.pixels import limit_pixels
 from rematch.errors import ImageError, RecipeError, RematchError, TooLongError
 from rematch.matching import Matching, View
@@ -21,7 +22,10 @@ from rematch.train.recipe import Recipe
 
 
 def build_model(recipe: Recipe) -> ReMatch:
-    """Load the backbone, add what the recipe trains, and freeze the rest.
+    """Load the model, add what the recipe trains, and freeze the rest.
+
+    ``model.backbone`` is a backbone, which gets new tokens and a new projector, or a ReMatch
+    model, which is trained further.
 
     Raises:
         RecipeError: If a package or device that the recipe needs is missing.
@@ -32,24 +36,25 @@ def build_model(recipe: Recipe) -> ReMatch:
         raise RecipeError(
             "model.liger needs a CUDA device and liger-kernel (pip install liger-kernel)."
         )
-    lora = None
+    torch.manual_seed(recipe.train.seed)
+    if is_checkpoint(settings.backbone):
+        model = _load_trained(recipe)
+    else:
+        model = ReMatch.from_backbone(
+            settings.backbone,
+            settings.num_tokens,
+            token_init=settings.token_init,
+            model_kwargs=_loading_options(recipe),
+        )
     if settings.lora:
         lora = LoraConfig(
             r=settings.lora.r, lora_alpha=settings.lora.alpha, lora_dropout=settings.lora.dropout
         )
-    torch.manual_seed(recipe.train.seed)
-    model = ReMatch.from_backbone(
-        settings.backbone,
-        settings.num_tokens,
-        token_init=settings.token_init,
-        lora=lora,
-        lora_vision=settings.lora is not None and settings.lora.vision,
-        model_kwargs=_loading_options(recipe),
-    )
+        model.add_lora(lora, vision=settings.lora.vision)
     model.backbone.document_instructions = recipe.data.document_instructions
     model.backbone.set_matching(recipe.loss.matching, recipe.loss.joint)
     limit_pixels(model.backbone.processor, settings.min_pixels, settings.max_pixels)
-    if lora is None and not settings.train_vision:
+    if not settings.lora and not settings.train_vision:
         model.backbone.freeze_vision()
     if settings.liger:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
@@ -60,6 +65,29 @@ def build_model(recipe: Recipe) -> ReMatch:
             layer.compile(dynamic=True)
     if recipe.train.gradient_checkpointing:
         model.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _load_trained(recipe: Recipe) -> ReMatch:
+    """The ReMatch model that a recipe trains further.
+
+    Raises:
+        RecipeError: If it has an adapter, or another number of tokens than the recipe says.
+    """
+    name = recipe.model.backbone
+    model = ReMatch(name, model_kwargs=_loading_options(recipe))
+    if model.backbone.has_adapter:
+        raise RecipeError(
+            f"model.backbone={name}: has a LoRA adapter, and training goes on from whole models "
+            f'only. Merge it: ReMatch("{name}").merge_lora().save_pretrained("merged").'
+        )
+    if model.fusion.num_tokens != recipe.model.num_tokens:
+        raise RecipeError(
+            f"model.num_tokens={recipe.model.num_tokens}: {name} was trained with "
+            f"{model.fusion.num_tokens} learnable tokens. Give model.num_tokens="
+            f"{model.fusion.num_tokens}."
+        )
+    model.fusion.float()
     return model
 
 

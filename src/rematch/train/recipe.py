@@ -66,7 +66,10 @@ class Lora(_Section):
 class Model(_Section):
     """The model to train."""
 
-    backbone: Text = Field("rematch-base", description="hub name, directory, or packaged model")
+    backbone: Text = Field(
+        "rematch-base",
+        description="hub name, directory, or packaged model; a ReMatch model is trained further",
+    )
     num_tokens: int = Field(
         16, ge=0, le=1024, description="K learnable tokens; 0 pools the last token"
     )
