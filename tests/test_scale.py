@@ -426,6 +426,13 @@ def test_a_long_run_warns_once_before_its_end(backbone_path, tmp_path, warnings,
     assert message.startswith("step 2: ")
 
 
+def test_a_trained_model_need_not_move_far(saved_model, tmp_path, warnings):
+    train(
+        small_recipe(saved_model, tmp_path / "m", model={"num_tokens": 4}, train=STILL), quiet=True
+    )
+    assert not warnings()
+
+
 def test_a_run_that_is_stopped_early_does_not_warn(backbone_path, tmp_path, warnings):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **_):

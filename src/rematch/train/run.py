@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from rematch.backbone.loading import is_checkpoint
 from rematch.errors import RecipeError, RematchError, TrainingError
 from rematch.files import PartialDirectory, remove, write_json, write_text, writing
 from rematch.model import ReMatch
@@ -103,6 +104,7 @@ def _train(
             loss=loss,
             data_collator=collator,
             factors=factors,
+            trained_before=is_checkpoint(recipe.model.backbone),
             callbacks=[stop, *callbacks],
         )
     if quiet:

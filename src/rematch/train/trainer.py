@@ -54,14 +54,22 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # untyped libr
         args: Arguments of ``SentenceTransformerTrainer``.
         factors: What the learning rates of :func:`~rematch.train.scale.scaled_parts` are
             multiplied by; no factor means 1.
+        trained_before: Whether tokens and projector come from an earlier run, so that they need
+            not move far.
         kwargs: Further arguments of ``SentenceTransformerTrainer``.
     """
 
-    def __init__(self, *args: Any, factors: dict[str, float], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        factors: dict[str, float],
+        trained_before: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._factors = factors
         self._movement = Movement(self.model, trains_projector=self.loss.shows_embeddings)
-        self._warned_of_standstill = False
+        self._warns_of_standstill = not trained_before
         self._tokens = self._samples = 0  # since the last log entry
         self._last_log = time.monotonic()
         self._skipped: set[str] = set()
@@ -175,9 +183,9 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # untyped libr
         """Warn once if learnable tokens or projector are nearly what they were at the start."""
         names = {"moved_tokens": "learnable tokens", "moved_projector": "projector"}
         still = [name for name in names if moved.get(name, 1) < LEAST_MOVEMENT]
-        if self._warned_of_standstill or not still:
+        if not self._warns_of_standstill or not still:
             return
-        self._warned_of_standstill = True
+        self._warns_of_standstill = False
         shares = ", ".join(f"{names[name]}: {moved[name]:.2%}" for name in still)
         logger.warning(
             f"step {self.state.global_step}: how far weights have moved, relative to their size: "
