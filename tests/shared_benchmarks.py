@@ -2,28 +2,15 @@
 
 import io
 import json
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 from rematch.data.mmeb import MARKER
-from rematch.data.mmeb_export import export_picto
 from rematch.data.mmeb_table import DATA_SETS
 from rematch.data.mmeb_v2_table import MVBENCH
 from rematch.data.zeroshot import SPLITS
-
-_trees: dict[str, Path] = {}
-
-
-def picto_tree(path, layout="mmeb-eval"):
-    """Export Picto; after the first call in a test run, only link to that export."""
-    if layout not in _trees:
-        export_picto(path, layout, samples=6)
-        _trees[layout] = path
-    elif not path.exists():
-        path.symlink_to(_trees[layout])
 
 
 def odd_pictures(folder):

@@ -84,7 +84,7 @@ def test_the_verdict_says_who_is_ahead_and_how_certainly(low, high, words):
     [
         (1000.0, MAX_STEPS, "the maximum of the demo"),
         (260.0, 33, "as many as fit into 5 minutes"),
-        (60.0, MIN_STEPS, "will take about 2 minutes longer than 5"),
+        (60.0, MIN_STEPS, "will take about 6.7 minutes instead of 5"),
     ],
 )
 def test_the_demo_trains_as_long_as_its_time_allows(remaining, steps, why):

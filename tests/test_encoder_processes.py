@@ -51,9 +51,11 @@ def test_an_evaluation_resumes_after_kill_9_with_the_same_scores(
     saved_model, tmp_path, one_thread
 ):
     output = tmp_path / "interrupted"
-    settings = {"limit": 25, "batch_tokens": 400, "workers": 0}
+    tasks = ["Picto-T2I", "Picto-I2T", "Picto-Style", "Picto-Edit", "Picto-Grounding"]
+    settings = {"limit": 25, "batch_tokens": 400, "workers": 0, "tasks": tasks}
     whole = run(EvaluateOptions(str(saved_model), output=tmp_path / "whole", **settings))
-    arguments = ["--limit", "25", "--batch-tokens", "400", "--workers", "0", "--output", output]
+    options = f"--limit 25 --batch-tokens 400 --workers 0 --tasks {','.join(tasks)}"
+    arguments = [*options.split(), "--output", output]
     process = subprocess.Popen(
         [*COMMAND, str(saved_model), *arguments],
         env=os.environ | QUIET,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import pytrec_eval
 import torch
-from shared_benchmarks import picto_tree
 
+from rematch.data.mmeb_export import export_picto
 from rematch.data.picto_tasks import TASKS, evaluation_tasks
 from rematch.data.schema import Item, RetrievalTask
 from rematch.encoding.encoder import Encoder
@@ -84,7 +84,7 @@ def hits_from_saved_vectors(path):
 def test_hits_on_an_mmeb_export_equal_an_independent_script_query_by_query(saved_model, tmp_path):
     import pyarrow.parquet as pq
 
-    picto_tree(tmp_path / "tree")
+    export_picto(tmp_path / "tree", "mmeb-eval", queries=50)
     content = run(
         EvaluateOptions(
             str(saved_model),

@@ -98,21 +98,20 @@ def test_captions_tell_scenes_apart():
 
 
 def test_the_test_set_has_its_size_and_is_fixed():
-    first, second = evaluation_tasks(), evaluation_tasks()
-    assert [t.name for t in first] == list(TASKS)
-    assert {t.meta_task for t in first} == {"classification", "vqa", "retrieval", "grounding"}
-    for task, again in zip(first, second, strict=True):
+    tasks, small = evaluation_tasks(), evaluation_tasks(queries=50)
+    assert [t.name for t in tasks] == list(TASKS)
+    assert {t.meta_task for t in tasks} == {"classification", "vqa", "retrieval", "grounding"}
+    assert {t.name for t in tasks if t.ood} == set(OOD_TASKS)
+    for task, again in zip(tasks, small, strict=True):
         assert len(task.queries) == len(task.candidates) == 200
         assert len(task.documents) <= 400
         assert all(len(set(c)) == len(c) == CANDIDATES for c in task.candidates)
-        assert task.candidates == again.candidates
+        assert [q.text for q in task.queries[:50]] == [q.text for q in again.queries]
         for candidates in task.candidates:  # no second positive
             assert len({task.documents[i].key for i in candidates}) == CANDIDATES
-        assert [q.text for q in task.queries] == [q.text for q in again.queries]
-    small = evaluation_tasks(queries=50)
-    assert [q.text for t in small for q in t.queries] == [
-        q.text for t in first for q in t.queries[:50]
-    ]
+    [first], [second] = (evaluation_tasks(["Picto-Edit"], queries=50) for _ in range(2))
+    assert first.candidates == second.candidates
+    assert pictures([first]) == pictures([second])
     with pytest.raises(ValueError, match="blocks of 50"):
         evaluation_tasks(queries=60)
     with pytest.raises(ValueError, match="split='train': Picto has the splits test and"):
@@ -181,6 +180,7 @@ def test_queries_of_the_unseen_tasks_are_drawn_in_that_style_only(monkeypatch):
     tasks = evaluation_tasks(unseen_style=True, queries=50)
     assert [task.name for task in tasks] == [f"{name}-Unseen" for name in TASKS]
     assert all(task.unseen_style for task in tasks)
+    assert [task.ood for task in tasks] == [name in OOD_TASKS for name in TASKS]
     assert styles[picto.UNSEEN_STYLE] > 0
     assert (
         sum(styles[s] for s in picto.TRAIN_STYLES) == 100
@@ -195,10 +195,6 @@ def test_eight_tasks_are_trained_and_four_are_not(monkeypatch):
     assert OOD_TASKS == ("Picto-Count", "Picto-AboveBelow", "Picto-HowMany", "Picto-Style")
     assert len(TRAINED_TASKS) == 8
     assert {*TRAINED_TASKS, *OOD_TASKS} == set(TASKS)
-    for unseen_style in (False, True):
-        tasks = evaluation_tasks(unseen_style=unseen_style, queries=50)
-        ood = {task.name.removesuffix("-Unseen") for task in tasks if task.ood}
-        assert ood == set(OOD_TASKS)
     made = Counter()
 
     def counted(name, generate):
@@ -228,17 +224,21 @@ def test_export_in_mmeb_eval_layout_loads_as_the_same_test_set(tmp_path, monkeyp
     monkeypatch.setattr(
         "rematch.data.picto_tasks.TASKS", {n: TASKS[n] for n in ("Picto-Count", "Picto-T2I")}
     )
-    export_picto(tmp_path / "eval", "mmeb-eval")
+    export_picto(tmp_path / "eval", "mmeb-eval", queries=150)
     table = pq.read_table(tmp_path / "eval/Picto-T2I/test-00000-of-00001.parquet").to_pylist()
     assert list(table[0]) == ["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"]
-    assert len(table) == 200
+    assert len(table) == 150
     assert table[0]["qry_img_path"] == ""
     assert table[0]["tgt_img_path"][0].startswith("images/")
     assert table[0]["tgt_text"][0] == f"{MARKER}\nRepresent the given image."
     count = pq.read_table(tmp_path / "eval/Picto-Count/test-00000-of-00001.parquet").to_pylist()
     assert count[0]["qry_text"].startswith(MARKER)
     assert count[0]["tgt_img_path"] == [""] * 100
-    tasks = [*evaluation_tasks(), *evaluation_tasks(unseen_style=True)]
+    tasks = [
+        task
+        for unseen_style in (False, True)
+        for task in evaluation_tasks(unseen_style=unseen_style, queries=150)
+    ]
     for task, loaded in zip(tasks, load_mmeb_eval(tmp_path / "eval")[0], strict=True):
         for field in ("name", "meta_task", "ood", "unseen_style"):
             assert getattr(task, field) == getattr(loaded, field)

@@ -32,7 +32,7 @@ def test_ray_makes_the_same_index_though_a_worker_is_killed(
         assert_same_rows(contents(tmp_path / "spread"), contents(tmp_path / "local"))
         save_picture(folder / "001.png", 1001)
         (folder / "002.png").unlink()
-        report = ray_module.build(index, open_corpus(folder), str(saved_model), 2)
+        report = ray_module.build(index, open_corpus(folder), str(saved_model), 1)
         assert (report.encoded, report.deleted, report.unchanged) == (1, 1, 46)
         build_index(searcher, folder, tmp_path / "local")
         assert_same_rows(contents(tmp_path / "spread"), contents(tmp_path / "local"))

@@ -544,13 +544,19 @@ def export(
         int,
         typer.Option(min=1, max=10_000_000, help="With mmeb-train: number of samples per task."),
     ] = 2000,
+    queries: Annotated[
+        int,
+        typer.Option(
+            min=50, max=200, help="With mmeb-eval: number of queries per task, a multiple of 50."
+        ),
+    ] = 200,
 ) -> None:
     """Write a benchmark to disk in a layout of MMEB's or MMEB-V2's."""
     if benchmark != "picto":
         raise RematchError(f"benchmark {benchmark!r} is unknown; this version has: picto.")
     from rematch.data.mmeb_export import export_picto
 
-    export_picto(directory, layout, samples=samples)
+    export_picto(directory, layout, samples=samples, queries=queries)
     typer.echo(f"Written: {directory}")
 
 

@@ -36,7 +36,12 @@ _TRAIN_COLUMNS = (
 
 
 def export_picto(
-    directory: Path | str, layout: str, *, samples: int = 2000, seed: int = 0
+    directory: Path | str,
+    layout: str,
+    *,
+    samples: int = 2000,
+    queries: int = picto_tasks.QUERIES,
+    seed: int = 0,
 ) -> None:
     """Write Picto in one of the layouts of MMEB and MMEB-V2.
 
@@ -47,12 +52,19 @@ def export_picto(
             ``"mmeb-eval"`` (the test split of all tasks, in the training styles and the unseen
             one) or ``"mmeb-v2"`` (pages and clips, :mod:`rematch.data.picto_pages`).
         samples: Number of training samples per task.
+        queries: Number of queries per task of the test split, a multiple of 50, at most 200.
         seed: Seed of the training samples.
 
     Raises:
-        DataError: If the directory exists or the layout is unknown.
+        DataError: If the directory exists, the layout is unknown, or ``queries`` is not such a
+            multiple.
         StorageError: If it cannot be written.
     """
+    if queries % picto_tasks.BLOCK or not 0 < queries <= picto_tasks.QUERIES:
+        raise DataError(
+            f"{queries} queries: Picto's test split comes in blocks of {picto_tasks.BLOCK}, up to "
+            f"{picto_tasks.QUERIES}."
+        )
     if layout not in ("mmeb-train", "mmeb-eval", "mmeb-v2"):
         raise DataError(f"unknown format {layout!r}. Choose mmeb-train, mmeb-eval or mmeb-v2.")
     directory = Path(directory)
@@ -67,7 +79,9 @@ def export_picto(
                         _write_train(partial.path, name, samples, seed)
                 elif layout == "mmeb-eval":
                     for unseen_style in (False, True):
-                        for task in picto_tasks.evaluation_tasks(unseen_style=unseen_style):
+                        for task in picto_tasks.evaluation_tasks(
+                            unseen_style=unseen_style, queries=queries
+                        ):
                             _write_eval(partial.path, task)
                 else:
                     export_picto_v2(partial.path)

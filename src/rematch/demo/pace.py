@@ -84,7 +84,7 @@ class Pace:
         if late > 0:
             return (
                 f"{sentence}: the minimum for both models to be above chance. On this machine the "
-                f"demo will take about {late:.0f} minutes longer than {MINUTES:.0f}."
+                f"demo will take about {MINUTES + late:.1f} minutes instead of {MINUTES:.0f}."
             )
         if steps == MAX_STEPS:
             return f"{sentence}: the maximum of the demo."
