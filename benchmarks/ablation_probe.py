@@ -1,4 +1,4 @@
-"""Two measurements that explain the ladder of docs/ablation.md.
+"""Three measurements that explain the ladder of docs/ablation.md.
 
     python benchmarks/ablation_probe.py
 
@@ -7,6 +7,9 @@
   training takes to tell them apart.
 - Matching: the gradient of each loss, with its weight, on the language model's weights, and its
   cosine to the contrastive one, at the start of training and in the packaged ``rematch-tiny``.
+- Starts of the tokens: Hit@1 on the validation split of vectors that are the mean of all learnable
+  tokens, of the copies of the last token, or of those that started at random; before training and
+  in ``rematch-tiny``.
 
 They are written to benchmarks/results/ablation/probe.json.
 """
@@ -35,6 +38,8 @@ TASKS = {
     "crop": "Picto-Grounding",
 }
 DOCUMENTS = 150
+STYLE = "Picto-Style"  # untrained: the same scene in another style
+STARTS = {"all": slice(None), "copies": slice(0, None, 2), "random": slice(1, None, 2)}
 
 
 def document_cosines() -> dict[str, dict[str, float]]:
@@ -80,6 +85,29 @@ def gradients(recipe: Recipe, model: ReMatch, batches: int) -> dict[str, dict[st
     }
 
 
+def hits_by_start(model: ReMatch) -> dict[str, dict[str, float]]:
+    """Hit@1 in percent of each task by the tokens that make the vectors."""
+    hits: dict[str, dict[str, float]] = {}
+    for task in evaluation_tasks([STYLE, *TASKS.values()], split="validation", queries=100):
+        inputs = [query.as_input() for query in task.queries]
+        queries = model.encode_query(inputs, multi_vector=True, show_progress_bar=False)
+        inputs = [document.as_input() for document in task.documents]
+        documents = model.encode_document(inputs, multi_vector=True, show_progress_bar=False)
+        hits[task.name] = {}
+        for name, tokens in STARTS.items():
+            q, d = (
+                torch.nn.functional.normalize(torch.as_tensor(v)[:, tokens].mean(1), dim=1)
+                for v in (queries, documents)
+            )
+            cosines = q @ d.T
+            best = [  # the positive comes first
+                cosines[i, candidates].argmax() == 0
+                for i, candidates in enumerate(task.candidates)
+            ]
+            hits[task.name][name] = round(100 * float(np.mean(best)), 1)
+    return hits
+
+
 def main() -> None:
     """Measure, write and print."""
     parser = argparse.ArgumentParser(
@@ -95,6 +123,7 @@ def main() -> None:
             name: gradients(recipe, model, args.batches) for name, model in models.items()
         },
         "batches": args.batches,
+        "hits_by_start": {name: hits_by_start(model.eval()) for name, model in models.items()},
     }
     write_json(RESULTS / "probe.json", result)
     print(json.dumps(result, indent=2))

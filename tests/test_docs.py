@@ -312,6 +312,15 @@ def test_figures_of_the_ablation_are_those_measured():
         cosines = probe["document_cosine"][kind]
         assert f"{cosines['with']:.2f}" in page
         assert f"{cosines['without']:.2f}" in page
+    rows = table("docs/ablation.md", "tokens")
+    columns = {"picture → caption": "I2T", "caption → picture": "T2I"}
+    for model, label in (("start", "before training"), ("rematch-tiny", "`rematch-tiny`")):
+        for tokens, of_tokens in (("copies", "copies"), ("random", "random"), ("all", "all 16")):
+            cells = rows[f"{of_tokens}, {label}"]
+            assert len(cells) == 6
+            for column, cell in cells.items():
+                hits = probe["hits_by_start"][model][f"Picto-{columns.get(column, column)}"]
+                assert cell == f"{hits[tokens]:.0f}"
     for losses in probe["gradients"].values():
         share = losses["matching"]["norm"] / losses["contrastive"]["norm"]
         assert f" {100 * share:.0f} % " in page
