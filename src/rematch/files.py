@@ -204,11 +204,16 @@ def writing(path: Path | str) -> Iterator[None]:
     except OSError as error:
         raise _cannot_be_written(path, error.strerror or first_line(error)) from error
     except Exception as error:
-        text = str(error)
-        reason = next((r for sign, r in _WRITE_FAILURES.items() if sign in text), None)
+        reason = write_failure(error)
         if reason is None or isinstance(error, RematchError):
             raise
         raise _cannot_be_written(path, reason) from error
+
+
+def write_failure(error: Exception) -> str | None:
+    """Why the system did not let a library write, if that is what an error says."""
+    text = str(error)
+    return next((reason for sign, reason in _WRITE_FAILURES.items() if sign in text), None)
 
 
 def _cannot_be_written(path: Path | str, reason: str) -> StorageError:

@@ -14,7 +14,7 @@ import lancedb
 import pyarrow as pa
 
 from rematch.errors import DataError, RematchError, StorageError, first_line
-from rematch.files import check_replaceable, made_folders, remove
+from rematch.files import check_replaceable, made_folders, remove, write_failure
 
 TABLE = "documents"
 REPORT = "report.json"
@@ -237,9 +237,7 @@ def writing(uri: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        text = str(error)
-        reasons = ("No space left on device", "Read-only file system", "Permission denied")
-        reason = next((r for r in reasons if r in text), first_line(error))
+        reason = write_failure(error) or first_line(error)
         raise StorageError(
             f"{uri}: cannot be written ({reason}). What was written before is intact. Fix the "
             "cause and run the command again."
