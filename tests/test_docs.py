@@ -321,6 +321,10 @@ def test_figures_of_the_ablation_are_those_measured():
             for column, cell in cells.items():
                 hits = probe["hits_by_start"][model][f"Picto-{columns.get(column, column)}"]
                 assert cell == f"{hits[tokens]:.0f}"
+    for arm in ("all", "all-no-orth"):
+        log = results(f"ablation/changes/{arm}-seed0.json")["training"]
+        (cosine,) = (entry["token_cosine"] for entry in log if "token_cosine" in entry)
+        assert f"{cosine:.2f}" in page
     for losses in probe["gradients"].values():
         share = losses["matching"]["norm"] / losses["contrastive"]["norm"]
         assert f" {100 * share:.0f} % " in page
