@@ -334,6 +334,7 @@ def run(stage_name: str, name: str, seed: int, work_dir: Path) -> None:
         write_json(target, row)
         if name != BASE:
             shutil.rmtree(output)
+            shutil.rmtree(output.with_name(f"{run_name}-first"), ignore_errors=True)
         minutes = (time.time() - start) / 60
         Console().print(f"{run_name}: {row['scores']['overall']} after {minutes:.0f} minutes")
 
