@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 import threading
 
 import pytest
@@ -11,7 +12,7 @@ from shared_training import small_recipe, step_logs, write_rows
 from transformers import TrainerCallback
 
 from rematch import ReMatch
-from rematch.errors import RecipeError, TrainingError
+from rematch.errors import RecipeError, RematchError, TrainingError
 from rematch.train.build import build_model
 from rematch.train.recipe import Recipe
 from rematch.train.run import train
@@ -133,15 +134,23 @@ def test_an_adapter_on_a_trained_model_is_trained_and_loaded(saved_model, tmp_pa
     pair = ["a dog"], ["a cat"]
     for view in ("raw-raw", "feat-feat"):
         assert loaded.match(*pair, view) == pytest.approx(trained.match(*pair, view), abs=1e-6)
-    merged = loaded.merge_lora().save_pretrained(str(tmp_path / "merged")) or tmp_path / "merged"
     with pytest.raises(RecipeError, match=r"has a LoRA adapter.*merge_lora\(\)"):
         build_model(small_recipe(tmp_path / "adapter", tmp_path / "more", **settings))
-    build_model(small_recipe(merged, tmp_path / "more", **settings))
+    loaded.merge_lora().save_pretrained(str(tmp_path / "merged"))
+    build_model(small_recipe(tmp_path / "merged", tmp_path / "more", **settings))
 
 
 def test_a_trained_model_keeps_its_number_of_tokens(saved_model, tmp_path):
     with pytest.raises(RecipeError, match=r"trained with 4 learnable.*Give model\.num_tokens=4"):
         build_model(small_recipe(saved_model, tmp_path / "more"))
+
+
+@pytest.mark.parametrize("content", ["", "5", "[5]", '{"type": 5}', "[{}]"])
+def test_a_damaged_list_of_modules_is_refused(saved_model, tmp_path, content):
+    model = shutil.copytree(saved_model, tmp_path / "damaged")
+    (model / "modules.json").write_text(content)
+    with pytest.raises(RematchError, match=r"modules\.json"):
+        build_model(small_recipe(model, tmp_path / "more"))
 
 
 def test_validation_needs_checkpoints(backbone_path, tmp_path):

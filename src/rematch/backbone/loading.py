@@ -65,10 +65,11 @@ def resolve(name: str) -> str:
 
 def is_checkpoint(name: str) -> bool:
     """Whether this is a ReMatch model, and not a backbone of one."""
-    with loading(name, "Check the name, or your connection to the hub."):
+    remedy = "Copy it again, or check its name and your connection to the hub."
+    with loading(f"{name}: its modules.json", remedy):
         path = load_file_path(resolve(name), "modules.json")
         modules = read_json(Path(path)) if path else []
-    return any(module.get("type") == _FUSION for module in modules)
+        return any(module["type"] == _FUSION for module in modules)
 
 
 def packaged_name(path: str) -> str:
