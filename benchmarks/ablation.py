@@ -300,6 +300,7 @@ def run(stage_name: str, name: str, seed: int, work_dir: Path) -> None:
     run_name = f"{name}-seed{seed}"
     target = RESULTS / stage_name / f"{run_name}.json"
     output = work_dir / stage_name / run_name
+    warm_up_output = output.with_name(f"{run_name}-first")
     with claim(output.with_name(f"{run_name}.lock")) as claimed:
         if target.exists() or not claimed:
             return
@@ -313,7 +314,7 @@ def run(stage_name: str, name: str, seed: int, work_dir: Path) -> None:
             recipe = recipe_of(arm, seed, output, steps_of(name, stage))
             row |= {"overrides": list(arm.overrides), "steps": recipe.train.steps}
             if arm.warm_up:
-                recipe.model.backbone = warmed_up(arm, seed, output.with_name(f"{run_name}-first"))
+                recipe.model.backbone = warmed_up(arm, seed, warm_up_output)
             model = ReMatch(output) if output.exists() else train(recipe, quiet=True)
             log = json.loads((output / "log.json").read_text())
             row |= {"precision": log[0]["precision"], "training": log[-2:]}
@@ -334,7 +335,8 @@ def run(stage_name: str, name: str, seed: int, work_dir: Path) -> None:
         write_json(target, row)
         if name != BASE:
             shutil.rmtree(output)
-            shutil.rmtree(output.with_name(f"{run_name}-first"), ignore_errors=True)
+        if arm.warm_up:
+            shutil.rmtree(warm_up_output)
         minutes = (time.time() - start) / 60
         Console().print(f"{run_name}: {row['scores']['overall']} after {minutes:.0f} minutes")
 

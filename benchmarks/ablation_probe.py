@@ -22,8 +22,10 @@ import numpy as np
 import torch
 from ablation import RESULTS, ROOT
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from rematch.data.picto_tasks import evaluation_tasks
+from rematch.evaluate.metrics import hit_at, ranks_of_relevant
 from rematch.files import write_json
 from rematch.model import ReMatch
 from rematch.train.build import build_collator, build_loss, build_model
@@ -95,16 +97,16 @@ def hits_by_start(model: ReMatch) -> dict[str, dict[str, float]]:
         documents = model.encode_document(inputs, multi_vector=True, show_progress_bar=False)
         hits[task.name] = {}
         for name, tokens in STARTS.items():
-            q, d = (
-                torch.nn.functional.normalize(torch.as_tensor(v)[:, tokens].mean(1), dim=1)
-                for v in (queries, documents)
+            query_vectors, document_vectors = (
+                normalize(torch.as_tensor(vectors)[:, tokens].mean(1))
+                for vectors in (queries, documents)
             )
-            cosines = q @ d.T
-            best = [  # the positive comes first
-                cosines[i, candidates].argmax() == 0
+            cosines = (query_vectors @ document_vectors.T).numpy()
+            ranks = [  # the relevant candidate comes first
+                ranks_of_relevant(cosines[i, candidates])
                 for i, candidates in enumerate(task.candidates)
             ]
-            hits[task.name][name] = round(100 * float(np.mean(best)), 1)
+            hits[task.name][name] = round(hit_at(ranks, 1), 1)
     return hits
 
 

@@ -107,6 +107,7 @@ def test_the_test_set_has_its_size_and_is_fixed():
         assert len(task.documents) <= 400
         assert all(len(set(c)) == len(c) == CANDIDATES for c in task.candidates)
         assert [q.text for q in task.queries[:50]] == [q.text for q in again.queries]
+        assert task.candidates[:50] == again.candidates
         for candidates in task.candidates:  # no second positive
             assert len({task.documents[i].key for i in candidates}) == CANDIDATES
     [first], [second] = (evaluation_tasks(["Picto-Edit"], queries=50) for _ in range(2))

@@ -27,12 +27,12 @@ _LARGEST = 1 << 40  # bytes
 _QUALITY = 90
 _SEEK_OVER = 5.0  # seconds; nearer frames are reached by decoding those before them
 # FFmpeg must not take a playlist for a video, as it would open what that names
-_FORMATS = {
+FORMATS = {
     ".mp4": "mp4",
-    ".mov": "mov",
-    ".webm": "matroska",
-    ".mkv": "matroska",
     ".avi": "avi",
+    ".mov": "mov",
+    ".mkv": "matroska",
+    ".webm": "matroska",
 }
 _TIME = re.compile(r"(.+)#t=(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)", re.DOTALL)
 
@@ -193,7 +193,7 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         raise DataError("videos need PyAV: pip install 'rematch-mm[video]'.") from None
     try:
         regular_status(path, _LARGEST)
-        with av.open(str(path), format=_FORMATS[path.suffix.lower()]) as container:
+        with av.open(str(path), format=FORMATS[path.suffix.lower()]) as container:
             if not container.streams.video:
                 raise DataError("it has no pictures")
             stream = container.streams.video[0]

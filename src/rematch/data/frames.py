@@ -14,13 +14,13 @@ from typing import TypeVar
 
 from PIL import Image
 
-from rematch.data.clips import open_video
+from rematch.data.clips import FORMATS, open_video
 from rematch.errors import DataError
 
 T = TypeVar("T")
 FRAMES = 8  # of a video that the benchmark encodes
 KEPT = 64  # frames of a file that are written to disk
-VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+VIDEO_EXTENSIONS = tuple(FORMATS)
 _PARTIAL = ".partial-"
 _PICTURES = (".jpg", ".jpeg", ".png")
 

@@ -60,11 +60,6 @@ def export_picto(
             multiple.
         StorageError: If it cannot be written.
     """
-    if queries % picto_tasks.BLOCK or not 0 < queries <= picto_tasks.QUERIES:
-        raise DataError(
-            f"{queries} queries: Picto's test split comes in blocks of {picto_tasks.BLOCK}, up to "
-            f"{picto_tasks.QUERIES}."
-        )
     if layout not in ("mmeb-train", "mmeb-eval", "mmeb-v2"):
         raise DataError(f"unknown format {layout!r}. Choose mmeb-train, mmeb-eval or mmeb-v2.")
     directory = Path(directory)

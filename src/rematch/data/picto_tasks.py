@@ -17,6 +17,7 @@ from PIL import Image
 from rematch.data import picto
 from rematch.data.picto import Scene
 from rematch.data.schema import Item, RetrievalTask, Triplet
+from rematch.errors import DataError
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
 
 T = TypeVar("T")
@@ -297,12 +298,12 @@ def evaluation_tasks(
         queries: Number of queries per task, a multiple of 50, at most 200.
 
     Raises:
-        ValueError: If there is no such split, or ``queries`` is not such a multiple.
+        DataError: If there is no such split, or ``queries`` is not such a multiple.
     """
     if split not in SPLIT_SEEDS:
-        raise ValueError(f"split={split!r}: Picto has the splits {' and '.join(SPLIT_SEEDS)}.")
+        raise DataError(f"split={split!r}: Picto has the splits {' and '.join(SPLIT_SEEDS)}.")
     if queries % BLOCK or not 0 < queries <= QUERIES:
-        raise ValueError(
+        raise DataError(
             f"queries={queries}: Picto's splits come in blocks of {BLOCK}, up to {QUERIES}."
         )
     return [

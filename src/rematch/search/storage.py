@@ -192,17 +192,17 @@ class LiveTable:
         """The latest version; of an index that was replaced, once no more versions turn up.
 
         A copy that is under way may hold an old version alone, even the first one without a row.
+        It is waited for as long as for an index that cannot be read.
         """
-        table = self._open()
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        inode, version = self._inode(), table.version
-        was_replaced = inode != self._directory or version < self._table.version
-        while was_replaced and time.monotonic() < deadline:
+        table, directory = self._open(), self._inode()
+        is_changing = directory != self._directory or table.version < self._table.version
+        while is_changing and time.monotonic() < deadline:
+            before = directory, table.version
             time.sleep(_SETTLED_SECONDS)
-            table = self._open()
-            before, inode, version = (inode, version), self._inode(), table.version
-            was_replaced = before != (inode, version)
-        self._directory = inode
+            table, directory = self._open(), self._inode()
+            is_changing = before != (directory, table.version)
+        self._directory = directory
         return table
 
     def _inode(self) -> int | None:

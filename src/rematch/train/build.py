@@ -87,7 +87,7 @@ def _load_trained(recipe: Recipe) -> ReMatch:
             f"{model.fusion.num_tokens} learnable tokens. Give model.num_tokens="
             f"{model.fusion.num_tokens}."
         )
-    model.fusion.float()
+    model.fusion.float()  # in bfloat16, small updates would be lost
     return model
 
 
