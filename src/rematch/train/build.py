@@ -137,14 +137,16 @@ def build_loss(recipe: Recipe, model: ReMatch) -> ReMatchLoss:
     )
 
 
-def build_collator(recipe: Recipe, model: ReMatch) -> Collator:
+def build_collator(
+    recipe: Recipe, model: ReMatch, collator_type: type[Collator] = Collator
+) -> Collator:
     """The collator that makes batches for :func:`build_loss`."""
     skip: list[type[RematchError]] = []
     if recipe.data.unreadable == "skip":
         skip.append(ImageError)
     if recipe.data.too_long == "skip":
         skip.append(TooLongError)
-    return Collator(
+    return collator_type(
         model,
         _views(recipe),
         recipe.train.mini_batch_tokens,

@@ -236,12 +236,16 @@ class Collator:
 
     def triplet(self, samples: list[list[int]], i: int) -> KeyTriplet:
         """A sample's query and its two documents, in an order that a resumed run repeats."""
-        query, positive, *negatives = samples[i]
-        negative = negatives[0] if negatives else next_other([keys[1] for keys in samples], i)
-        documents = [positive, negative]
+        query, positive, *_ = samples[i]
+        documents = [positive, self.hard_negative(samples, i)]
         if _hash(query, positive) % 2:
             documents.reverse()
         return KeyTriplet(query, documents, [document == positive for document in documents])
+
+    def hard_negative(self, samples: list[list[int]], i: int) -> int:
+        """Key of the document that a sample's questions show as d-."""
+        _, _, *negatives = samples[i]
+        return negatives[0] if negatives else next_other([keys[1] for keys in samples], i)
 
     # ---- mini-batches ---------------------------------------------------------------------------
 

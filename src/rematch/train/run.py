@@ -28,6 +28,7 @@ from rematch.train.checkpoints import (
     recipe_record,
     resumable_checkpoint,
 )
+from rematch.train.collator import Collator
 from rematch.train.precision import device_type
 from rematch.train.recipe import Recipe
 from rematch.train.scale import measure, rate_factors
@@ -36,7 +37,10 @@ from rematch.train.trainer import StopOnSignal, Trainer
 
 
 def train(
-    recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), quiet: bool = False
+    recipe: Recipe,
+    callbacks: Sequence[TrainerCallback] = (),
+    quiet: bool = False,
+    collator_type: type[Collator] = Collator,
 ) -> ReMatch:
     """Train a model and write it to ``recipe.train.output``.
 
@@ -48,6 +52,8 @@ def train(
         recipe: The settings of the run.
         callbacks: Further callbacks of the trainer.
         quiet: Print neither the progress bar nor the log.
+        collator_type: A subclass may choose other documents to ask about
+            (:meth:`~rematch.train.collator.Collator.hard_negative`).
 
     Raises:
         RecipeError: If the output directory exists already, the recipe does not fit the launcher
@@ -62,17 +68,21 @@ def train(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     directory = PartialDirectory(Path(recipe.train.output))
     if not _is_first_process():
-        return _train(recipe, callbacks, quiet, directory)
+        return _train(recipe, callbacks, quiet, collator_type, directory)
     with directory:
         try:
-            return _train(recipe, callbacks, quiet, directory)
+            return _train(recipe, callbacks, quiet, collator_type, directory)
         except BaseException:
             _clean_up(directory)
             raise
 
 
 def _train(
-    recipe: Recipe, callbacks: Sequence[TrainerCallback], quiet: bool, directory: PartialDirectory
+    recipe: Recipe,
+    callbacks: Sequence[TrainerCallback],
+    quiet: bool,
+    collator_type: type[Collator],
+    directory: PartialDirectory,
 ) -> ReMatch:
     """:func:`train`; the first process holds the directory."""
     partial = directory.path
@@ -85,7 +95,7 @@ def _train(
         precision, attention = arithmetic["precision"], arithmetic["attention"]
         sys.stderr.write(f"training on {device_type()}: {precision}, {attention} attention\n")
     loss = build_loss(recipe, model)
-    collator = build_collator(recipe, model)
+    collator = build_collator(recipe, model, collator_type)
     if _is_first_process():
         _prepare_directory(recipe, directory, checkpoint)
     # joins the other processes, if there are any
