@@ -350,7 +350,7 @@ def test_bad_checkpoints(fails, make_model, tmp_path):
     search = lambda path: fails("index", path, tmp_path / "corpus", "--output", tmp_path / "idx")  # noqa: E731
     (tmp_path / "empty").mkdir()
     assert "not a ReMatch checkpoint" in search(tmp_path / "empty")
-    assert "not a ReMatch checkpoint" in search("no-such/model")
+    assert "no such directory" in search("no-such/model")
 
     make_model(dtype=torch.float32, lora=LoraConfig(r=2)).save_pretrained(str(tmp_path / "a"))
     shutil.copytree(tmp_path / "a", tmp_path / "lost")

@@ -1,6 +1,7 @@
 """The encoder and ``rematch evaluate`` with models that are not ReMatch's."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 
 from rematch.encoding.encoder import Encoder
 from rematch.encoding.vector_store import VectorStore
-from rematch.errors import RematchError
-from rematch.evaluate.command import EvaluateOptions, run
+from rematch.errors import ModelError, RematchError
+from rematch.evaluate.command import EvaluateOptions, load_model, run
+from rematch.model import ReMatch
 
 ROUNDING = 1e-5  # of float32 sums in another order, as in test_encoder.py
 
@@ -72,6 +74,25 @@ def test_any_sentence_transformer_is_encoded_with_its_own_prompts(text_model):
         Encoder(model, workers=0).encode([Image.new("RGB", (40, 40))], "document")
     with pytest.raises(RematchError, match="only ReMatch models"):
         Encoder(model, workers=0).encode(["a"], "document", multi_vector=True)
+
+
+def test_a_peers_hub_name_is_enough(text_model, saved_model, tmp_path, monkeypatch):
+    """As the hub's cache has them; the test has no network."""
+    for name, path in {"peer": text_model, "retriever": saved_model}.items():
+        repository = tmp_path / f"models--example--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(path, repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.hub.HF_HUB_CACHE", str(tmp_path), raising=False)
+    peer = load_model(EvaluateOptions("example/peer"))
+    texts = ["word number"]
+    expected = SentenceTransformer(str(text_model), device="cpu").encode_query(texts)
+    assert np.allclose(peer.encode_query(texts), expected, atol=ROUNDING)
+    assert isinstance(load_model(EvaluateOptions("example/retriever")), ReMatch)
+    with pytest.raises(ModelError, match="example/none: no such directory"):
+        load_model(EvaluateOptions("example/none"))
 
 
 def test_a_models_truncate_dim_counts_as_in_its_own_encode(text_model, tmp_path):

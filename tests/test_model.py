@@ -2,6 +2,9 @@
 whatever the batch.
 """
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +112,13 @@ def test_a_picture_and_too_long_a_text_is_an_error(model):
 def test_a_rematch_model_is_no_backbone():
     with pytest.raises(ModelError, match="is already a ReMatch model"):
         ReMatch.from_backbone("rematch-tiny")
+
+
+def test_another_sentence_transformer_may_be_a_backbone(backbone_path, tmp_path):
+    copy = shutil.copytree(backbone_path, tmp_path / "peer")
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Pooling"}]
+    (copy / "modules.json").write_text(json.dumps(modules))
+    assert ReMatch.from_backbone(str(copy), 2).encode_query("a").shape == (32,)
 
 
 def test_an_adapter_on_a_bfloat16_base_trains_in_float32_and_its_base_is_known_in_any_dtype(

@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from rematch.backbone.checks import check_weights
-from rematch.backbone.loading import loading, resize_vocabulary, resolve
+from rematch.backbone.loading import is_checkpoint, loading, resize_vocabulary, resolve
 from rematch.backbone.lora import inject, merge
 from rematch.backbone.memory import default_batch_tokens
 from rematch.backbone.module import Backbone
@@ -97,10 +97,13 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
 
         sentence-transformers would put mean pooling on it, which is not a ReMatch model.
         """
+        if Path(model_name_or_path).is_dir():
+            reason = "not a ReMatch checkpoint: modules.json is missing"
+        else:
+            reason = "no such directory, nor could a ReMatch checkpoint be found on the hub"
         raise ModelError(
-            f"{model_name_or_path}: not a ReMatch checkpoint: modules.json is missing. Give the "
-            "output directory of a finished `rematch train`, or build a model from a backbone "
-            "with ReMatch.from_backbone."
+            f"{model_name_or_path}: {reason}. Give the output directory of a finished `rematch "
+            "train`, or build a model from a backbone with ReMatch.from_backbone."
         )
 
     @classmethod
@@ -135,10 +138,7 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
                 says why.
         """
         backbone = Backbone(name_or_path, model_kwargs=model_kwargs)
-        if (
-            query_token(0) in backbone.tokenizer.get_added_vocab()
-            or (Path(resolve(name_or_path)) / "modules.json").exists()
-        ):
+        if query_token(0) in backbone.tokenizer.get_added_vocab() or is_checkpoint(name_or_path):
             raise ModelError(
                 f"{name_or_path}: is already a ReMatch model. Load it with ReMatch(path)."
             )

@@ -64,12 +64,17 @@ def resolve(name: str) -> str:
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether this is a ReMatch model, and not a backbone of one."""
+    """Whether this is a ReMatch model: neither its backbone nor another SentenceTransformer."""
+    return _FUSION in module_types(name)
+
+
+def module_types(name: str) -> list[str]:
+    """Types of the modules of a SentenceTransformer; none if this is no SentenceTransformer."""
     remedy = "Copy it again, or check its name and your connection to the hub."
     with loading(f"{name}: its modules.json", remedy):
         path = load_file_path(resolve(name), "modules.json")
         modules = read_json(Path(path)) if path else []
-        return any(module["type"] == _FUSION for module in modules)
+        return [module["type"] for module in modules]
 
 
 def packaged_name(path: str) -> str:

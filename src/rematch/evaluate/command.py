@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util.distributed import get_rank, get_world_size
 
 from rematch.backbone.checks import check_weights
-from rematch.backbone.loading import loading, resolve
+from rematch.backbone.loading import is_checkpoint, loading, module_types
 from rematch.backbone.pixels import limit_pixels
 from rematch.console import say
 from rematch.data.frames import FRAMES
@@ -29,7 +29,6 @@ from rematch.evaluate.benchmarks import Benchmark, load_benchmark
 from rematch.evaluate.output import check_output, save_vectors, scores_json, write
 from rematch.evaluate.rerank import Reranking
 from rematch.evaluate.run import TaskResult, evaluate
-from rematch.files import read_text
 from rematch.matching import View
 from rematch.model import ReMatch
 
@@ -197,7 +196,7 @@ def load_model(options: EvaluateOptions) -> SentenceTransformer:
     kwargs: dict[str, Any] = {}
     if get_world_size() > 1 and torch.cuda.is_available():
         kwargs["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    if _is_rematch(name):
+    if is_checkpoint(name) or not module_types(name):  # the latter for the error of ReMatch
         model: SentenceTransformer = ReMatch(name, **kwargs)
     else:
         remedy = "Give a directory that holds a SentenceTransformer, a hub name, or rematch-tiny."
@@ -208,15 +207,6 @@ def load_model(options: EvaluateOptions) -> SentenceTransformer:
             check_weights(model, name)
     limit_pixels(getattr(model[0], "processor", None), options.min_pixels, options.max_pixels)
     return model
-
-
-def _is_rematch(name: str) -> bool:
-    """Whether to load a model as ReMatch: all but directories of other SentenceTransformers."""
-    directory = Path(resolve(name))
-    modules = directory / "modules.json"
-    if not directory.is_dir() or not modules.exists():
-        return True
-    return "rematch." in read_text(modules)
 
 
 def _print(results: Sequence[TaskResult], content: dict[str, Any]) -> None:
