@@ -2,13 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForMultimodalLM
 
+from rematch.train.build import build_model
 from rematch.train.precision import choose_precision, native_bfloat16
 from rematch.train.recipe import load_recipe
 from rematch.train.run import train
@@ -87,3 +91,34 @@ def test_the_log_names_the_arithmetic(
     assert (
         f"training on cpu: {arithmetic[0]}, {arithmetic[1]} attention" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(("native", "frozen"), [("1", torch.bfloat16), ("0", torch.float32)])
+def test_lora_trains_float32_weights_on_a_bfloat16_checkpoint(
+    backbone_path, tmp_path, monkeypatch, capsys, native, frozen
+):
+    """bfloat16 would round away what the projector learns, and is slow where it is emulated."""
+    base = shutil.copytree(backbone_path, tmp_path / "base")
+    AutoModelForMultimodalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    monkeypatch.setenv("REMATCH_NATIVE_BF16", native)
+    settings = [f"model.backbone={base}", "model.num_tokens=2", "model.lora={r: 2}"]
+    settings += ["train.steps=2", "train.batch_size=4", "train.workers=0"]
+    settings += [f"train.output={tmp_path / 'model'}", "train.report_to=[none]"]
+    recipe = load_recipe(RECIPES / "picto.yaml", settings)
+    model = build_model(recipe)
+    trainable = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    assert set(trainable.values()) == {torch.float32}
+    assert any("projector" in name for name in trainable)
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {frozen}
+    scores = train(recipe).match(["a dog"], ["a dog above a pizza"], "feat-raw")  # no autocast
+    assert np.isfinite(scores).all()
+    precision = "bfloat16 autocast" if native == "1" else "float32"
+    assert f"training on cpu: {precision}" in capsys.readouterr().err
+
+
+def test_the_log_names_the_dtype_of_weights_that_a_recipe_sets(backbone_path, tmp_path, capsys):
+    settings = [f"model.backbone={backbone_path}", "model.num_tokens=2", "model.dtype=bfloat16"]
+    settings += ["train.steps=1", "train.batch_size=4", "train.workers=0", "train.bf16=false"]
+    settings += [f"train.output={tmp_path / 'model'}", "train.report_to=[none]"]
+    train(load_recipe(RECIPES / "picto.yaml", settings))
+    assert "training on cpu: bfloat16, sdpa attention" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rematch.backbone.checks import check_weights
 from rematch.backbone.loading import is_checkpoint, loading, resize_vocabulary, resolve
-from rematch.backbone.lora import inject, merge
+from rematch.backbone.lora import inject, merge, train_in_float32
 from rematch.backbone.memory import default_batch_tokens
 from rematch.backbone.module import Backbone
 from rematch.backbone.pictures import PictureFeatures, Pictures, feature_inputs
@@ -185,6 +185,8 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
     def add_lora(self, lora: LoraConfig, *, vision: bool = False) -> "ReMatch":
         """Add a LoRA adapter (in place), which is trained instead of the weights.
 
+        Adapter and projector train in float32, whatever the dtype of the weights.
+
         Args:
             lora: As in :meth:`from_backbone`.
             vision: Whether the vision tower gets an adapter too.
@@ -192,6 +194,7 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         reader = self.backbone.reader
         ids = [*reader.learnable_ids("query"), *reader.learnable_ids("document")]
         inject(self.backbone.model, lora, ids, vision)
+        train_in_float32(self.fusion)
         return self
 
     def merge_lora(self) -> "ReMatch":

@@ -36,12 +36,12 @@ def inject(model: PreTrainedModel, lora: LoraConfig, token_ids: list[int], visio
     if lora.trainable_token_indices is None and token_ids:
         lora.trainable_token_indices = {names[embedding].rpartition(".")[2]: token_ids}
     model.add_adapter(lora)
-    _train_in_float32(model)
+    train_in_float32(model)
 
 
-def _train_in_float32(model: PreTrainedModel) -> None:
-    """Cast trainable weights to float32: bfloat16 would lose an adapter's small updates."""
-    for parameter in model.parameters():
+def train_in_float32(module: nn.Module) -> None:
+    """Cast trainable weights to float32: bfloat16 would lose small updates."""
+    for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
@@ -79,7 +79,7 @@ def load(model: PreTrainedModel, directory: Path) -> list[str]:
     model.load_adapter(str(directory), is_trainable=True)
     mismatched = sorted(set(get_peft_model_state_dict(model)) ^ set(_saved_weights(directory)))
     if not mismatched:
-        _train_in_float32(model)  # peft had cast the adapter to the base's dtype
+        train_in_float32(model)  # peft had cast the adapter to the base's dtype
         restore(model, directory)
         model.requires_grad_(False)
     return mismatched

@@ -87,18 +87,18 @@ def _load_trained(recipe: Recipe) -> ReMatch:
             f"{model.fusion.num_tokens} learnable tokens. Give model.num_tokens="
             f"{model.fusion.num_tokens}."
         )
-    model.fusion.float()  # in bfloat16, small updates would be lost
     return model
 
 
 def _loading_options(recipe: Recipe) -> dict[str, Any]:
     """Arguments of ``from_pretrained``."""
     settings = recipe.model
-    # bfloat16 would lose small updates of full weights
-    options: dict[str, Any] = {"dtype": settings.dtype or ("auto" if settings.lora else "float32")}
-    attention = precision_of(recipe).attention
-    if attention:
-        options["attn_implementation"] = attention
+    precision = precision_of(recipe)
+    # bfloat16 would lose small updates of full weights, and is slow where it is emulated
+    frozen_dtype = "auto" if settings.lora and precision.bf16 else "float32"
+    options: dict[str, Any] = {"dtype": settings.dtype or frozen_dtype}
+    if precision.attention:
+        options["attn_implementation"] = precision.attention
     if settings.four_bit:
         if not is_bitsandbytes_available():
             raise RecipeError(

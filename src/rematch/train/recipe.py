@@ -82,7 +82,8 @@ class Model(_Section):
     lora: Lora | None = Field(None, description="LoRA adapter; null: full fine-tuning")
     dtype: Literal["auto", "float32", "bfloat16"] | None = Field(
         None,
-        description="dtype of the weights; null: as in the checkpoint with LoRA, else float32",
+        description="dtype of the weights; null: as in the checkpoint with LoRA and bfloat16, "
+        "else float32",
     )
     attention: Text | None = Field(
         "auto",

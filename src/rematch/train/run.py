@@ -167,10 +167,11 @@ def _check_launch(recipe: Recipe) -> None:
 
 def _arithmetic(recipe: Recipe, model: ReMatch) -> dict[str, str]:
     """The arithmetic of the run, as the log names it."""
-    config = model.backbone.model.config.get_text_config()
+    mllm = model.backbone.model
+    weights = str(mllm.dtype).removeprefix("torch.")
     return {
-        "precision": "bfloat16 autocast" if precision_of(recipe).bf16 else "float32",
-        "attention": config._attn_implementation,
+        "precision": "bfloat16 autocast" if precision_of(recipe).bf16 else weights,
+        "attention": mllm.config.get_text_config()._attn_implementation,
     }
 
 

@@ -104,7 +104,8 @@ def _shape(recipe: Recipe) -> Shape:
     tied = embedding.weight is head.weight
     width = text.hidden_size
     lora = recipe.model.lora
-    dtype = recipe.model.dtype or ("auto" if lora else "float32")
+    bf16 = recipe.train.bf16 is not False
+    dtype = recipe.model.dtype or ("auto" if lora and bf16 else "float32")
     if dtype == "auto":
         dtype_bytes = (config.dtype or torch.float32).itemsize
     else:
