@@ -2,6 +2,7 @@
 vocabulary.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -92,6 +93,23 @@ def saved_model(backbone_path, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("saved") / "model"
     build_model(backbone_path, dtype=torch.float32).save_pretrained(str(path))
     return path
+
+
+@pytest.fixture
+def publish(tmp_path, monkeypatch):
+    """Put a directory into a cache of the hub, which then is all that can be reached."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def put(name: str, directory: Path, revision: str = "main") -> None:
+        repository = cache / f"models--{name.replace('/', '--')}"
+        commit = hashlib.sha1(revision.encode()).hexdigest()
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        shutil.copytree(directory, repository / "snapshots" / commit)
+
+    return put
 
 
 @pytest.fixture(scope="session")

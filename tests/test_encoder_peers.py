@@ -1,7 +1,6 @@
 """The encoder and ``rematch evaluate`` with models that are not ReMatch's."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -76,16 +75,9 @@ def test_any_sentence_transformer_is_encoded_with_its_own_prompts(text_model):
         Encoder(model, workers=0).encode(["a"], "document", multi_vector=True)
 
 
-def test_a_peers_hub_name_is_enough(text_model, saved_model, tmp_path, monkeypatch):
-    """As the hub's cache has them; the test has no network."""
-    for name, path in {"peer": text_model, "retriever": saved_model}.items():
-        repository = tmp_path / f"models--example--{name}"
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs" / "main").write_text("0" * 40)
-        shutil.copytree(path, repository / "snapshots" / ("0" * 40))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("transformers.utils.hub.HF_HUB_CACHE", str(tmp_path), raising=False)
+def test_a_peers_hub_name_is_enough(text_model, saved_model, publish):
+    publish("example/peer", text_model)
+    publish("example/retriever", saved_model)
     peer = load_model(EvaluateOptions("example/peer"))
     texts = ["word number"]
     expected = SentenceTransformer(str(text_model), device="cpu").encode_query(texts)

@@ -180,6 +180,18 @@ def test_an_adapter_is_saved_loaded_and_merged(lora_model, triplets, tmp_path):
     )
 
 
+def test_an_adapter_comes_from_the_revision_that_is_named(lora_model, triplets, tmp_path, publish):
+    lora_model.save_pretrained(str(tmp_path / "main"))
+    a_step(lora_model, triplets)
+    lora_model.eval().save_pretrained(str(tmp_path / "v1"))
+    publish("lab/rematch-tiny", tmp_path / "main")  # not to be taken for the packaged model
+    publish("lab/rematch-tiny", tmp_path / "v1", "v1")
+    for revision in ("main", "v1"):
+        expected = ReMatch(tmp_path / revision).encode_query(inputs(triplets))
+        vectors = ReMatch("lab/rematch-tiny", revision=revision).encode_query(inputs(triplets))
+        assert np.abs(vectors - expected).max() <= 1e-6
+
+
 def test_under_lora_the_learnable_rows_train_and_the_vocabulary_stays(make_model, triplets):
     model = make_model(dtype=SINGLE, lora=LoraConfig(r=4, lora_alpha=8))
     rows = torch.arange(model.backbone.model.get_input_embeddings().weight.shape[0])

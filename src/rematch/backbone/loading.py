@@ -58,7 +58,7 @@ def resolve(name: str) -> str:
         ) from None
     if "://" in name:
         raise ModelError(f"{name}: models are not loaded from URLs. Give a directory or hub name.")
-    if similar := get_close_matches(name, PACKAGED, 1, cutoff=0.85):
+    if "/" not in name and (similar := get_close_matches(name, PACKAGED, 1, cutoff=0.85)):
         raise ModelError(f"{name}: no such model. Did you mean {similar[0]}?")
     return name
 
@@ -82,14 +82,18 @@ def packaged_name(path: str) -> str:
     return next((name for name in PACKAGED if resolve(name) == path), path)
 
 
-def adapter_directory(path: str) -> str:
+def adapter_directory(path: str, **hub: Any) -> str:
     """Return the directory of a saved adapter, downloading it from the hub if needed.
+
+    Args:
+        path: Directory or hub name.
+        hub: Arguments of ``snapshot_download``, such as ``revision``.
 
     Raises:
         ModelError: If the adapter's weights are missing.
     """
     if not Path(path).is_dir():
-        path = snapshot_download(path)
+        path = snapshot_download(path, **hub)
     if not (Path(path) / _ADAPTER_FILE).is_file():
         raise ModelError(
             f"{path}: this checkpoint is an adapter, but adapter_model.safetensors is not there; "

@@ -41,6 +41,7 @@ from rematch.errors import ModelError
 from rematch.matching import Matching, additive, block_mask, unified_mask
 
 _GENERATION_PROMPT = {"chat_template": {"add_generation_prompt": True}}
+_DOWNLOAD_KEYS = frozenset({"token", "cache_dir", "local_files_only", "revision"})
 _HUB_KEYS = frozenset({"token", "cache_dir", "local_files_only", "trust_remote_code"})
 
 
@@ -95,7 +96,10 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
     ) -> None:
         path = resolve(str(model_name_or_path))
         if adapter:
-            path = adapter_directory(path)
+            options = kwargs.get("model_kwargs", {})
+            path = adapter_directory(
+                path, **{key: options[key] for key in _DOWNLOAD_KEYS if key in options}
+            )
         self.adapter = adapter
         self.saved_fingerprint = fingerprint
         defaults = {"transformer_task": "any-to-any", "processing_kwargs": _GENERATION_PROMPT}
