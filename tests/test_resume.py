@@ -233,3 +233,18 @@ def test_a_run_does_not_resume_in_other_arithmetic(backbone_path, tmp_path, monk
     monkeypatch.setenv("REMATCH_NATIVE_BF16", "1")
     with pytest.raises(RecipeError, match=r"it differs in settled\.bf16, settled\.attention"):
         train(settings, quiet=True)
+
+
+def test_processes_that_see_different_checkpoints_are_told_to_share_a_disk(
+    backbone_path, tmp_path, monkeypatch
+):
+    recipe = small_recipe(backbone_path, tmp_path / "model")
+    with pytest.raises(TrainingError, match="interrupted"):
+        train(recipe, callbacks=(Interrupt(3),), quiet=True)
+    step = int(newest_checkpoint(tmp_path / "model.partial").name.rpartition("-")[2])
+    # the other process has found none
+    monkeypatch.setattr("rematch.train.run.largest", lambda counts, _: [counts[0], 0])
+    with pytest.raises(TrainingError, match=f"others after step {step}.*all machines share"):
+        train(recipe, quiet=True)
+    monkeypatch.undo()
+    assert train(recipe, quiet=True)

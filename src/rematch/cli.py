@@ -63,7 +63,7 @@ def demo(
         ),
     ] = None,
 ) -> None:
-    """Fine-tune the tiny base in two ways, evaluate, search, report; in under five minutes."""
+    """Fine-tune the tiny base in two ways, evaluate, search, report; in about five minutes."""
     from rematch.demo.command import DemoOptions, run_demo
 
     run_demo(DemoOptions(output=output, steps=steps))
@@ -80,7 +80,8 @@ def train(
         bool,
         typer.Option(
             "--estimate",
-            help="Only print memory and time per step; reads the backbone's config, no weights.",
+            help="Only print the memory that a step takes, and with --tflops its time; reads the "
+            "backbone's config, no weights.",
         ),
     ] = False,
     gpus: Annotated[

@@ -29,6 +29,7 @@ from rematch.train.checkpoints import (
     resumable_checkpoint,
 )
 from rematch.train.collator import Collator
+from rematch.train.parallel import largest
 from rematch.train.precision import device_type
 from rematch.train.recipe import Recipe
 from rematch.train.scale import measure, rate_factors
@@ -100,6 +101,7 @@ def _train(
         _prepare_directory(recipe, directory, checkpoint)
     # joins the other processes, if there are any
     arguments = _arguments(recipe, partial, validate=validation is not None, quiet=quiet)
+    _check_shared(checkpoint, arguments.device)
     scales = measure(model)
     factors = rate_factors(scales) if recipe.train.scale_learning_rates else {}
     if _is_first_process() and not quiet:
@@ -162,6 +164,21 @@ def _check_launch(recipe: Recipe) -> None:
             "model.four_bit does not work with FSDP, which cannot reassemble sharded 4-bit "
             "weights to save them. Use torchrun (each GPU then holds the whole base in 4 bits), "
             "or set model.four_bit=false."
+        )
+
+
+def _check_shared(checkpoint: Path | None, device: torch.device) -> None:
+    """Check that all processes resume from the same step.
+
+    Raises:
+        TrainingError: If they do not.
+    """
+    step = checkpoint_step(checkpoint) if checkpoint else 0
+    last, first = largest([step, -step], device)
+    if last != -first:
+        raise TrainingError(
+            f"some processes resume after step {-first}, others after step {last}. "
+            "train.output must be on a disk that all machines share."
         )
 
 

@@ -2,6 +2,7 @@
 marked when complete, and more metrics in the log.
 """
 
+import re
 import signal
 import threading
 import time
@@ -155,7 +156,7 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # untyped libr
         if torch.cuda.is_available():
             metrics["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             gpu = torch.cuda.get_device_name()
-            peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in gpu), None)
+            peak = next((PEAK_TFLOPS[n] for n in PEAK_TFLOPS if re.search(rf"\b{n}\b", gpu)), None)
             if peak:
                 weights = sum(p.numel() for p in self.model.parameters())
                 flop = 8 if self.loss.gradient_cache else 6  # per weight and token
