@@ -24,6 +24,7 @@ from rematch.encoding.encoder import Encoder
 from rematch.errors import DataError
 from rematch.search import build as building
 from rematch.search.build import build
+from rematch.search.columns import CORPUS
 from rematch.search.index import Index
 
 
@@ -85,7 +86,7 @@ def test_unreadable_documents_are_named_and_the_rest_is_indexed(
     assert written["documents"] == len(NAMES)
     monkeypatch.setattr(building, "_MIN_DOCUMENTS", 10)
     with pytest.raises(
-        DataError, match=r"4 of 12 documents cannot be read, such as .*--max-failures"
+        DataError, match=r"4 of 12 documents cannot be indexed, such as .*--max-failures"
     ):
         build_index(searcher, photos, tmp_path / "other")
     assert (
@@ -94,7 +95,7 @@ def test_unreadable_documents_are_named_and_the_rest_is_indexed(
     )
     for path in photos.rglob("*.png"):
         path.unlink()
-    with pytest.raises(DataError, match="1 of 1 documents cannot be read"):
+    with pytest.raises(DataError, match="1 of 1 documents cannot be indexed"):
         build_index(searcher, photos, tmp_path / "none")
 
 
@@ -108,6 +109,44 @@ def test_an_id_that_occurs_twice_counts_once(searcher, tmp_path):
     assert (report.encoded, report.reused) == (1, 1), "equal content is encoded once"
     _, report = build_index(searcher, tmp_path / "c.jsonl", tmp_path / "i")
     assert report.encoded == 0
+
+
+def texts_of(path):
+    return {row["id"]: row["text"] for row in contents(path)}
+
+
+def test_corpora_in_one_index_leave_one_another_alone(searcher, tmp_path):
+    """Rows without ids are named by their numbers, which every file has."""
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    first.write_text('{"text": "a"}\n{"text": "b"}\n')
+    second.write_text('{"text": "c"}\n{"text": "d", "id": "x"}\n')
+    build_index(searcher, first, tmp_path / "i")
+    _, report = build_index(searcher, second, tmp_path / "i", keep=True, max_failures=1)
+    assert "from another corpus" in report.failures["1"]
+    assert texts_of(tmp_path / "i") == {"1": "a", "2": "b", "x": "d"}
+
+    first.write_text('{"text": "a"}\n')
+    _, report = build_index(searcher, first, tmp_path / "i")
+    assert (report.deleted, report.unchanged) == (1, 1)
+    assert texts_of(tmp_path / "i") == {"1": "a", "x": "d"}
+
+    _, report = build_index(searcher, second, tmp_path / "i", keep=True, replace=True)
+    assert not report.failures
+    assert texts_of(tmp_path / "i") == {"1": "c", "x": "d"}
+    _, report = build_index(searcher, second, tmp_path / "i", keep=True)
+    assert report.unchanged == 2, "the documents are of this corpus now"
+
+
+def test_documents_of_an_older_index_are_of_the_corpus_it_was_made_of(searcher, tmp_path):
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text('{"text": "a"}\n{"text": "b"}\n')
+    name = open_corpus(corpus).name
+    index = Index.create(tmp_path / "i", searcher, name="m", corpus=name)
+    build(index, open_corpus(corpus), Encoder(searcher, workers=0))
+    index.table.drop_columns([CORPUS])
+    corpus.write_text('{"text": "a"}\n')
+    _, report = build_index(searcher, corpus, tmp_path / "i")
+    assert (report.unchanged, report.deleted) == (1, 1)
 
 
 def test_a_corpus_may_change_while_it_is_read(searcher, photos, tmp_path):

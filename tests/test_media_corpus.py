@@ -131,6 +131,18 @@ def test_only_changed_files_are_opened_again(media, searcher, monkeypatch, tmp_p
     assert run(segments=2).unchanged == 4
 
 
+def test_pages_of_a_file_that_can_no_longer_be_read_stay(searcher, tmp_path):
+    folder = make_folder(tmp_path / "f")
+    build_index(searcher, folder, tmp_path / "i", max_failures=0.9)
+    (folder / "report.pdf").write_bytes((folder / "broken.pdf").read_bytes())
+    _, report = build_index(searcher, folder, tmp_path / "i", max_failures=0.9)
+    assert report.deleted == 0
+    assert "broken" in report.failures["report.pdf"]
+    (folder / "report.pdf").unlink()
+    _, report = build_index(searcher, folder, tmp_path / "i", max_failures=0.9)
+    assert report.deleted == 3
+
+
 def test_the_kind_of_most_documents_chooses_the_instruction(searcher, tmp_path):
     for name, make, expected in (
         ("pages", lambda f: save_pdf(f / "a.pdf", ["a", "b"]), "document image"),

@@ -362,10 +362,15 @@ def index(
         ),
     ] = False,
     add: Annotated[
-        bool, typer.Option(help="Keep documents in the index that are not in CORPUS.")
+        bool,
+        typer.Option(help="Add another corpus; documents that are not in CORPUS stay."),
+    ] = False,
+    replace: Annotated[
+        bool,
+        typer.Option(help="Replace documents of other corpora that have the same ids."),
     ] = False,
     max_failures: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of documents that may be unreadable.")
+        float, typer.Option(min=0, max=1, help="Share of documents that may fail.")
     ] = 0.2,
     engine: Annotated[
         str, typer.Option(help="local, or ray for many processes or machines.")
@@ -400,6 +405,7 @@ def index(
             segments=segments,
             store_pictures=store_pictures,
             add=add,
+            replace=replace,
             max_failures=max_failures,
             engine=engine,
             actors=actors,

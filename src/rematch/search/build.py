@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
@@ -32,6 +33,7 @@ from rematch.data.document import Document, Metadata, Unchanged, Unreadable, unr
 from rematch.encoding.encoder import Encoder
 from rematch.errors import DataError, StorageError
 from rematch.files import write_json
+from rematch.search.columns import CORPUS
 from rematch.search.documents import Content, DocumentEncoder, EncodedContent, LoadedDocument
 from rematch.search.index import Index
 from rematch.search.storage import REPORT, is_in, is_local, reading, write_lock
@@ -105,16 +107,18 @@ class IndexedDocuments:
 
     Args:
         index: The index.
+        corpus: Name of the corpus that it is brought up to date with.
 
     Attributes:
         contents: Hashes of the contents that the index has vectors of.
     """
 
-    def __init__(self, index: Index) -> None:
-        dtype = np.dtype([("id", "u8"), ("stamp", "i8"), ("content", "u8")])
+    def __init__(self, index: Index, corpus: str) -> None:
+        fields = [("id", "u8"), ("stamp", "i8"), ("content", "u8"), ("is_foreign", "?")]
+        dtype = np.dtype(fields)
         parts = [np.zeros(0, dtype)]
         with reading(index.uri):
-            batches = list(index.scan(["id", "stamp", "content_hash"]))
+            batches = list(index.scan(["id", "stamp", "content_hash", CORPUS]))
         for batch in batches:
             part = np.zeros(batch.num_rows, dtype)
             part["id"] = [id_hash(i) for i in batch["id"].to_pylist()]
@@ -122,19 +126,31 @@ class IndexedDocuments:
             part["content"] = [
                 content_hash(bytes.fromhex(key)) for key in batch["content_hash"].to_pylist()
             ]
+            part["is_foreign"] = [name != corpus for name in batch[CORPUS].to_pylist()]
             parts.append(part)
         rows = np.concatenate(parts)
         order = np.argsort(rows["id"])
         self.ids, self.stamps = rows["id"][order], rows["stamp"][order]
+        self.foreign = rows["is_foreign"][order]
         self.contents = HashSet(rows["content"])
 
-    def stamp(self, document_id: str) -> int | None:
-        """The stamp of a document in the index; ``None`` if the index does not have it."""
+    def _place(self, document_id: str) -> int | None:
         number = np.uint64(id_hash(document_id))
         place = int(np.searchsorted(self.ids, number))
-        if place == len(self.ids) or self.ids[place] != number:
-            return None
-        return int(self.stamps[place])
+        return place if place < len(self.ids) and self.ids[place] == number else None
+
+    def __contains__(self, document_id: str) -> bool:
+        return self._place(document_id) is not None
+
+    def is_foreign(self, document_id: str) -> bool:
+        """Whether the index has a document with this id from another corpus."""
+        place = self._place(document_id)
+        return place is not None and bool(self.foreign[place])
+
+    def stamp(self, document_id: str) -> int | None:
+        """The stamp of a document; ``None`` if the index has none with this id from the corpus."""
+        place = self._place(document_id)
+        return None if place is None or self.foreign[place] else int(self.stamps[place])
 
 
 def id_hash(document_id: str) -> int:
@@ -153,18 +169,28 @@ class Builder:
     Args:
         index: The index; nobody else may write to it (:func:`~rematch.search.storage.write_lock`).
         encoder: Encoder of the index's model.
+        corpus: The documents.
+        replace: Whether they replace documents with the same ids from other corpora.
         max_failures: Share of documents that may fail.
         progress: Called with the number of documents so far and their total, if it is known.
     """
 
     def __init__(
-        self, index: Index, encoder: Encoder, max_failures: float, progress: Progress
+        self,
+        index: Index,
+        encoder: Encoder,
+        corpus: Corpus,
+        replace: bool,
+        max_failures: float,
+        progress: Progress,
     ) -> None:
+        index.upgrade()
         self.index, self.encoder = index, encoder
+        self.corpus, self.replace = corpus, replace
         self.max_failures, self.progress = max_failures, progress
         self.report = Report()
         self.document_encoder = DocumentEncoder(encoder, index.settings)
-        self.indexed = IndexedDocuments(index)
+        self.indexed = IndexedDocuments(index, corpus.name)
         self.corpus_ids = HashSet(np.zeros(0, np.uint64))
         self.unreadable_ids = set[int]()  # those of them that may not be the document's own
         self.unwritten: dict[bytes, NDArray[np.float32]] = {}  # vectors of the rows below
@@ -173,21 +199,20 @@ class Builder:
         self.unwritten_bytes = self.commits = 0
         self.last_write = time.monotonic()
 
-    def run(self, corpus: Corpus, *, keep: bool, ann: str) -> Report:
+    def run(self, *, keep: bool, ann: str) -> Report:
         """Update the index, then its files and its approximate index.
 
         The report is written even if the run fails. Arguments as for :func:`build`.
         """
         index = self.index
-        index.add_words()
         try:
-            self.encode_corpus(corpus)
+            self.encode_corpus()
             self.check_failures(final=True)
             if not keep:
                 self._delete_missing()
         except BaseException:
             with suppress(Exception):
-                self._write_report(corpus)
+                self._write_report()
             raise
         kind = index.ann
         many_files = self.commits >= _COMPACT_AFTER
@@ -197,12 +222,12 @@ class Builder:
         index.build_full_text()
         if kind == "none" or ann not in ("auto", kind):
             index.build_ann(ann)
-        self._write_report(corpus)
+        self._write_report()
         return self.report
 
-    def encode_corpus(self, corpus: Corpus) -> None:
+    def encode_corpus(self) -> None:
         """Encode and write the documents that are new or have changed."""
-        batches = self._batches(corpus)
+        batches = self._batches()
         for contents, failed in self.document_encoder.encode(batches, self.encoder.workers):
             for document in failed:
                 self.fail(document)
@@ -217,28 +242,26 @@ class Builder:
 
     # ---- reading --------------------------------------------------------------------------------
 
-    def _batches(self, corpus: Corpus) -> Iterator[dict[bytes, Any]]:
+    def _batches(self) -> Iterator[dict[bytes, Any]]:
         with ThreadPoolExecutor(8) as threads:
-            for window in self._windows(corpus, threads):
+            for window in self._windows(threads):
                 contents, failed = self.document_encoder.group(window)
                 for document in failed:
                     self.fail(document)
                 contents = self._reuse_vectors(contents)
                 self._flush_if_due()
                 self.check_failures()
-                self.progress(self.report.documents, corpus.size)
+                self.progress(self.report.documents, self.corpus.size)
                 yield from self.document_encoder.batches(contents)
 
-    def _windows(
-        self, corpus: Corpus, threads: ThreadPoolExecutor
-    ) -> Iterator[list[LoadedDocument]]:
+    def _windows(self, threads: ThreadPoolExecutor) -> Iterator[list[LoadedDocument]]:
         """Documents that are new or may have changed, loaded.
 
         The first windows are small, so that there is soon something to encode.
         """
         window: list[LoadedDocument] = []
         size, limit = 0, WINDOW // 16
-        for chunk in _chunks(corpus.since(self.indexed.stamp), _CHUNK):
+        for chunk in _chunks(self.corpus.since(self.indexed.stamp), _CHUNK):
             for result in threads.map(self._load, chunk):
                 document = self.register(result)
                 if document:
@@ -255,7 +278,7 @@ class Builder:
         result = self.compare(document)
         if not isinstance(result, Document):
             return result
-        is_new = self.indexed.stamp(result.id) is None
+        is_new = result.id not in self.indexed
         return self.document_encoder.load(result, is_new=is_new)
 
     def compare(
@@ -264,6 +287,12 @@ class Builder:
         """Compare a document's stamp with the index; the document if it is new or may differ."""
         if isinstance(document, Unreadable | Unchanged):
             return document
+        if not self.replace and self.indexed.is_foreign(document.id):
+            error = DataError(
+                f"{document.id}: the index has a document with this id from another corpus. Give "
+                "it another id, use another --output, or replace the other one with --replace."
+            )
+            return Unreadable(document.id, error)
         try:
             stamp = document.stamp()
         except Exception as error:
@@ -362,7 +391,7 @@ class Builder:
         self._add_rows(EncodedContent(content.measured.key, vectors, content.documents))
 
     def _add_rows(self, content: EncodedContent) -> None:
-        records = content.records(self.index.settings)
+        records = content.records(self.index.settings, self.corpus.name)
         for document, record in zip(content.documents, records, strict=True):
             rows = self.new_rows if document.is_new else self.changed_rows
             rows.append(record)
@@ -414,29 +443,34 @@ class Builder:
             self._flush()
             document_id, reason = next(iter(self.report.failures.items()))
             raise DataError(
-                f"{failed} of {total} documents cannot be read, such as {document_id}: {reason} "
-                "Fix the corpus, or allow more failures with --max-failures."
+                f"{failed} of {total} documents cannot be indexed, such as {document_id}: "
+                f"{reason} Fix the corpus, or allow more failures with --max-failures."
             )
 
     def _delete_missing(self) -> None:
-        """Delete the documents that are no longer in the corpus."""
+        """Delete the documents that are no longer in the corpus.
+
+        Those of other corpora stay, and so do the parts of a file that cannot be read.
+        """
         with reading(self.index.uri):
             missing = [
                 document_id
-                for batch in self.index.scan(["id"])
-                for document_id in batch["id"].to_pylist()
-                if id_hash(document_id) not in self.corpus_ids
+                for batch in self.index.scan(["id", CORPUS])
+                for document_id, name in zip(*map(pa.Array.to_pylist, batch.columns), strict=True)
+                if name == self.corpus.name
+                and id_hash(document_id) not in self.corpus_ids
+                and id_hash(document_id.rpartition("#")[0]) not in self.unreadable_ids
             ]
         if missing:
             self.index.delete(missing)
             self.report.deleted = len(missing)
             self.commits += 1
 
-    def _write_report(self, corpus: Corpus) -> None:
+    def _write_report(self) -> None:
         if not is_local(self.index.uri):
             return
         content = {
-            "corpus": corpus.name,
+            "corpus": self.corpus.name,
             "documents": len(self.index),
             "about": asdict(self.index.settings),
             "last_run": self.report.as_json(),
@@ -450,6 +484,7 @@ def build(
     encoder: Encoder,
     *,
     keep: bool = False,
+    replace: bool = False,
     max_failures: float = 0.2,
     ann: str = "auto",
     progress: Progress = lambda *_: None,
@@ -460,7 +495,10 @@ def build(
         index: A new index, or one from an earlier run, even if that was killed.
         corpus: The documents.
         encoder: Encoder of the index's model.
-        keep: Whether documents that are not in the corpus stay in the index.
+        keep: Whether documents that are no longer in the corpus stay in the index; those of other
+            corpora always do.
+        replace: Whether documents of the corpus replace those with the same ids from other
+            corpora, instead of being left out.
         max_failures: Share of documents that may fail, checked from the hundredth document on.
         ann: Approximate index, as for :meth:`~rematch.search.index.Index.build_ann`.
         progress: Called with the number of documents so far and their total, if it is known.
@@ -474,7 +512,8 @@ def build(
         StorageError: If another process is writing, or the index is damaged or cannot be written.
     """
     with write_lock(index.uri):
-        return Builder(index, encoder, max_failures, progress).run(corpus, keep=keep, ann=ann)
+        builder = Builder(index, encoder, corpus, replace, max_failures, progress)
+        return builder.run(keep=keep, ann=ann)
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

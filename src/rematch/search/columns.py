@@ -8,8 +8,9 @@ from rematch.data.document import Metadata, Value
 from rematch.errors import DataError
 
 WORDS = "_words"  # a document's text and the metadata that is text
+CORPUS = "_corpus"  # name of the corpus that a document comes from
 RESERVED = (
-    "id", "vector", "tokens", "text", "path", "image", "content_hash", "stamp", WORDS
+    "id", "vector", "tokens", "text", "path", "image", "content_hash", "stamp", WORDS, CORPUS
 )  # fmt: skip
 _VALUE_NAMES = {"bool": "a boolean", "double": "a number", "string": "text"}
 

@@ -55,6 +55,7 @@ class IndexOptions:
     segments: float = 0
     store_pictures: bool = False
     add: bool = False
+    replace: bool = False
     max_failures: float = 0.2
     engine: str = "local"
     actors: int = 2
@@ -108,6 +109,7 @@ def run_index(options: IndexOptions) -> Report:
         bar = progress.add_task("documents", total=corpus.size)
         settings: dict[str, Any] = {
             "keep": options.add,
+            "replace": options.replace,
             "max_failures": options.max_failures,
             "ann": options.ann,
             "progress": lambda count, total: progress.update(bar, completed=count, total=total),
@@ -115,7 +117,14 @@ def run_index(options: IndexOptions) -> Report:
         if options.engine == "ray":
             from rematch.search.ray import build as build_with_ray
 
-            report = build_with_ray(index, corpus, options.model, options.actors, **settings)
+            report = build_with_ray(
+                index,
+                corpus,
+                options.model,
+                options.actors,
+                batch_tokens=options.batch_tokens,
+                **settings,
+            )
         else:
             encoder = Encoder(
                 model, batch_tokens=options.batch_tokens, workers=options.workers, warn=say
@@ -189,8 +198,8 @@ def _print_summary(index: Index, report: Report, options: IndexOptions) -> None:
     console.print(escape(f"{len(index):,} documents in {options.output}: {', '.join(counts)}."))
     if report.failures:
         say(
-            f"{len(report.failures):,} of {report.documents:,} documents cannot be read and are "
-            "not in the index:"
+            f"{len(report.failures):,} of {report.documents:,} documents cannot be indexed; what "
+            "the index had of them stays:"
         )
         for document_id, reason in list(report.failures.items())[:_FAILURES_PRINTED]:
             say(f"  {document_id!r}: {reason}")

@@ -18,7 +18,7 @@ from rematch.data.pages import PdfPage
 from rematch.encoding.encoder import Encoder
 from rematch.encoding.inputs import MeasuredInput, batches_by_length, inspect_picture
 from rematch.scoring import truncate
-from rematch.search.columns import WORDS
+from rematch.search.columns import CORPUS, WORDS
 from rematch.search.retrieval import words_of
 from rematch.search.schema import IndexSettings
 
@@ -84,13 +84,19 @@ class EncodedContent:
     vectors: NDArray[np.float32]
     documents: list[LoadedDocument]
 
-    def records(self, settings: IndexSettings) -> list[dict[str, Any]]:
-        """The documents' rows in an index with these settings."""
+    def records(self, settings: IndexSettings, corpus: str) -> list[dict[str, Any]]:
+        """The documents' rows in an index with these settings.
+
+        Args:
+            settings: The settings.
+            corpus: Name of the documents' corpus.
+        """
         vectors = np.atleast_2d(self.vectors)
         shared = {
             "vector": truncate(vectors[:1], settings.dimensions)[0],
             "tokens": vectors[1:],
             "content_hash": self.key.hex(),
+            CORPUS: corpus,
         }
         return [shared | _columns(d, settings.store_pictures) for d in self.documents]
 

@@ -36,7 +36,7 @@ from rematch.model import ReMatch
 from rematch.scoring import truncate
 from rematch.search import approximate
 from rematch.search.cascade import Ranked, Stage, parse_stages, rerank
-from rematch.search.columns import RESERVED, new_columns
+from rematch.search.columns import CORPUS, RESERVED, new_columns
 from rematch.search.condition import Condition, RawSQL, parse
 from rematch.search.hits import Hit, Hits
 from rematch.search.retrieval import (
@@ -55,6 +55,7 @@ from rematch.search.storage import (
     create_table,
     is_in,
     is_local,
+    literal,
     reading,
     writing,
 )
@@ -693,10 +694,12 @@ class Index:
         with writing(self.uri):
             self.table.optimize(cleanup_older_than=keep)
 
-    def add_words(self) -> None:
-        """Add what an index of an earlier version lacks to be searched by words."""
+    def upgrade(self) -> None:
+        """Add the columns that an index of an earlier version lacks."""
         with writing(self.uri):
             add_words_column(self.table, self.metadata_columns)
+            if CORPUS not in self.table.schema.names:
+                self.table.add_columns({CORPUS: literal(self.settings.corpus)})
 
     def build_full_text(self) -> None:
         """Build the full-text index if documents have words and there is none yet."""

@@ -43,11 +43,13 @@ class Worker:
     Args:
         uri: Directory or URI of the index.
         model: Name or directory of the model.
+        corpus: Name of the corpus.
+        batch_tokens: Tokens of a forward pass; ``None`` for those that fit the machine.
     """
 
-    def __init__(self, uri: str, model: str) -> None:
-        self.index = Index.open(uri, ReMatch(model))
-        encoder = Encoder(self.index.model, workers=0)
+    def __init__(self, uri: str, model: str, corpus: str, batch_tokens: int | None) -> None:
+        self.index, self.corpus = Index.open(uri, ReMatch(model)), corpus
+        encoder = Encoder(self.index.model, batch_tokens=batch_tokens, workers=0)
         self.document_encoder = DocumentEncoder(encoder, self.index.settings)
 
     def __call__(self, block: dict[str, Any]) -> dict[str, list[str]]:
@@ -76,7 +78,7 @@ class Worker:
             unreadable += broken
             encoded_count += len(encoded)
             for content in encoded:
-                rows += content.records(self.index.settings)
+                rows += content.records(self.index.settings, self.corpus)
         changed = {document.id for document in loaded if not document.is_new}
         result = {
             "fragments": self._write_fragments(rows),
@@ -104,17 +106,18 @@ class RayBuilder(Builder):
     Args:
         model: Name or directory of the model.
         actors: Number of actors.
+        batch_tokens: Tokens of a forward pass; ``None`` for those that fit the machine.
     """
 
     def __init__(
-        self, index: Index, model: str, actors: int, max_failures: float, progress: Progress
+        self, index: Index, *args: Any, model: str, actors: int, batch_tokens: int | None
     ) -> None:
-        super().__init__(index, Encoder(index.model, workers=0), max_failures, progress)
-        self.model, self.actors = model, actors
+        super().__init__(index, Encoder(index.model, workers=0), *args)
+        self.model, self.actors, self.batch_tokens = model, actors, batch_tokens
 
-    def encode_corpus(self, corpus: Corpus) -> None:
+    def encode_corpus(self) -> None:
         """Encode and write the documents that are new or have changed."""
-        documents = self._changed_documents(corpus)
+        documents = self._changed_documents()
         if not documents:
             return
         logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -128,15 +131,15 @@ class RayBuilder(Builder):
             if started_here:
                 ray.shutdown()
 
-    def _changed_documents(self, corpus: Corpus) -> list[dict[str, Any]]:
+    def _changed_documents(self) -> list[dict[str, Any]]:
         """Rows of ``document`` (pickled) and ``is_new``, for documents that are to be encoded."""
         rows = []
-        for document in corpus.since(self.indexed.stamp):
+        for document in self.corpus.since(self.indexed.stamp):
             changed = self.register(self.compare(document))
             if changed:
-                is_new = self.indexed.stamp(changed.id) is None
+                is_new = changed.id not in self.indexed
                 rows.append({"document": pickle.dumps(changed), "is_new": is_new})
-            self.progress(self.report.documents, corpus.size)
+            self.progress(self.report.documents, self.corpus.size)
         return rows
 
     def _encode(self, documents: list[dict[str, Any]]) -> None:
@@ -144,7 +147,7 @@ class RayBuilder(Builder):
         blocks = min(len(documents), blocks)
         rows = ray.data.from_items(documents, override_num_blocks=blocks).map_batches(
             Worker,
-            fn_constructor_args=[self.index.uri, self.model],
+            fn_constructor_args=[self.index.uri, self.model, self.corpus.name, self.batch_tokens],
             batch_size=None,
             compute=ray.data.ActorPoolStrategy(size=min(self.actors, blocks)),
             num_gpus=1 if torch.cuda.is_available() else 0,
@@ -156,6 +159,7 @@ class RayBuilder(Builder):
             if time.monotonic() - last_commit > FLUSH_SECONDS:
                 self._commit(results)
                 results, last_commit = [], time.monotonic()
+                self.check_failures()
         self._commit(results)
 
     def _results(self, rows: Any) -> Iterator[dict[str, Any]]:
@@ -201,7 +205,9 @@ def build(
     model: str,
     actors: int,
     *,
+    batch_tokens: int | None = None,
     keep: bool = False,
+    replace: bool = False,
     max_failures: float = 0.2,
     ann: str = "auto",
     progress: Progress = lambda *_: None,
@@ -213,11 +219,21 @@ def build(
     Args:
         model: Name or directory of the model, valid on every machine.
         actors: Number of encoders. Each takes a GPU if there is one, otherwise a CPU core.
+        batch_tokens: Tokens of a forward pass; ``None`` for those that fit the machine.
 
     Raises:
         DataError: If too many documents fail, another process is writing, or the index cannot be
             written.
     """
     with write_lock(index.uri):
-        builder = RayBuilder(index, model, actors, max_failures, progress)
-        return builder.run(corpus, keep=keep, ann=ann)
+        builder = RayBuilder(
+            index,
+            corpus,
+            replace,
+            max_failures,
+            progress,
+            model=model,
+            actors=actors,
+            batch_tokens=batch_tokens,
+        )
+        return builder.run(keep=keep, ann=ann)

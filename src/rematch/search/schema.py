@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from rematch.data.clips import FRAMES
 from rematch.errors import DataError
-from rematch.search.columns import WORDS
+from rematch.search.columns import CORPUS, WORDS
 
 _METADATA_KEY = b"rematch"
 
@@ -25,7 +25,7 @@ class IndexSettings:
         dimensions: Number of dimensions of each vector.
         tokens: K, the number of token vectors per document; 0 if they are not stored.
         document_instructions: Whether documents were encoded with their instructions.
-        corpus: Name of the corpus.
+        corpus: Name of the corpus that the index was made of.
         instructions: Query instructions by kind (:mod:`rematch.data.instructions`); those that
             are missing, as in an index of an earlier version, are the default ones.
         frames: How many frames stand for a video.
@@ -61,6 +61,7 @@ def table_schema(settings: IndexSettings, width: int) -> pa.Schema:
         pa.field("content_hash", pa.string()),
         pa.field("stamp", pa.int64()),
         pa.field(WORDS, pa.string()),
+        pa.field(CORPUS, pa.string()),
     ]
     return pa.schema(fields, metadata={_METADATA_KEY: json.dumps(asdict(settings))})
 

@@ -65,8 +65,12 @@ def is_in(column: str, values: Iterable[str]) -> str:
     >>> print(is_in("id", ["a", "it's"]))
     id IN ('a', 'it''s')
     """
-    literals = ("'" + value.replace("'", "''") + "'" for value in values)
-    return f"{column} IN ({', '.join(literals)})"
+    return f"{column} IN ({', '.join(map(literal, values))})"
+
+
+def literal(value: str) -> str:
+    """A text in SQL."""
+    return "'" + value.replace("'", "''") + "'"
 
 
 def create_table(uri: str, schema: pa.Schema) -> Any:
