@@ -104,6 +104,32 @@ def test_out_of_memory_halves_the_batch_and_says_so(make_model, inputs, monkeypa
         Encoder(model, workers=0).encode(["a text"], "document")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_input_that_does_not_fit_into_memory_fails_alone(make_model, monkeypatch, workers):
+    model = make_model(dtype=torch.float32)
+    texts = {b"short": "a dog", b"long": "a dog above a pizza, " * 20, b"other": "two cats"}
+    plain = model.encode_document([texts[b"short"], texts[b"other"]])
+    forward = model.forward
+
+    def tight(features, **kwargs):
+        if features["input_ids"].shape[1] > 60:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(features, **kwargs)
+
+    monkeypatch.setattr(model, "forward", tight)
+    encoder = Encoder(model, warn=lambda _: None)
+    (result,) = encoder.stream([texts], "document", workers=workers)
+    assert list(result.vectors) == [b"short", b"other"]
+    assert np.allclose(np.stack(list(result.vectors.values())), plain, atol=ROUNDING)
+    assert "single input" in str(result.errors[b"long"])
+    # as on a GPU, where the main process computes
+    values = list(texts.values())
+    features = encoder._prepare(values, "document")
+    vectors, errors = encoder._forward_or_errors(values, features, "document")
+    assert np.allclose(vectors[:, 0], plain, atol=ROUNDING)
+    assert list(errors) == [1]
+
+
 def fails(error):
     def forward(*args, **kwargs):
         raise error

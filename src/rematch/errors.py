@@ -35,7 +35,7 @@ class ImageError(RematchError):
 
 
 class TooLongError(RematchError):
-    """An input has more tokens than the model takes."""
+    """An input has more tokens than the model or the memory takes."""
 
 
 class DataError(RematchError):

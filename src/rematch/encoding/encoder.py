@@ -46,7 +46,7 @@ from rematch.encoding.inputs import (
     inspect_input,
 )
 from rematch.encoding.vector_store import VectorStore
-from rematch.errors import RematchError, first_line
+from rematch.errors import RematchError, TooLongError, first_line
 from rematch.model import ReMatch
 
 Floats = NDArray[np.float32]
@@ -312,7 +312,10 @@ class Encoder:
                 yield EncodedBatch({}, keyed_errors)
                 continue
             if not on_cpu:
-                prepared = self._forward([batch[key] for key in readable], prepared, task)
+                values = [batch[key] for key in readable]
+                prepared, errors = self._forward_or_errors(values, prepared, task)
+                keyed_errors |= {readable[i]: error for i, error in errors.items()}
+                readable = [key for key in readable if key not in keyed_errors]
             vectors: Floats = prepared.numpy()
             if not multi_vector:
                 vectors = vectors[:, 0, : self.model.truncate_dim]
@@ -347,6 +350,22 @@ class Encoder:
                 "without them."
             ) from error
 
+    def _forward_or_errors(
+        self, batch: list[Any], features: dict[str, Any], task: str
+    ) -> tuple[Tensor, dict[int, RematchError]]:
+        """Vectors of the inputs that fit into memory; errors of the others by position."""
+        try:
+            return self._forward(batch, features, task), {}
+        except TooLongError:
+            vectors: list[Tensor] = []
+            errors: dict[int, RematchError] = {}
+        for i, value in enumerate(batch):
+            try:
+                vectors.append(self._vectors([value], task))
+            except TooLongError as error:
+                errors[i] = error
+        return torch.cat(vectors) if vectors else torch.zeros(0, 1, 0), errors
+
     @torch.inference_mode()
     def _forward(self, batch: list[Any], features: dict[str, Any], task: str) -> Tensor:
         """Vectors of a batch, (b, 1, D) or (b, 1 + K, D); halved if memory runs out."""
@@ -364,7 +383,7 @@ class Encoder:
             if not is_out_of_memory(error):
                 raise
         if len(batch) == 1:
-            raise RematchError(
+            raise TooLongError(
                 "out of memory with a single input. Shorten it, use smaller pictures, or a "
                 "machine with more memory."
             )
@@ -389,22 +408,25 @@ class _Preparation(Dataset[Any]):
     def __getitem__(self, batch: list[Any]) -> tuple[Any, dict[int, RematchError]]:
         """Vectors or features of the readable inputs; errors of the others by position.
 
-        Whatever preparing an input raises is that input's error.
+        Whatever preparing an input raises is that input's error, and so is a lack of memory for
+        it alone.
         """
         try:
             return self.work(batch, self.task), {}
-        except Exception:
-            errors = self._errors(batch)
+        except Exception as error:
+            errors = self._errors(batch, error)
             if not errors:
                 raise
         readable = [value for i, value in enumerate(batch) if i not in errors]
         return self.work(readable, self.task) if readable else None, errors
 
-    def _errors(self, batch: list[Any]) -> dict[int, RematchError]:
+    def _errors(self, batch: list[Any], error_of_batch: Exception) -> dict[int, RematchError]:
+        # whether an input fits into memory, only computing it tells
+        work = self.work if isinstance(error_of_batch, TooLongError) else self.encoder._prepare
         errors = {}
         for i, value in enumerate(batch):
             try:
-                self.encoder._prepare([value], self.task)
+                work([value], self.task)
             except Exception as error:
                 errors[i] = _as_input_error(error)
         return errors
