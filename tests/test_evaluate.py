@@ -1,5 +1,6 @@
 """Evaluation against independent computations: metrics, rankings, reranking, means, warnings."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +257,79 @@ def test_reranking_orders_the_first_candidates_by_p_yes_of_single_pairs(make_mod
         best = summarize([np.array([rank]) for rank in lowest])
         for name in ("hit@1", "mrr"):
             assert worst[name] - 1e-9 <= scores[name] <= best[name] + 1e-9
+
+
+@pytest.mark.parametrize("whole_corpus", [True, False])
+def test_reranking_equals_a_ranking_of_all_candidates(make_model, monkeypatch, whole_corpus):
+    """Margins with ties, several answers with grades; the slow version orders all candidates."""
+    rng = np.random.default_rng(0)
+    documents = [Item(text=str(i), key=str(i)) for i in range(30)]
+    queries = [Item(text=str(i)) for i in range(8)]
+    answers = [rng.choice(30, size=4, replace=False).tolist() for _ in queries]
+    candidates = [] if whole_corpus else [rng.permutation(30)[:20] for _ in queries]
+    task = RetrievalTask(
+        "t", "vqa", queries, documents, candidates, answers=answers, grades=[[1, 2, 3, 4]] * 8
+    )
+    vectors = {
+        side: rng.normal(size=(count, 1 + 2, 4)).astype(np.float32)
+        for side, count in (("query", 8), ("document", 30))
+    }
+    vectors = {side: v / np.linalg.norm(v, axis=-1, keepdims=True) for side, v in vectors.items()}
+    margins = rng.integers(-2, 3, size=(8, 30)).astype(np.float32)
+    model = make_model(dtype=torch.float32)
+    encoder = Encoder(model, workers=0)
+
+    def score_lists(queries, document_lists, view):
+        return [
+            margins[int(query["text"]), [int(document["text"]) for document in list_]]
+            for query, list_ in zip(queries, document_lists, strict=True)
+        ]
+
+    monkeypatch.setattr(encoder, "encode", lambda _, side, **__: vectors[side])
+    monkeypatch.setattr(model, "score_lists", score_lists)
+    result = evaluate_task(encoder, task, reranking=Reranking(9), multi_vector=True)
+    slow = {name: ([], []) for name in result.methods}
+    for i in range(8):
+        pool, relevant = task.pool(i)
+        cosines = vectors["document"][pool, 0] @ vectors["query"][i, 0]
+        order = metrics.rank_candidates(cosines, relevant)
+        reranked = np.empty(len(pool))
+        reranked[order] = -10.0 - np.arange(len(pool))
+        reranked[order[:9]] = margins[i, pool[order[:9]]]
+        by_maxsim = maxsim(vectors["query"][i, 1:], vectors["document"][pool, 1:])
+        for name, scores in zip(slow, (cosines, by_maxsim, reranked), strict=True):
+            order = metrics.rank_candidates(scores, relevant)
+            slow[name][0].append(metrics.ranks_in(order, relevant))
+            slow[name][1].append(task.relevance(i)[order[slow[name][0][-1] - 1]])
+    for name, (ranks, grades) in slow.items():
+        assert result.methods[name].scores == summarize(ranks, grades)
+
+
+def test_memory_does_not_grow_with_queries_times_documents(make_model, monkeypatch):
+    documents = [Item(text=str(i), key=str(i)) for i in range(4000)]
+    queries = [Item(text=str(i)) for i in range(100)]
+    answers = [[i] for i in range(100)]
+    task = RetrievalTask("t", "retrieval", queries, documents, [], answers=answers)
+    rng = np.random.default_rng(0)
+    vectors = {
+        side: rng.normal(size=(count, 4)).astype(np.float32)
+        for side, count in (("query", 100), ("document", 4000))
+    }
+    model = make_model(dtype=torch.float32)
+    encoder = Encoder(model, workers=0)
+    monkeypatch.setattr(encoder, "encode", lambda _, side, **__: vectors[side])
+    monkeypatch.setattr(
+        model, "score_lists", lambda _, lists, __: [np.zeros(len(list_)) for list_ in lists]
+    )
+    tracemalloc.start()
+    try:
+        result = evaluate_task(encoder, task, reranking=Reranking(9))
+        chance(task)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(result.methods) == 2
+    assert peak < 100 * 4000 * 8  # bytes of one index for each query and document
 
 
 def test_equal_vectors_nan_and_chance_are_flagged(make_model, monkeypatch):

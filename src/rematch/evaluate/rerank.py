@@ -37,17 +37,17 @@ class Reranking:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The candidates of a query, ranked.
+    """The first candidates of a query, which are reranked.
 
     Attributes:
-        candidates: Indices of documents, the relevant ones first, (C,).
-        relevant: How many candidates are relevant.
-        order: Positions in ``candidates`` from best to worst, (C,).
+        documents: Indices of the documents, best first, (T,).
+        order: Their positions among all candidates of the query, relevant ones first, (T,).
+        relevant: How many of all candidates are relevant.
     """
 
-    candidates: NDArray[np.int64]
-    relevant: int
+    documents: NDArray[np.int64]
     order: NDArray[np.int64]
+    relevant: int
 
 
 def rerank(
@@ -55,10 +55,10 @@ def rerank(
     queries: Forms,
     documents: Forms,
     rankings: Sequence[Ranking],
-    top: int,
     view: View,
 ) -> list[NDArray[np.int64]]:
-    """Each query's candidates in their order after reranking, as positions from best to worst.
+    """Each query's first candidates in their order after reranking, as positions among all
+    candidates from best to worst, (T,).
 
     Under ``torchrun`` the processes share the queries. Equal margins never count in favour of a
     relevant document.
@@ -67,22 +67,19 @@ def rerank(
         model: The model whose matching head scores the candidates.
         queries: The queries in each form.
         documents: The documents in each form.
-        rankings: The ranking of each query by embedding.
-        top: How many candidates are reranked; the others keep their ranks.
+        rankings: The first candidates of each query by embedding; the others keep their ranks.
         view: The view of the matching head.
     """
     orders: dict[int, NDArray[np.int64]] = {}
     numbers = range(get_rank(), len(rankings), get_world_size())
     for start in range(0, len(numbers), _BLOCK):
         block = numbers[start : start + _BLOCK]
-        document_lists = []
-        for i in block:
-            best = rankings[i].candidates[rankings[i].order[:top]]
-            document_lists.append([documents[view.document][j] for j in best])
+        document_lists = [
+            [documents[view.document][j] for j in rankings[i].documents] for i in block
+        ]
         margins = model.score_lists([queries[view.query][i] for i in block], document_lists, view)
         for i, query_margins in zip(block, margins, strict=True):
-            scores = _merged_scores(rankings[i].order, query_margins)
-            orders[i] = rank_candidates(scores, rankings[i].relevant)
+            orders[i] = _reordered(rankings[i], query_margins)
     if get_world_size() > 1:
         shares: list[Any] = [None] * get_world_size()
         dist.all_gather_object(shares, orders)
@@ -90,11 +87,8 @@ def rerank(
     return [orders[i] for i in range(len(rankings))]
 
 
-def _merged_scores(order: NDArray[np.int64], margins: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Scores of a query's candidates, (C,): margins of the first ones, and for the others scores
-    below all margins that keep their order.
-    """
-    scores = np.empty(len(order), np.float64)
-    scores[order] = margins.min(initial=0.0) - np.arange(1, len(order) + 1)
-    scores[order[: len(margins)]] = margins
-    return scores
+def _reordered(ranking: Ranking, margins: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The positions of a ranking in the order of their margins, (T,)."""
+    by_position = np.argsort(ranking.order)  # relevant candidates first
+    relevant = int((ranking.order < ranking.relevant).sum())
+    return ranking.order[by_position[rank_candidates(margins[by_position], relevant)]]

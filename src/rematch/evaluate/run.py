@@ -31,6 +31,7 @@ from rematch.scoring import maxsim
 _SAVED_CANDIDATES = 10  # candidates of each query that predictions hold
 
 Vectors = NDArray[np.float32]
+_Graded = tuple[Ranks, Grades]  # of one query
 
 
 @dataclass(frozen=True)
@@ -136,38 +137,43 @@ def evaluate_task(
     if model.similarity_fn_name == "cosine":
         queries, documents = _normalize(queries), _normalize(documents)
 
+    # a query's candidates may be the whole corpus: only a few of each query are kept
     started = time.perf_counter()
-    rankings: list[Ranking] = []
+    graded: list[_Graded] = []
     best: list[BestCandidates] = []
+    rankings: list[Ranking] = []
     for i, query in enumerate(queries):
         candidates, relevant = task.pool(i)
-        scores = documents[candidates] @ query
+        scores = _scores(_dot, query, documents, candidates)
         order = rank_candidates(scores, relevant)
-        rankings.append(Ranking(candidates, relevant, order))
+        graded.append(_graded_ranks(order, task.relevance(i)))
         first = order[:_SAVED_CANDIDATES]
         best.append(BestCandidates(candidates[first], scores[first]))
-    ranks, grades = _graded_ranks(task, [ranking.order for ranking in rankings])
-    methods = {"embedding": _method_result(ranks, grades, started)}
+        if reranking:
+            first = order[: reranking.top].copy()
+            rankings.append(Ranking(candidates[first], first, relevant))
+    methods = {"embedding": _method_result(graded, started)}
 
     if multi_vector:
         started = time.perf_counter()
-        orders = [
-            rank_candidates(
-                maxsim(query_tokens[i], document_tokens[ranking.candidates]), ranking.relevant
-            )
-            for i, ranking in enumerate(rankings)
-        ]
-        methods["MaxSim"] = _method_result(*_graded_ranks(task, orders), started)
+        by_maxsim: list[_Graded] = []
+        for i, tokens in enumerate(query_tokens):
+            candidates, relevant = task.pool(i)
+            order = rank_candidates(_scores(maxsim, tokens, document_tokens, candidates), relevant)
+            by_maxsim.append(_graded_ranks(order, task.relevance(i)))
+        methods["MaxSim"] = _method_result(by_maxsim, started)
     if reranking:
         assert isinstance(model, ReMatch)
         query_forms: Forms = {"raw": query_inputs, "feat": queries}
         document_forms: Forms = {"raw": document_inputs, "feat": documents}
         for view in reranking.views:
             started = time.perf_counter()
-            orders = rerank(model, query_forms, document_forms, rankings, reranking.top, view)
-            methods[f"rerank {reranking.top}, {view}"] = _method_result(
-                *_graded_ranks(task, orders), started
-            )
+            orders = rerank(model, query_forms, document_forms, rankings, view)
+            reranked = [
+                _reranked(order, task.relevance(i), graded[i]) for i, order in enumerate(orders)
+            ]
+            methods[f"rerank {reranking.top}, {view}"] = _method_result(reranked, started)
+    ranks, grades = [r for r, _ in graded], [g for _, g in graded]
     result = TaskResult(task, ranks, grades, best, queries, documents, methods)
     result.warnings = [f"{task.name}: {note}" for note in task.notes] + _warnings(result)
     return result
@@ -189,23 +195,40 @@ def _normalize(vectors: Vectors) -> Vectors:
     return vectors if np.allclose(lengths, 1, atol=1e-5) else vectors / np.maximum(lengths, 1e-12)
 
 
-def _graded_ranks(
-    task: RetrievalTask, orders: Sequence[NDArray[np.int64]]
-) -> tuple[list[Ranks], list[Grades]]:
-    """Ranks of each query's relevant documents, ascending, and the grades of these documents."""
-    ranks, grades = [], []
-    for i, order in enumerate(orders):
-        relevance = task.relevance(i)
-        ranks.append(ranks_in(order, len(relevance)))
-        grades.append(relevance[order[ranks[-1] - 1]])
-    return ranks, grades
+def _dot(query: Vectors, documents: Vectors) -> Vectors:
+    scores: Vectors = documents @ query
+    return scores
 
 
-def _method_result(
-    ranks: Sequence[Ranks], grades: Sequence[Grades], started: float
-) -> MethodResult:
-    milliseconds = 1000 * (time.perf_counter() - started) / max(1, len(ranks))
-    return MethodResult(summarize(ranks, grades), round(milliseconds, 3))
+def _scores(
+    compare: Callable[[Vectors, Vectors], Vectors],
+    query: Vectors,
+    documents: Vectors,
+    candidates: NDArray[np.int64],
+) -> Vectors:
+    """Scores of a query's candidates, (C,); all documents are compared without a copy of them."""
+    if len(candidates) == len(documents):
+        return compare(query, documents)[candidates]
+    return compare(query, documents[candidates])
+
+
+def _graded_ranks(order: NDArray[np.int64], relevance: Grades) -> _Graded:
+    """Ranks of a query's relevant documents, ascending, and the grades of these documents."""
+    ranks = ranks_in(order, len(relevance))
+    return ranks, relevance[order[ranks - 1]]
+
+
+def _reranked(order: NDArray[np.int64], relevance: Grades, before: _Graded) -> _Graded:
+    """:func:`_graded_ranks` where only the first candidates have a new order, (T,)."""
+    is_below = before[0] > len(order)
+    ranks, grades = _graded_ranks(order, relevance)
+    return np.append(ranks, before[0][is_below]), np.append(grades, before[1][is_below])
+
+
+def _method_result(graded: Sequence[_Graded], started: float) -> MethodResult:
+    milliseconds = 1000 * (time.perf_counter() - started) / max(1, len(graded))
+    scores = summarize([ranks for ranks, _ in graded], [grades for _, grades in graded])
+    return MethodResult(scores, round(milliseconds, 3))
 
 
 def summarize(ranks: Sequence[Ranks], grades: Sequence[Grades] | None = None) -> dict[str, float]:

@@ -71,7 +71,7 @@ def chance(task: RetrievalTask) -> float:
 
 def hit_chance(task: RetrievalTask) -> float:
     """Hit@1 of a random ranking, in percent."""
-    pools = [task.pool(i) for i in range(len(task.queries))]
+    pools = map(task.pool, range(len(task.queries)))  # one at a time: they may be large
     return 100 * float(np.mean([relevant / len(candidates) for candidates, relevant in pools]))
 
 
