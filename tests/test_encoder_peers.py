@@ -11,10 +11,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from rematch.data.schema import Item, RetrievalTask
 from rematch.encoding.encoder import Encoder
 from rematch.encoding.vector_store import VectorStore
 from rematch.errors import ModelError, RematchError
 from rematch.evaluate.command import EvaluateOptions, load_model, run
+from rematch.evaluate.run import evaluate_task
 from rematch.model import ReMatch
 
 ROUNDING = 1e-5  # of float32 sums in another order, as in test_encoder.py
@@ -127,3 +129,30 @@ def test_a_peers_model_is_evaluated_by_the_same_command(text_model, tmp_path):
     assert content["tasks"]["own"].keys() >= {"hit@1", "mrr", "ndcg@10"}
     with pytest.raises(RematchError, match="need a ReMatch model"):
         run(EvaluateOptions(str(text_model), benchmark=str(tmp_path / "own.jsonl"), maxsim=True))
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean", "manhattan"])
+@pytest.mark.parametrize("whole_corpus", [True, False])
+def test_a_peers_model_is_compared_by_its_own_similarity(
+    text_model, monkeypatch, similarity, whole_corpus
+):
+    model = SentenceTransformer(str(text_model), similarity_fn_name=similarity, device="cpu")
+    rng = np.random.default_rng(0)
+    vectors = {
+        "query": rng.normal(size=(6, 4)).astype(np.float32),
+        # of very different lengths, which the similarities judge differently
+        "document": (rng.normal(size=(20, 4)) * 10 ** rng.uniform(-1, 1, (20, 1))).astype("f"),
+    }
+    items = [Item(text=str(i), key=str(i)) for i in range(20)]
+    candidates = [] if whole_corpus else [rng.permutation(20)[:9] for _ in range(6)]
+    answers = [[int(c[0])] for c in candidates] or [[i] for i in range(6)]
+    task = RetrievalTask("t", "own", items[:6], items, candidates, answers=answers)
+    encoder = Encoder(model, workers=0)
+    monkeypatch.setattr(encoder, "encode", lambda _, side, **__: vectors[side])
+    result = evaluate_task(encoder, task)
+    expected = model.similarity(vectors["query"], vectors["document"]).numpy()
+    for i, best in enumerate(result.best):
+        pool, _ = task.pool(i)
+        order = np.argsort(-expected[i, pool])[:10]
+        assert best.documents.tolist() == pool[order].tolist()
+        assert np.allclose(best.scores, expected[i, pool[order]], rtol=1e-4, atol=ROUNDING)

@@ -31,6 +31,8 @@ from rematch.scoring import maxsim
 _SAVED_CANDIDATES = 10  # candidates of each query that predictions hold
 
 Vectors = NDArray[np.float32]
+# a query (D,) or its token vectors (K, D), documents (N, D) or (N, K, D) → scores (N,)
+_Comparison = Callable[[Vectors, Vectors], Vectors]
 _Graded = tuple[Ranks, Grades]  # of one query
 
 
@@ -136,6 +138,7 @@ def evaluate_task(
         documents, document_tokens = documents[:, 0], documents[:, 1:]
     if model.similarity_fn_name == "cosine":
         queries, documents = _normalize(queries), _normalize(documents)
+    compare = _comparison(model)
 
     # a query's candidates may be the whole corpus: only a few of each query are kept
     started = time.perf_counter()
@@ -144,7 +147,7 @@ def evaluate_task(
     rankings: list[Ranking] = []
     for i, query in enumerate(queries):
         candidates, relevant = task.pool(i)
-        scores = _scores(_dot, query, documents, candidates)
+        scores = _scores(compare, query, documents, candidates)
         order = rank_candidates(scores, relevant)
         graded.append(_graded_ranks(order, task.relevance(i)))
         first = order[:_SAVED_CANDIDATES]
@@ -195,13 +198,15 @@ def _normalize(vectors: Vectors) -> Vectors:
     return vectors if np.allclose(lengths, 1, atol=1e-5) else vectors / np.maximum(lengths, 1e-12)
 
 
-def _dot(query: Vectors, documents: Vectors) -> Vectors:
-    scores: Vectors = documents @ query
-    return scores
+def _comparison(model: SentenceTransformer) -> _Comparison:
+    """The model's own similarity; of unit-length vectors if that is the cosine."""
+    if model.similarity_fn_name in ("cosine", "dot"):
+        return lambda query, documents: documents @ query
+    return lambda query, documents: model.similarity(query, documents)[0].numpy()
 
 
 def _scores(
-    compare: Callable[[Vectors, Vectors], Vectors],
+    compare: _Comparison,
     query: Vectors,
     documents: Vectors,
     candidates: NDArray[np.int64],
