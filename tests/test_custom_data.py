@@ -6,11 +6,13 @@ from shared_benchmarks import custom_data
 from rematch.data.custom import load_custom
 from rematch.data.instructions import instruct, instruction_table, read_table
 from rematch.errors import DataError
+from rematch.evaluate.benchmarks import load_benchmark
 
 
 def test_custom_data_in_each_layout(tmp_path):
     custom_data(tmp_path)
-    shop, colours = load_custom(tmp_path / "shop.yaml")
+    (shop, colours), left_out = load_custom(tmp_path / "shop.yaml")
+    assert not left_out
     assert [shop.name, colours.name] == ["shop", "colours"]
     assert shop.queries[0].as_input() == {"text": "Find me: a red square"}
     pool, positives = shop.pool(0)
@@ -23,8 +25,9 @@ def test_custom_data_in_each_layout(tmp_path):
     assert len(colours.queries) == 2, "queries without judgements are left out"
     assert colours.documents[0].as_input()["text"] == "Red a colour"
     assert list(colours.answers[1]) == [1]
-    queries = load_custom(tmp_path / "shop.jsonl")[0].queries
-    assert load_custom(tmp_path / "shop.jsonl", limit=2)[0].queries == queries[:2]
+    (whole,), _ = load_custom(tmp_path / "shop.jsonl")
+    (limited,), _ = load_custom(tmp_path / "shop.jsonl", limit=2)
+    assert limited.queries == whole.queries[:2]
 
 
 @pytest.mark.parametrize(
@@ -56,12 +59,25 @@ def test_errors_in_yaml_and_beir(tmp_path):
         load_custom(tmp_path / "my-beir")
 
 
+def test_a_broken_entry_leaves_the_others_of_a_yaml_file(tmp_path):
+    custom_data(tmp_path)
+    with (tmp_path / "shop.jsonl").open("a") as stream:
+        stream.write("{broken\n")
+    source = str(tmp_path / "shop.yaml")
+    with pytest.raises(DataError, match=r"shop cannot be loaded: .*shop\.jsonl:7: not valid JSON"):
+        load_benchmark(source)
+    benchmark = load_benchmark(source, skip_missing=True)
+    assert [task.name for task in benchmark.tasks] == ["colours"]
+    assert "shop.jsonl:7: not valid JSON" in benchmark.left_out["shop"]
+    assert not load_benchmark(source, tasks=["colours"]).left_out
+
+
 def test_queries_without_an_instruction_get_one_by_kind(tmp_path):
     custom_data(tmp_path)
-    (shop,) = load_custom(tmp_path / "shop.jsonl")
+    (shop,), _ = load_custom(tmp_path / "shop.jsonl")
     instruct(shop, instruction_table({"text-text": "Find a thing:"}))
     assert shop.queries[0].as_input()["text"] == "Find a thing: a red square"
-    shop_with_instruction, _ = load_custom(tmp_path / "shop.yaml")
+    (shop_with_instruction, _), _ = load_custom(tmp_path / "shop.yaml")
     instruct(shop_with_instruction, instruction_table({}))
     assert shop_with_instruction.queries[0].as_input() == {"text": "Find me: a red square"}
 

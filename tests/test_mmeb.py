@@ -11,7 +11,7 @@ from shared_benchmarks import ODD, eval_tree, odd_pictures, train_tree, write_pa
 from rematch.data.images import ZippedPicture, load_image
 from rematch.data.mmeb import MARKER, data_set_of, load_mmeb_eval, load_mmeb_train
 from rematch.data.mmeb_table import DATA_SETS
-from rematch.errors import DataError, ImageError
+from rematch.errors import DataError
 from rematch.evaluate.benchmarks import load_benchmark
 from rematch.evaluate.report import reference_scores
 
@@ -90,8 +90,10 @@ def test_pictures_are_loaded_from_zip_archives(tmp_path, prefix, place):
             assert x.image is None or isinstance(y.image, ZippedPicture)
     assert load_image(zipped[1].documents[0].image).mode == "RGB"
     (tmp_path / place).write_bytes(b"PK\x03\x04 torn")
-    with pytest.raises(ImageError, match=r"not a complete zip archive.*Download it again"):
-        load_mmeb_eval(tmp_path)
+    tasks, missing = load_mmeb_eval(tmp_path)
+    assert not tasks
+    assert set(missing) == {"MSCOCO", "OK-VQA"}
+    assert "not a complete zip archive" in missing["MSCOCO"]
 
 
 def test_training_data_is_loaded_with_its_odd_cases(tmp_path):
@@ -117,7 +119,7 @@ def test_missing_data_is_named_or_left_out(tmp_path):
     eval_tree(tmp_path / "mmeb")
     shutil.rmtree(tmp_path / "mmeb" / "GQA")
     (tmp_path / "mmeb/images/Odd/palette.png").unlink()
-    with pytest.raises(DataError, match=r"is missing: .*--tasks.*--skip-missing"):
+    with pytest.raises(DataError, match=r"cannot be loaded: .*--tasks.*--skip-missing"):
         load_benchmark("mmeb", tmp_path / "mmeb")
     benchmark = load_benchmark("mmeb", tmp_path / "mmeb", skip_missing=True)
     assert "no GQA/test-" in benchmark.left_out["GQA"]
@@ -138,6 +140,21 @@ def test_missing_data_is_named_or_left_out(tmp_path):
     write_parquet(tmp_path / "wrong" / "GQA" / "test-0.parquet", [{"question": "?"}])
     with pytest.raises(DataError, match="has no column qry_text"):
         load_benchmark("mmeb", tmp_path / "wrong", ["GQA"])
+
+
+def test_broken_sets_are_left_out_each_with_its_reason(tmp_path):
+    names = ["VOC2007", "OK-VQA", "GQA"]
+    eval_tree(tmp_path, names)
+    (tmp_path / "VOC2007/test-00001.parquet").write_bytes(b"torn")
+    (tmp_path / "images/Odd/palette.png").unlink()  # of VOC2007's whole file; not of OK-VQA
+    (tmp_path / "GQA/test-00000-of-00001.parquet").write_bytes(b"torn")
+    for name in ("mmeb", "mmeb-v2"):
+        with pytest.raises(DataError, match=r"VOC2007 cannot be loaded: .*00001\.parquet"):
+            load_benchmark(name, tmp_path, names)
+        benchmark = load_benchmark(name, tmp_path, names, skip_missing=True)
+        assert [task.name for task in benchmark.tasks] == ["OK-VQA"]
+        assert "VOC2007/test-00001.parquet: cannot be read" in benchmark.left_out["VOC2007"]
+        assert "GQA/test-00000-of-00001.parquet: cannot be read" in benchmark.left_out["GQA"]
 
 
 def test_mmeb_comes_from_the_hub_without_a_folder(tmp_path, monkeypatch):

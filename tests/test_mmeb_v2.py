@@ -438,7 +438,7 @@ def test_missing_videos_and_labels_are_named(tree, tmp_path):
     (task,), _ = video_sets.load_videos([hmdb], tmp_path)
     assert [d.text for d in task.documents] == [*labels, "wave"]
     assert task.notes == []
-    with pytest.raises(DataError, match="K700 is missing: --data is missing, the folder that"):
+    with pytest.raises(DataError, match="K700 cannot be loaded: --data is missing, the folder"):
         load_benchmark("video")
 
 

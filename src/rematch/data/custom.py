@@ -47,21 +47,26 @@ class _TaskList(BaseModel):
     tasks: list[CustomTask] = Field(min_length=1)
 
 
-def load_custom(source: Path, limit: int | None = None) -> list[RetrievalTask]:
+def load_custom(
+    source: Path, limit: int | None = None
+) -> tuple[list[RetrievalTask], dict[str, str]]:
     """Load the tasks of custom evaluation data.
 
     Args:
         source: A .yaml, .jsonl or .parquet file, or a folder in BEIR's layout.
         limit: Only load this many queries of each task.
 
+    Returns:
+        The tasks, and for each other one of a .yaml file the reason why it cannot be loaded.
+
     Raises:
         DataError: If something is missing or does not parse; the message names file and row.
     """
     if source.suffix not in (".yaml", ".yml"):
-        return [_load_task(CustomTask(name=source.stem, data=source), limit)]
+        return [_load_task(CustomTask(name=source.stem, data=source), limit)], {}
     content = read_yaml(source)
     try:
-        tasks = _TaskList.model_validate(content).tasks
+        entries = _TaskList.model_validate(content).tasks
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -69,10 +74,14 @@ def load_custom(source: Path, limit: int | None = None) -> list[RetrievalTask]:
             f"{source}: {place or 'the file'}: {first['msg']}. It should be 'tasks:' with a list "
             "of name, data and, optionally, instruction, document_instruction, meta_task."
         ) from None
-    return [
-        _load_task(task.model_copy(update={"data": source.parent / task.data}), limit)
-        for task in tasks
-    ]
+    tasks, left_out = [], {}
+    for entry in entries:
+        custom = entry.model_copy(update={"data": source.parent / entry.data})
+        try:
+            tasks.append(_load_task(custom, limit))
+        except DataError as error:
+            left_out[entry.name] = str(error)
+    return tasks, left_out
 
 
 def _load_task(custom: CustomTask, limit: int | None) -> RetrievalTask:

@@ -23,7 +23,7 @@ from rematch.data.images import Archives, ZippedPicture
 from rematch.data.mmeb_table import DataSet
 from rematch.data.rows import is_file, is_text, load_rows
 from rematch.data.schema import Item, RetrievalTask, Triplet
-from rematch.errors import DataError, shortened
+from rematch.errors import DataError, ImageError, shortened
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
 
 MARKER = "<|image_1|>"
@@ -105,11 +105,10 @@ def load_mmeb_eval(
 
     Returns:
         The complete tasks, in the order of MMEB's (or Picto's) tables; and for each other data
-        set the reason why it is missing.
+        set the reason why it is missing or cannot be read.
 
     Raises:
-        DataError: If the directory holds no config, or a file cannot be read.
-        ImageError: If a zip archive is broken.
+        DataError: If the directory holds no config.
     """
     directory = Path(directory)
     files: dict[str, list[Path]] = {}
@@ -122,10 +121,11 @@ def load_mmeb_eval(
         if name not in files:
             missing[name] = f"no {name}/test-*.parquet in {directory}"
             continue
-        task = _load_task(name, files[name], pictures, limit)
         try:
+            task = _load_task(name, files[name], pictures, limit)
             pictures.raise_if_missing()
-        except DataError as error:
+        except (DataError, ImageError) as error:  # the latter of a zip archive
+            pictures.missing.clear()
             missing[name] = str(error)
         else:
             tasks.append(task)

@@ -56,7 +56,8 @@ def load_benchmark(
             documents are downloaded.
         tasks: Names of the tasks to load; by default all.
         limit: Number of queries to load of each task; by default all.
-        skip_missing: Leave out tasks whose data is missing, instead of raising an error.
+        skip_missing: Leave out tasks whose data is missing or broken, instead of raising an
+            error.
         frames: How many frames stand for a video.
 
     Raises:
@@ -76,7 +77,7 @@ def load_benchmark(
     elif name in GROUPS or (not Path(name).exists() and sets_named(name)):
         loaded, left_out = _load_v2_sets(name, sets_named(name), data, tasks, limit, frames)
     else:
-        loaded, left_out = _load_custom_tasks(name, tasks, limit), {}
+        loaded, left_out = _load_custom_tasks(name, tasks, limit)
     # most people have only some of the zero-shot sets, and evaluate those without naming them
     may_miss = skip_missing or (name == "zeroshot" and loaded and not tasks)
     if left_out and not may_miss:
@@ -181,7 +182,13 @@ def _load_zeroshot(
             "zeroshot: --data is missing. Give the folder that holds the sets "
             "(docs/evaluation.md)."
         )
-    tasks, left_out = load_zeroshot(data, limit)
+    return _selected(names, *load_zeroshot(data, limit))
+
+
+def _selected(
+    names: Sequence[str], tasks: list[RetrievalTask], left_out: dict[str, str]
+) -> tuple[list[RetrievalTask], dict[str, str]]:
+    """The tasks and reasons that ``names`` lists, or all of them if it is empty."""
     selected = _select(names, [task.name for task in tasks] + list(left_out))
     return (
         [task for task in tasks if task.name in selected],
@@ -189,7 +196,9 @@ def _load_zeroshot(
     )
 
 
-def _load_custom_tasks(path: str, names: Sequence[str], limit: int | None) -> list[RetrievalTask]:
+def _load_custom_tasks(
+    path: str, names: Sequence[str], limit: int | None
+) -> tuple[list[RetrievalTask], dict[str, str]]:
     source = Path(path)
     if not source.exists():
         matches = get_close_matches(path, NAMES, 1)
@@ -199,11 +208,8 @@ def _load_custom_tasks(path: str, names: Sequence[str], limit: int | None) -> li
             f"file or folder.{hint}"
         )
     if source.is_dir() and is_beir_with_pictures(source):
-        tasks = [load_beir_folder(source, limit)]
-    else:
-        tasks = load_custom(source, limit)
-    selected = _select(names, [task.name for task in tasks])
-    return [task for task in tasks if task.name in selected]
+        return _selected(names, [load_beir_folder(source, limit)], {})
+    return _selected(names, *load_custom(source, limit))
 
 
 def _select(names: Sequence[str], available: Sequence[str]) -> list[str]:
@@ -226,6 +232,7 @@ def _missing(left_out: dict[str, str]) -> DataError:
     first, *others = left_out
     more = f" (and {len(others)} more: {', '.join(others)})" if others else ""
     return DataError(
-        f"{first} is missing: {left_out[first].rstrip('.')}{more}. Add it, name the tasks to "
-        "evaluate with --tasks, or leave out what is missing with --skip-missing."
+        f"{first} cannot be loaded: {left_out[first].rstrip('.')}{more}. Add or repair it, name "
+        "the tasks to evaluate with --tasks, or leave out what cannot be loaded with "
+        "--skip-missing."
     )
