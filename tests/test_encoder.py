@@ -183,3 +183,29 @@ def test_inputs_have_the_same_content_key_only_with_the_same_content(tmp_path):
     assert content_key({"text": "x", "image": a}) == content_key({"image": b, "text": "x"})
     values = ["x", a, c, {"text": "x", "image": a}, {"image": [a, a]}, {"image": [a, c]}]
     assert len(set(map(content_key, values))) == len(values)
+
+
+@pytest.mark.parametrize("fails_here", [True, False])
+def test_an_unreadable_picture_of_one_process_is_an_error_in_all(
+    make_model, tmp_path, monkeypatch, fails_here
+):
+    """Both sides of two processes; the other one is what it sends."""
+    path = tmp_path / "torn.png"
+    Image.effect_noise((90, 90), 60).save(path)
+    if fails_here:
+        path.write_bytes(path.read_bytes()[:2000])
+    sent = []
+
+    def all_gather(shares, share):
+        sent.append(share)
+        shares[:] = [share, {} if fails_here else ImageError("torn.png: broken or cut off")]
+
+    module = "rematch.encoding.encoder"
+    monkeypatch.setattr(f"{module}.get_world_size", lambda: 2)
+    monkeypatch.setattr(f"{module}.get_rank", lambda: 0)
+    monkeypatch.setattr(f"{module}.dist.barrier", lambda: None)
+    monkeypatch.setattr(f"{module}.dist.all_gather_object", all_gather)
+    encoder = Encoder(make_model(dtype=torch.float32), workers=0)
+    with pytest.raises(ImageError, match=r"torn\.png: broken or cut off"):
+        encoder.encode([path], "document")
+    assert len(sent) == 1, "the other process would wait for it"

@@ -141,7 +141,7 @@ class Encoder:
         ]
         batches = [batch for batch in batches if batch]
         self.encoded += sum(map(len, batches))
-        vectors |= self._encode_share(batches, values, task, multi_vector)
+        vectors |= joined(lambda: self._encode_share(batches, values, task, multi_vector))
         self._text_vectors |= {m.key: vectors[m.key] for m in measured if m.is_text}
         return np.stack([vectors[m.key] for m in measured])
 
@@ -158,7 +158,7 @@ class Encoder:
         task: str,
         multi_vector: bool,
     ) -> dict[bytes, Floats]:
-        """Encode this process's share of the batches, and exchange vectors with the others."""
+        """Encode this process's share of the batches."""
         processes = get_world_size()
         share = batches[get_rank() :: processes]
         total, completed = sum(map(len, batches)), 0
@@ -178,11 +178,7 @@ class Encoder:
             completed += len(batch.vectors) * processes
             if self.progress:
                 self.progress(min(completed, total), total)
-        if processes == 1:
-            return vectors
-        shares: list[Any] = [None] * processes
-        dist.all_gather_object(shares, vectors)
-        return {key: vector for part in shares for key, vector in part.items()}
+        return vectors
 
     # ---- measuring ------------------------------------------------------------------------------
 
@@ -390,6 +386,32 @@ class Encoder:
         half = len(batch) // 2
         self.warn(f"out of memory with {len(batch)} inputs; continuing with {half} at a time")
         return torch.cat([self._vectors(part, task) for part in (batch[:half], batch[half:])])
+
+
+def joined(compute: Callable[[], dict[Any, Any]]) -> dict[Any, Any]:
+    """What all processes compute, each a share of it.
+
+    An error of one process is raised in all of them, which would wait for its share otherwise.
+
+    Args:
+        compute: Returns the share of this process.
+
+    Raises:
+        RematchError: The error of the first process that has one.
+    """
+    if get_world_size() == 1:
+        return compute()
+    share: dict[Any, Any] | RematchError
+    try:
+        share = compute()
+    except RematchError as error:
+        share = error
+    shares: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(shares, share)
+    for share in shares:
+        if isinstance(share, RematchError):
+            raise share
+    return {key: value for share in shares for key, value in share.items()}
 
 
 class _Preparation(Dataset[Any]):

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from numpy.typing import NDArray
 from sentence_transformers.util.distributed import get_rank, get_world_size
 
+from rematch.encoding.encoder import joined
 from rematch.evaluate.metrics import rank_candidates
 from rematch.matching import Form, View
 from rematch.model import ReMatch
@@ -70,20 +70,22 @@ def rerank(
         rankings: The first candidates of each query by embedding; the others keep their ranks.
         view: The view of the matching head.
     """
-    orders: dict[int, NDArray[np.int64]] = {}
-    numbers = range(get_rank(), len(rankings), get_world_size())
-    for start in range(0, len(numbers), _BLOCK):
-        block = numbers[start : start + _BLOCK]
-        document_lists = [
-            [documents[view.document][j] for j in rankings[i].documents] for i in block
-        ]
-        margins = model.score_lists([queries[view.query][i] for i in block], document_lists, view)
-        for i, query_margins in zip(block, margins, strict=True):
-            orders[i] = _reordered(rankings[i], query_margins)
-    if get_world_size() > 1:
-        shares: list[Any] = [None] * get_world_size()
-        dist.all_gather_object(shares, orders)
-        orders = {i: order for share in shares for i, order in share.items()}
+
+    def reorder_share() -> dict[int, NDArray[np.int64]]:
+        orders: dict[int, NDArray[np.int64]] = {}
+        numbers = range(get_rank(), len(rankings), get_world_size())
+        for start in range(0, len(numbers), _BLOCK):
+            block = numbers[start : start + _BLOCK]
+            block_queries = [queries[view.query][i] for i in block]
+            document_lists = [
+                [documents[view.document][j] for j in rankings[i].documents] for i in block
+            ]
+            margins = model.score_lists(block_queries, document_lists, view)
+            for i, query_margins in zip(block, margins, strict=True):
+                orders[i] = _reordered(rankings[i], query_margins)
+        return orders
+
+    orders = joined(reorder_share)
     return [orders[i] for i in range(len(rankings))]
 
 
