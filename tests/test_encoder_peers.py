@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rematch.data.schema import Item, RetrievalTask
 from rematch.encoding.encoder import Encoder
@@ -25,7 +26,6 @@ ROUNDING = 1e-5  # of float32 sums in another order, as in test_encoder.py
 @pytest.fixture(scope="module")
 def text_model(saved_model):
     """A small text-only SentenceTransformer, as a peer's model would be."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     folder = Path(saved_model).with_name("bert")
@@ -87,6 +87,25 @@ def test_a_peers_hub_name_is_enough(text_model, saved_model, publish):
     assert isinstance(load_model(EvaluateOptions("example/retriever")), ReMatch)
     with pytest.raises(ModelError, match="example/none: no such directory"):
         load_model(EvaluateOptions("example/none"))
+
+
+def test_a_static_model_is_evaluated(tmp_path):
+    """Its tokenizer is one of the library tokenizers, which cannot be called."""
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "word": 1, "number": 2}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    weights = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
+    module = StaticEmbedding(words, embedding_weights=weights)
+    SentenceTransformer(modules=[module], device="cpu").save_pretrained(str(tmp_path / "static"))
+    model = SentenceTransformer(str(tmp_path / "static"), device="cpu")
+    texts = ["word " * n + "number " * (8 - n) for n in range(9)]
+    vectors = Encoder(model, batch_tokens=100, workers=0).encode(texts, "document")
+    assert np.allclose(vectors, model.encode_document(texts), atol=ROUNDING)
+    rows = [{"query": text, "positives": [text]} for text in texts]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = EvaluateOptions(
+        str(tmp_path / "static"), benchmark=str(tmp_path / "own.jsonl"), output=tmp_path / "out"
+    )
+    assert run(options)["tasks"]["own"]["hit@1"] == 100
 
 
 def test_a_models_truncate_dim_counts_as_in_its_own_encode(text_model, tmp_path):

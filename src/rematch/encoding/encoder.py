@@ -247,6 +247,8 @@ class Encoder:
         if not texts:
             return []
         tokenizer = getattr(self.model[0], "tokenizer", None) or self.model.tokenizer
+        if not callable(tokenizer):  # StaticEmbedding's; the lengths only decide the batches
+            return [len(text) for text in texts]
         return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
     def _tokens_of_picture(self, pixels: int) -> int:
