@@ -46,10 +46,21 @@ def test_errors_in_rows_name_file_and_row(tmp_path, content, message):
         load_custom(tmp_path / "rows.jsonl")
 
 
+def test_the_folder_where_one_is_has_its_own_name(tmp_path, monkeypatch):
+    custom_data(tmp_path)
+    monkeypatch.chdir(tmp_path / "my-beir")
+    benchmark = load_benchmark(".")
+    assert [benchmark.name, *(task.name for task in benchmark.tasks)] == ["my-beir", "my-beir"]
+
+
 def test_errors_in_yaml_and_beir(tmp_path):
     custom_data(tmp_path)
     (tmp_path / "bad.yaml").write_text("tasks:\n  - nam: shop\n")
     with pytest.raises(DataError, match=r"bad\.yaml: tasks\.0\.name: Field required"):
+        load_custom(tmp_path / "bad.yaml")
+    entry = "  - {name: shop, data: shop.jsonl}\n"
+    (tmp_path / "bad.yaml").write_text(f"tasks:\n{entry}{entry}")
+    with pytest.raises(DataError, match=r"bad\.yaml: 2 tasks have the name 'shop'"):
         load_custom(tmp_path / "bad.yaml")
     (tmp_path / "my-beir/qrels/test.tsv").write_text("q0\tpurple\t1\n")
     with pytest.raises(DataError, match=r"test\.tsv:1: document 'purple' is not in corpus"):

@@ -252,6 +252,9 @@ def test_a_folder_of_ones_own_and_a_repository_are_read_alike(tree, tmp_path, mo
     source = tree / "visdoc-tasks/arxivqa_test_subsampled_beir"
     local = load_benchmark(str(source)).tasks[0]
     assert (local.name, local.metric) == (source.name, "ndcg@5")
+    with monkeypatch.context() as patch:
+        patch.chdir(source)
+        assert load_benchmark(".").tasks[0].name == source.name
     load = datasets.load_dataset
     asked_for = []
 

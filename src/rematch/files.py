@@ -433,3 +433,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def named(path: Path) -> Path:
+    """A path that ends in a name: ``.`` and ``..`` are resolved, a link keeps its own name.
+
+    >>> named(Path("shop.jsonl")).name, named(Path(".")).name == Path.cwd().name
+    ('shop.jsonl', True)
+    """
+    return path if path.name.strip(".") else path.resolve()

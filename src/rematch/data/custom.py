@@ -10,6 +10,7 @@
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rematch.data.rows import is_text, load_rows, parse_item
 from rematch.data.schema import Item, RetrievalTask
 from rematch.errors import DataError, shortened
-from rematch.files import read_text, read_yaml
+from rematch.files import named, read_text, read_yaml
 
 
 class CustomTask(BaseModel):
@@ -63,7 +64,7 @@ def load_custom(
         DataError: If something is missing or does not parse; the message names file and row.
     """
     if source.suffix not in (".yaml", ".yml"):
-        return [_load_task(CustomTask(name=source.stem, data=source), limit)], {}
+        return [_load_task(CustomTask(name=named(source).stem, data=source), limit)], {}
     content = read_yaml(source)
     try:
         entries = _TaskList.model_validate(content).tasks
@@ -74,6 +75,12 @@ def load_custom(
             f"{source}: {place or 'the file'}: {first['msg']}. It should be 'tasks:' with a list "
             "of name, data and, optionally, instruction, document_instruction, meta_task."
         ) from None
+    ((name, count),) = Counter(entry.name for entry in entries).most_common(1)
+    if count > 1:
+        raise DataError(
+            f"{source}: {count} tasks have the name {shortened(name)}, so only one's scores would "
+            "be kept. Give each task another name."
+        )
     tasks, left_out = [], {}
     for entry in entries:
         custom = entry.model_copy(update={"data": source.parent / entry.data})

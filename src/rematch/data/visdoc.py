@@ -15,6 +15,7 @@ from rematch.data.mmeb_v2_table import SetV2, beir_set
 from rematch.data.schema import Item, RetrievalTask
 from rematch.data.tables import Rows, TablePicture, are_paths, load_table, require_columns
 from rematch.errors import DataError
+from rematch.files import named
 
 
 def load_visdoc(
@@ -71,7 +72,7 @@ def load_beir_folder(folder: Path, limit: int | None = None) -> RetrievalTask:
     Raises:
         DataError: As for :func:`load_pages`.
     """
-    return load_pages(beir_set(folder.name, str(folder)), folder, limit)
+    return load_pages(beir_set(named(folder).name, str(folder)), folder, limit)
 
 
 def load_pages(data_set: SetV2, source: Path | str, limit: int | None = None) -> RetrievalTask:

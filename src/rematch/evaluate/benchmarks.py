@@ -18,6 +18,7 @@ from rematch.data.video_sets import load_videos
 from rematch.data.visdoc import is_beir_with_pictures, load_beir_folder, load_visdoc
 from rematch.data.zeroshot import load_zeroshot
 from rematch.errors import DataError
+from rematch.files import named
 
 NAMES = ("picto", "picto-validation", "mmeb", "zeroshot", "mmeb-v2", *GROUPS)
 _MMEB_TASKS = [data_set.name for data_set in DATA_SETS]
@@ -86,7 +87,7 @@ def load_benchmark(
         raise DataError(
             f"{name}: no task can be evaluated. Check --tasks, and the data of the tasks."
         )
-    return Benchmark(name if name in NAMES else Path(name).stem, loaded, left_out)
+    return Benchmark(name if name in NAMES else named(Path(name)).stem, loaded, left_out)
 
 
 def _load_picto(
