@@ -110,10 +110,22 @@ def test_false_negatives_are_dropped_and_the_hardest_of_the_others_kept(judged, 
     for row in rows:
         assert row["p_yes"] < 0.5
         assert row["p_yes"] <= row["positive_p_yes"] - 0.5
-    assert len({json.dumps(row["query"]) for row in rows}) == len(rows)  # one negative a query
+    pairs = {json.dumps([row["query"], row["negative"]]) for row in rows}
+    assert len(pairs) == len({json.dumps(row["query"]) for row in rows})  # one negative a query
     triplets = load_triplets(output)  # it is training data, paths and all
     assert len(triplets) == len(rows)
     assert all(triplet.negative for triplet in triplets)
+
+
+@pytest.mark.parametrize(("negatives", "rows"), [(1, 2), (3, 3)])
+def test_each_positive_of_a_query_has_a_row(judged, data, tmp_path, negatives, rows):
+    output = tmp_path / "mined.jsonl"
+    report = run(judged, data, output, negatives=negatives)
+    triplets = [t for t in load_triplets(output) if t.query.text == "a card"]
+    positives = [triplet.positive.image.name for triplet in triplets]
+    assert positives == ["0.png", "1.png", "0.png"][:rows]
+    assert len({_content_key(t.negative) for t in triplets}) == negatives
+    assert report["negatives"] == report["candidates"]["kept"]
 
 
 @pytest.mark.parametrize("stage", ["encoding documents", "judging"])

@@ -58,8 +58,9 @@ def mine(
         model: Model that encodes and judges.
         data: A .jsonl or .parquet file with ``query`` and ``positive``, as for training.
         output: A .jsonl file: a row per query and negative with ``cosine``, ``p_yes`` and
-            ``positive_p_yes``. The report is written beside it as .html and .json, and pictures
-            that are not files to the folder ``NAME-pictures``.
+            ``positive_p_yes``, that of the query's least likely positive. Rows take turns in
+            the query's positives, and each positive has a row. The report is written beside it
+            as .html and .json, and pictures that are not files to the folder ``NAME-pictures``.
         rules: What counts as a hard negative.
         corpus: Further documents besides those of ``data``: a folder of pictures or a file.
         progress: Called with the name of the stage, the amount of work done, and the total.

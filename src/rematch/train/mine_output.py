@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def write_output(
         The report, as in the .json file.
     """
     rows = _rows(output, pool, judged)
-    report = _report(pool, judged, rules, negatives=len(rows))
+    report = _report(pool, judged, rules)
     contents = {
         output.with_suffix(".html"): _page(report, _examples(pool, judged)),
         output.with_suffix(".json"): json.dumps(report, indent=2) + "\n",
@@ -92,19 +93,21 @@ def write_output(
 
 
 def _rows(output: Path, pool: Pool, judged: Sequence[JudgedQuery]) -> list[dict[str, Any]]:
-    """A row of training data for each query and negative."""
+    """A row of training data for each query and negative; of several positives, the rows take
+    turns, and a query with more positives than negatives takes these in turns.
+    """
     rows = []
     for result in judged:
         query = pool.queries[result.query]
-        positive = pool.documents[pool.positives[result.query][0]]
-        for candidate in result.candidates:
-            if candidate.reason != "kept":
-                continue
+        positives = pool.positives[result.query]
+        negatives = [c for c in result.candidates if c.reason == "kept"]
+        count = max(len(positives), len(negatives)) if negatives else 0
+        for positive, candidate in islice(zip(cycle(positives), cycle(negatives)), count):
             assert candidate.p_yes is not None
             rows.append(
                 {
                     "query": _cell(query, output),
-                    "positive": _cell(positive, output),
+                    "positive": _cell(pool.documents[positive], output),
                     "negative": _cell(pool.documents[candidate.document], output),
                     "cosine": round(candidate.cosine, 4),
                     "p_yes": round(candidate.p_yes, 4),
@@ -114,9 +117,7 @@ def _rows(output: Path, pool: Pool, judged: Sequence[JudgedQuery]) -> list[dict[
     return rows
 
 
-def _report(
-    pool: Pool, judged: Sequence[JudgedQuery], rules: Rules, negatives: int
-) -> dict[str, Any]:
+def _report(pool: Pool, judged: Sequence[JudgedQuery], rules: Rules) -> dict[str, Any]:
     counts = Counter(candidate.reason for result in judged for candidate in result.candidates)
     without_negatives = sum(
         all(candidate.reason != "kept" for candidate in result.candidates) for result in judged
@@ -130,7 +131,7 @@ def _report(
         "documents": len(pool.documents),
         "duplicates_in_the_corpus": pool.duplicates,
         "candidates": {reason: counts[reason] for reason in REASONS},
-        "negatives": negatives,
+        "negatives": counts["kept"],
         "positives_answered_yes": round(answered_yes / len(judged), 4),
         "rules": settings,
     }
