@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from shared_training import small_recipe, step_logs, write_rows
@@ -11,6 +12,7 @@ from rematch.errors import DataError, ImageError, TooLongError
 from rematch.train.build import build_collator, build_model
 from rematch.train.run import train
 from rematch.train.sources import build_dataset
+from rematch.train.trainer import Trainer
 
 
 @pytest.fixture
@@ -77,6 +79,22 @@ def test_samples_are_skipped_counted_and_named(short_backbone, tmp_path, broken_
     assert any("longer than the 128 tokens" in line for line in lines)
     assert step_logs(tmp_path / "m")[-1]["skipped"] == len(lines) == 3
     assert "skipped, another sample takes its place" in caplog.text
+
+
+def test_what_another_process_skips_counts_too(short_backbone, tmp_path, broken_data, monkeypatch):
+    """It appends to the same file; a sample that both have skipped counts once."""
+    report = Trainer._report_skipped
+
+    def report_of_two(trainer, skipped):
+        report(trainer, skipped)
+        if skipped:
+            with (Path(trainer.args.output_dir) / "skipped.txt").open("a") as stream:
+                stream.write(f"{skipped[0]}\nsample 99: of another process\n")
+
+    monkeypatch.setattr(Trainer, "_report_skipped", report_of_two)
+    skip = {"unreadable": "skip", "too_long": "skip"}
+    train(broken_recipe(short_backbone, tmp_path / "m", broken_data, **skip), quiet=True)
+    assert step_logs(tmp_path / "m")[-1]["skipped"] == 3 + 1
 
 
 def test_a_substitute_is_the_same_in_every_run_and_there_may_be_none(

@@ -116,15 +116,24 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # untyped libr
         """Write each skipped sample once to ``skipped.txt``, and warn of the first ones."""
         if not skipped:
             return
-        file = Path(self.args.output_dir) / "skipped.txt"
-        if file.exists() and not self._skipped:  # of the run that this one resumes
-            self._skipped.update(file.read_text(errors="replace").splitlines())
+        if not self._skipped:
+            self._skipped = self._listed_skipped()
         new = [line for line in dict.fromkeys(skipped) if line not in self._skipped]
-        with file.open("a") as stream:
+        with self._skipped_file.open("a") as stream:
             stream.writelines(line + "\n" for line in new)
         for line in new[: max(0, SAMPLES_NAMED - len(self._skipped))]:
             logger.warning(f"skipped, another sample takes its place: {line}")
         self._skipped.update(new)
+
+    @property
+    def _skipped_file(self) -> Path:
+        return Path(self.args.output_dir) / "skipped.txt"
+
+    def _listed_skipped(self) -> set[str]:
+        """What all processes have skipped, and the run that this one resumes."""
+        if not self._skipped_file.exists():
+            return set()
+        return set(self._skipped_file.read_text(errors="replace").splitlines())
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -148,8 +157,8 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # untyped libr
         """The metrics since the last log entry, of which the counts start again."""
         seconds = time.monotonic() - self._last_log
         metrics: dict[str, float] = self.loss.pop_metrics()
-        if self._skipped:
-            metrics["skipped"] = len(self._skipped)
+        if skipped := self._listed_skipped():
+            metrics["skipped"] = len(skipped)
         processes = self.args.world_size
         metrics["samples_per_second"] = round(self._samples * processes / seconds, 2)
         metrics["tokens_per_second"] = round(self._tokens * processes / seconds, 1)
