@@ -1,6 +1,7 @@
 """An index: whose model it belongs to, exact and approximate search, filters, versions."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -182,6 +183,38 @@ def test_fewer_dimensions_and_pictures_out_of_a_data_set(searcher, tmp_path):
     )
     with pytest.raises(DataError, match="--dimensions 64: the model's vectors have only 32"):
         Index.create(tmp_path / "j", searcher, name="m", dimensions=64)
+
+
+def bytes_read() -> int:
+    """What this process has read from files so far."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["rchar"])
+
+
+def test_few_of_the_stored_pictures_are_read_to_know_which_documents_have_one(searcher, tmp_path):
+    index = Index.create(tmp_path / "i", searcher, name="m")
+    size = 50_000
+    pictures = np.random.default_rng(0)
+    index.add(
+        [
+            {
+                "id": str(i),
+                "vector": np.eye(32)[i % 32],
+                "text": "" if i % 4 == 3 else "words",
+                "image": pictures.bytes(size) if i % 4 else None,
+                "content_hash": "0" * 32,
+                "stamp": i,
+            }
+            for i in range(400)
+        ],
+        new=True,
+    )
+    before = bytes_read()
+    assert index.with_stored_picture(["0", "1", "2", "4", "no such"]) == {"1", "2"}
+    assert bytes_read() - before < 20 * size
+    before = bytes_read()
+    assert index.instruction("a query") == QUERY_INSTRUCTIONS["text-image"]
+    assert bytes_read() - before < 100 * size
 
 
 def test_deleting_versions_and_compaction(searcher, photos, tmp_path):

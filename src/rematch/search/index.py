@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -64,7 +65,7 @@ Query = str | Path | Image.Image | PictureFile | Mapping[str, Any]
 
 
 _FACET_ROWS = 10_000
-_KIND_ROWS = 1_000
+_KIND_ROWS, _KIND_PICTURES = 1_000, 50
 _KINDS: tuple[DocumentKind, ...] = ("text", "image", "page", "video")
 
 
@@ -77,7 +78,8 @@ class _Version(NamedTuple):
 
     Attributes:
         number: The version.
-        kind: What most documents are, by up to 1,000 at equal distances.
+        kind: What most documents are, by up to 1,000 at equal distances; of those with a text and
+            no file, up to 50 are looked at for a stored picture.
         has_words: Whether there is a full-text index.
     """
 
@@ -427,11 +429,7 @@ class Index:
                 number = int(table.version)
                 if counted and counted.number == number:
                     return counted
-                columns = {"path": "path", "is_stored": "image IS NOT NULL"}
-                rows = _spread(table, _KIND_ROWS).select(columns).to_arrow().to_pylist()
-                counts = Counter(_kind(row["path"], row["is_stored"]) for row in rows)
-                kind = max(_KINDS, key=lambda kind: counts[kind])  # the first of equal ones
-                return _Version(number, kind, has_full_text_index(table))
+                return _Version(number, _kind_of_most(table), has_full_text_index(table))
 
         self._counted = self._live.read(count)
         return self._counted
@@ -589,8 +587,10 @@ class Index:
         """Those of the ids whose document has a picture that is stored in the index."""
         if not ids:
             return set()
-        rows = self._rows(f"{is_in('id', ids)} AND image IS NOT NULL", ["id"])
-        return set(rows["id"].to_pylist())
+        # as a condition, image IS NOT NULL would read the pictures of all documents
+        columns = {"id": "id", "is_stored": "image IS NOT NULL"}
+        rows = self._rows(is_in("id", ids), columns).to_pylist()
+        return {row["id"] for row in rows if row["is_stored"]}
 
     def documents(self, ids: Sequence[str]) -> list[Document]:
         """Documents as they were indexed; ids that the index lacks are left out."""
@@ -624,15 +624,21 @@ class Index:
         self._rows("", ["id"], 1)
 
     def _rows(
-        self, condition: str, columns: Sequence[str] = (), count: int | None = None
+        self,
+        condition: str,
+        columns: list[str] | dict[str, str] | None = None,
+        count: int | None = None,
     ) -> pa.Table:
-        """Rows that a condition of our own lets through; by default all columns but vectors."""
+        """Rows that a condition of our own lets through; by default all columns but vectors.
+
+        A dictionary of columns has SQL by their names.
+        """
 
         def read() -> pa.Table:
             table = self.table
             names = columns or ["id", "text", "path", "image", *_metadata_columns(table.schema)]
             with reading(self.uri):
-                request = table.search().select(list(names))
+                request = table.search().select(names)
                 if condition:
                     request = request.where(condition)
                 return (request.limit(count) if count else request).to_arrow()
@@ -748,10 +754,22 @@ def _spread(table: Any, count: int) -> Any:
     return table.take_offsets([row * size // count for row in range(count)])
 
 
-def _kind(path: str | None, is_stored: bool) -> DocumentKind:
-    """What a document is, by its path and whether its picture is stored."""
-    if path is None:
-        return "image" if is_stored else "text"
+def _kind_of_most(table: Any) -> DocumentKind:
+    """What most documents of a table are."""
+    rows = _spread(table, _KIND_ROWS).select(["path", "text"]).with_row_id().to_arrow().to_pylist()
+    unclear = [row["_rowid"] for row in rows if row["path"] is None and row["text"]]
+    counts = Counter(_kind(row["path"] or "") for row in rows if row["path"] or not row["text"])
+    if unclear:  # pictures are large
+        sample = Random(0).sample(unclear, min(len(unclear), _KIND_PICTURES))
+        columns = {"is_stored": "image IS NOT NULL"}
+        is_stored = table.take_row_ids(sample).select(columns).to_arrow()["is_stored"].to_pylist()
+        pictures = round(len(unclear) * sum(is_stored) / len(sample))
+        counts.update(image=pictures, text=len(unclear) - pictures)
+    return max(_KINDS, key=lambda kind: counts[kind])  # the first of equal ones
+
+
+def _kind(path: str) -> DocumentKind:
+    """What a document is, by its path; one without path and text is a stored picture."""
     if PdfPage.parse(path):
         return "page"
     return "video" if Clip.parse(path) else "image"

@@ -269,12 +269,15 @@ class Engine:
         return buffer.getvalue()
 
     def ids_with_picture(self, hits: Sequence[Hit]) -> set[str]:
-        """The ids of the hits that have a picture; no picture is read."""
+        """The ids of the hits that have a picture.
+
+        Stored pictures are read only for hits with a text; without one, a hit is a picture.
+        """
         assert self.index is not None
-        with_file = {hit.id for hit in hits if hit.path}
-        others = [hit.id for hit in hits if not hit.path]
+        pictures = {hit.id for hit in hits if hit.path or not hit.text}
+        others = [hit.id for hit in hits if hit.id not in pictures]
         with _index_errors():
-            return with_file | self.index.with_stored_picture(others)
+            return pictures | self.index.with_stored_picture(others)
 
     def similar(self, document_id: str, top: int, filter: str) -> Hits:
         """The documents nearest to a document of the index.
