@@ -1,7 +1,9 @@
 """Corpora: folders, files of rows, and data sets."""
 
 import json
+from itertools import islice
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -9,6 +11,7 @@ from shared_search import NAMES, save_picture
 
 from rematch.data.corpus import documents_of, open_corpus
 from rematch.data.document import Document, Unreadable
+from rematch.data.rows import load_rows
 from rematch.errors import DataError
 
 
@@ -64,6 +67,28 @@ def test_rows_of_files_and_data_sets_are_read(tmp_path):
     assert document.text == "c"
     assert document.metadata["n"] == 7.0
     assert document.load_input()["image"].content[:4] == b"\x89PNG"
+
+
+def test_a_parquet_file_is_read_as_a_window(tmp_path):
+    size, rows = 20_000, 1000
+    rng = np.random.default_rng(0)
+    table = pa.table({"text": ["a"] * rows, "junk": [rng.bytes(size) for _ in range(rows)]})
+    path = tmp_path / "c.parquet"
+    pq.write_table(table, path, row_group_size=100)
+    allocated = pa.total_allocated_bytes()
+    stream = load_rows(path)
+    for number, row in stream:
+        assert row == table.slice(number - 1, 1).to_pylist()[0]
+        assert pa.total_allocated_bytes() - allocated < rows * size / 2
+    assert number == rows
+    content = bytearray(path.read_bytes())
+    place = pq.ParquetFile(path).metadata.row_group(3).column(0).dictionary_page_offset
+    content[place : place + 20] = bytes(20)
+    path.write_bytes(content)
+    stream = load_rows(path)
+    assert [number for number, _ in islice(stream, 200)] == list(range(1, 201))
+    with pytest.raises(DataError, match=r"c\.parquet: cannot be read as parquet \([^\n]*\)\.$"):
+        list(stream)
 
 
 @pytest.mark.parametrize(

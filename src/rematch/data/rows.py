@@ -12,6 +12,7 @@ from rematch.errors import DataError, first_line, shortened
 from rematch.prompts import DOCUMENT_INSTRUCTIONS
 
 LONGEST_LINE = 64 << 20  # bytes, of a JSONL file
+_BATCH = 64  # rows of a parquet file, which may hold pictures
 
 
 def load_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -42,15 +43,21 @@ def load_lenient_rows(path: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path}: is neither .jsonl nor .parquet. Convert it to one of them.")
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+def _parquet_batches(path: Path) -> Iterator[Any]:
+    """Record batches; memory holds one of them and what a page of each column takes."""
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        # with pre_buffer, which is the default, memory grows to the size of the file
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16) as file:
+            yield from file.iter_batches(_BATCH)
     except Exception as error:
         raise DataError(f"{path}: cannot be read as parquet ({first_line(error)}).") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
     row = 0
-    for batch in table.to_batches(1024):
+    for batch in _parquet_batches(path):
         for position in range(len(batch)):
             row += 1
             try:
