@@ -98,6 +98,17 @@ def test_limits_of_pixels_are_those_of_the_checkpoint(measurements, family):
 
 
 @pytest.mark.parametrize("family", WORKING)
+def test_an_attention_map_is_the_first_pictures_grid_of_tokens(measurements, family):
+    """Of a picture of 90 x 40 pixels."""
+    shapes = measurements[family]["attention"]
+    grids = {"llava": (4, 4), "smolvlm": (2, 2), "idefics3": (2, 2)}
+    if family in ("llava_onevision", "internvl"):
+        assert "form no grid: the model cuts pictures into tiles" in shapes
+    else:
+        assert shapes == [[4, *grids.get(family, (1, 3))]] * 2
+
+
+@pytest.mark.parametrize("family", WORKING)
 @pytest.mark.parametrize("matching", ["match", "match jointly"])
 def test_family_answers_packed_questions_as_single_ones(measurements, family, matching):
     for view, (packed, single) in measurements[family][matching].items():

@@ -4,14 +4,17 @@ import base64
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from shared_server import COLOURS, NOISE, card_engine, data_url, file_of
 
+from rematch.interpretability import attention_maps
 from rematch.serve.app import create_app
 from rematch.serve.engine import Engine
 
@@ -157,6 +160,20 @@ def test_pictures_and_attention(client):
     )
     assert client.post("/v1/attention", json={"text": "no picture"}).status_code == 400
     assert set(client.get("/v1/examples").json()) <= {f"a {c} card" for c in COLOURS}
+
+
+def test_attention_maps_of_several_pictures_show_the_first(client, engine, monkeypatch):
+    for count in (1, 4, 8):  # 4 · 36 tokens are a square number too
+        document = {"text": "a clip", "image": [NOISE] * count}
+        assert attention_maps(engine.model, document).shape == (4, 6, 6)
+        monkeypatch.setattr(engine, "document", lambda _, value=document: value)
+        assert client.post("/v1/attention", json={"id": "clip"}).status_code == 200
+    reader = engine.model.backbone.reader
+    tiles = replace(reader.read(NOISE), vision={"pixel_values": torch.zeros(1, 5, 3, 96, 96)})
+    monkeypatch.setattr(reader, "read", lambda _: tiles)
+    response = client.post("/v1/attention", json={"id": "clip"})
+    assert response.status_code == 400
+    assert "36 tokens form no grid" in response.json()["error"]["message"]
 
 
 def test_models_status_and_metrics(client, engine, saved_model):

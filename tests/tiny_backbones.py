@@ -31,6 +31,7 @@ from tiny_families import FAMILIES
 from rematch import ReMatch
 from rematch.backbone.pictures import Pictures
 from rematch.errors import RematchError
+from rematch.interpretability import attention_maps
 from rematch.matching import Question, View
 from rematch.train.collator import Collator
 from rematch.train.loss import ReMatchLoss
@@ -166,6 +167,15 @@ def visual_tokens(path, trained, model):
     return [*counts, int((encoded == picture_token_id).sum())]
 
 
+def attention_shapes(path, pictures):
+    """The shape of the attention map of one picture and of two, or the error."""
+    model = ReMatch.from_backbone(str(path), 4)
+    try:
+        return [attention_maps(model, {"image": p}).shape for p in (pictures[:1], pictures)]
+    except RematchError as error:
+        return str(error)
+
+
 def training_vectors(model, inputs):
     """The embeddings of queries that training computes from the frozen tower's features."""
     rows = [
@@ -235,6 +245,7 @@ def measure(path, directory):
         "readings": readings(model, pictures),
         "question": question(model, "the red cat", {"text": "a dog", "image": pictures[0]}),
         "control": control_tokens(model),
+        "attention": attention_shapes(path, [pictures[1], pictures[0]]),
         "visual_tokens": visual_tokens(path, trained, model),
     }
     documents = ["a dog", {"image": pictures[0]}, {"image": pictures[1]}]

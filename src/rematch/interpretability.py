@@ -1,5 +1,6 @@
 """Which parts of a picture the learnable tokens attend to (the paper's Figure 1)."""
 
+import math
 from inspect import signature
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from rematch.backbone.reading import Reading
+from rematch.errors import RematchError
 from rematch.model import ReMatch
 
 
@@ -17,13 +20,20 @@ def attention_maps(model: ReMatch, value: Any, task: str = "document") -> NDArra
 
     Args:
         model: A model with K learnable tokens; if it has none, the last token takes their place.
-        value: An input with one picture.
+        value: An input with pictures, such as a video's frames; the map is of the first one.
         task: ``"query"`` or ``"document"``, whose learnable tokens are used.
 
     Returns:
         (K, h, w), where h · w is the number of the picture's tokens.
+
+    Raises:
+        RematchError: If there is no picture, or its tokens form no grid.
     """
     backbone = model.backbone
+    pictures, _ = backbone.reader.pictures_and_text(value, 0)
+    if not pictures:
+        raise RematchError("the input has no picture, so there is nothing to map. Give one.")
+    height, width = _grid(backbone.reader.read(pictures[0]))
     implementation = backbone.model.config._attn_implementation
     backbone.model.set_attn_implementation("eager")  # the others return no attention
     try:
@@ -40,17 +50,28 @@ def attention_maps(model: ReMatch, value: Any, task: str = "document") -> NDArra
     mean = torch.stack([a[0].mean(0) for a in attentions]).mean(0).float().cpu()  # (T, T)
     k = max(1, model.fusion.num_tokens)
     is_patch = (features["input_ids"][0] == backbone.reader.picture_token_id).cpu()
-    count = int(is_patch.sum())
-    if "image_grid_thw" in features:
-        _, height, width = features["image_grid_thw"][0].tolist()
-        merged = round((height * width / count) ** 0.5)
-        height, width = height // merged, width // merged
-    else:
-        height = width = round(count**0.5)
-    maps: NDArray[np.float32] = (
-        mean[-k:, is_patch][:, : height * width].reshape(k, height, width).numpy()
-    )
+    first = mean[-k:, is_patch][:, : height * width]
+    maps: NDArray[np.float32] = first.reshape(k, height, width).numpy()
     return maps
+
+
+def _grid(picture: Reading) -> tuple[int, int]:
+    """Rows and columns of the tokens of an input that is a single picture."""
+    if "image_grid_thw" in picture.vision:
+        height, width = picture.vision["image_grid_thw"][0, 1:].tolist()
+        tiles = 1
+    else:
+        *counts, _, height, width = picture.vision["pixel_values"].shape
+        tiles = math.prod(counts)
+    count = picture.visual_tokens
+    side = math.sqrt(height * width / count)  # of the square that a token stands for
+    rows, columns = round(height / side), round(width / side)
+    if tiles > 1 or rows * columns != count:
+        raise RematchError(
+            f"the picture's {count} tokens form no grid: the model cuts pictures into tiles or "
+            "merges their parts. Attention maps need a model that does neither."
+        )
+    return rows, columns
 
 
 def overlay(picture: Image.Image, weights: NDArray[np.float32]) -> Image.Image:
