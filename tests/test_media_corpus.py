@@ -16,6 +16,8 @@ from rematch.encoding.encoder import Encoder
 from rematch.prompts import QUERY_INSTRUCTIONS
 from rematch.search.build import build
 from rematch.search.index import Index
+from rematch.serve.engine import Engine
+from rematch.serve.limits import ClientError
 
 
 def make_folder(folder):
@@ -168,7 +170,7 @@ def test_the_kind_of_documents_is_told_by_a_few_of_them(searcher, tmp_path, monk
     assert index.instruction("a fox") == QUERY_INSTRUCTIONS["text-image"]
 
 
-def test_stored_pictures_make_the_files_dispensable(searcher, tmp_path):
+def test_stored_pictures_make_the_files_dispensable(searcher, saved_model, tmp_path):
     folder = make_folder(tmp_path / "f")
     arguments = {"name": "model", "frames": 2}
     index = Index.create(tmp_path / "i", searcher, store_pictures=True, **arguments)
@@ -176,10 +178,16 @@ def test_stored_pictures_make_the_files_dispensable(searcher, tmp_path):
     for target in (index, other):
         build(target, open_corpus(folder, 2), Encoder(searcher, workers=0), max_failures=0.9)
     expected = other.search("a", 6, rerank="raw:6")
+    engine = Engine(index.uri, str(saved_model))
+    assert engine.file("report.pdf#page=3") == folder / "report.pdf"  # still to be opened there
+    assert engine.file("clip.mp4") == folder / "clip.mp4"
     for path in folder.iterdir():
         if path.suffix in (".pdf", ".png"):
             path.unlink()
     hits = index.search("a", 6, rerank="raw:6")
+    for name in ("report.pdf#page=3", "p.png", "no such"):
+        with pytest.raises(ClientError, match="no PDF file or video"):
+            engine.file(name)
     assert not hits.warnings
     assert [hit.id for hit in hits] == [hit.id for hit in expected]
     assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in expected], abs=1e-4)

@@ -599,6 +599,11 @@ class Index:
         rows = self._rows(is_in("id", ids))
         return [self._document(r, r["image"], _metadata(r)) for r in rows.to_pylist()]
 
+    def path(self, document_id: str) -> str:
+        """Where a document's file was, also if its picture is stored; empty if it had none."""
+        paths = self._rows(is_in("id", [document_id]), ["path"])["path"].to_pylist()
+        return (paths[0] or "") if paths else ""
+
     def sample(self, count: int) -> list[Document]:
         """Up to this many documents at equal distances from one another."""
 

@@ -306,9 +306,9 @@ class Engine:
         """
         assert self.index is not None
         with _index_errors():
-            documents = self.index.documents([document_id])
-        source = documents[0].image if documents else None
-        if not isinstance(source, PdfPage | Clip) or not source.path.is_file():
+            path = self.index.path(document_id)
+        source = PdfPage.parse(path) or Clip.parse(path)
+        if source is None or not source.path.is_file():
             raise ClientError("no PDF file or video of this document is there.", 404)
         return source.path
 
