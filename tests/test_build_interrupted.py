@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from shared_search import assert_same_rows, build_index, contents, save_picture
@@ -19,6 +20,7 @@ import os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
+from unittest.mock import Mock
 from rematch import ReMatch
 from rematch.encoding.encoder import Encoder
 from rematch.search import build as building
@@ -92,6 +94,24 @@ def test_kill_9_ten_times_while_indexing_and_while_updating(saved_model, searche
     build_index(searcher, folder, tmp_path / "afresh", tokens=True)
     assert_same_rows(contents(tmp_path / "i"), contents(tmp_path / "afresh"))
     assert (first + second).count("killed") >= 6, "most kills hit a run that was not finished"
+
+
+def test_a_run_that_ends_in_its_last_step_is_completed_by_the_next(
+    searcher, photos, tmp_path, monkeypatch
+):
+    index, _ = build_index(searcher, photos, tmp_path / "i")
+    save_picture(photos / "new.png", 77)
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "compact", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build_index(searcher, photos, tmp_path / "i")
+    assert Index.open(tmp_path / "i").has_unindexed_rows
+    index, report = build_index(searcher, photos, tmp_path / "i")
+    assert report.encoded == 0
+    assert not index.has_unindexed_rows
+    version = index.table.version
+    index, _ = build_index(searcher, photos, tmp_path / "i")
+    assert index.table.version == version, "nothing is left to do"
 
 
 def test_a_second_writer_is_refused_and_readers_are_not(searcher, photos, tmp_path):

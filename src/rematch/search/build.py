@@ -216,8 +216,7 @@ class Builder:
             raise
         kind = index.ann
         many_files = self.commits >= _COMPACT_AFTER
-        has_indices = kind != "none" or index.has_full_text
-        if self.commits and (many_files or self.report.deleted or has_indices):
+        if many_files or self.report.deleted or index.has_unindexed_rows:  # of a killed run too
             index.compact()
         index.build_full_text()
         if kind == "none" or ann not in ("auto", kind):

@@ -705,6 +705,12 @@ class Index:
         with writing(self.uri):
             self.table.optimize(cleanup_older_than=keep)
 
+    @property
+    def has_unindexed_rows(self) -> bool:
+        """Whether the full-text or the approximate index lacks rows, which searches then scan."""
+        with reading(self.uri):
+            return any(index.num_unindexed_rows for index in self.table.list_indices())
+
     def upgrade(self) -> None:
         """Add the columns that an index of an earlier version lacks."""
         with writing(self.uri):
