@@ -129,6 +129,14 @@ def test_search_is_that_of_the_index(client, engine):
     assert instructed["instruction"] == "Find:"
     expected = engine.index.search("Find: a", instruction="")
     assert [h["score"] for h in instructed["hits"]] == pytest.approx([h.score for h in expected])
+    for instruction in ("Find:\n", "  Find: "):  # encoded as it is, answered without the blanks
+        body = {"text": "a", "instruction": instruction, "mode": "vector"}
+        instructed = client.post("/v1/search", json=body).json()
+        expected = engine.index.search("a", instruction=instruction, mode="vector")
+        assert instructed["instruction"] == "Find:"
+        assert [h["score"] for h in instructed["hits"]] == pytest.approx(
+            [h.score for h in expected], abs=1e-5
+        )
     filtered = {"text": "a card", "filter": "year = 2003"}
     hits = client.post("/v1/search", json=filtered).json()["hits"]
     assert [(h["id"], h["metadata"]) for h in hits] == [("white.png", {"year": 2003.0})]

@@ -170,7 +170,7 @@ class Engine:
         assert self.index is not None
         with _index_errors():
             text = self.index.instruction(query) if instruction is None else instruction
-        return with_instruction(query, text), text.strip()
+        return with_instruction(query, text), text
 
     def _mean_document_tokens(self) -> int:
         """Mean length of a document of the index, measured once a minute."""

@@ -84,7 +84,7 @@ def _response(
     return SearchResponse(
         hits=[_search_hit(hit, hit.id in ids_with_picture) for hit in hits],
         warnings=hits.warnings,
-        instruction=instruction,
+        instruction=instruction.strip(),
         mode=hits.mode,
         milliseconds=round(1000 * (time.perf_counter() - started), 1),
     )
