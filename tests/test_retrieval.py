@@ -1,6 +1,7 @@
 """Search by words, and by words and vectors together."""
 
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from shared_search import build_index, save_picture
 
 from rematch.errors import DataError
+from rematch.search import index as index_module
 from rematch.search.columns import WORDS
 from rematch.search.index import Index
 from rematch.search.retrieval import Retrieval, words_of
@@ -45,6 +47,15 @@ def test_words_of_text_and_metadata_are_searched(animals):
     assert [hit.id for hit in animals.search("red foxes", mode="text")] == ["fox", "car"]
     assert animals.search("zebra", mode="text") == []
     assert "_words" not in animals.metadata_columns
+
+
+def test_a_search_by_words_loads_no_model(animals, monkeypatch):
+    expected = animals.search("red fox", mode="text")
+    monkeypatch.setattr(index_module, "ReMatch", Mock(side_effect=AssertionError("loaded")))
+    index = Index.open(animals.uri)
+    assert index.search("red fox", mode="text") == expected
+    with pytest.raises(AssertionError, match="loaded"):
+        index.search("red fox", mode="text", rerank="raw:1")
 
 
 def test_filters_apply_to_words(animals):

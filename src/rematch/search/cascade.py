@@ -139,7 +139,7 @@ def _parse_stage(text: str, settings: IndexSettings, width: int) -> Stage:
 
 
 def rerank(
-    model: ReMatch,
+    model: ReMatch | None,
     query: Any,
     vector: NDArray[np.float32] | None,
     candidates: Candidates,
@@ -152,7 +152,7 @@ def rerank(
     the others of the stage, with the score that it had.
 
     Args:
-        model: The model of the index.
+        model: The model of the index; may be ``None`` without stages.
         query: The query.
         vector: The query's whole vector, (D,); may be ``None`` without stages.
         candidates: The documents of the first stage, with the columns that the stages read.
@@ -167,6 +167,7 @@ def rerank(
         first = order[: stage.count]
         if not len(first):
             break
+        assert model is not None
         documents = rows.take(pa.array(first))
         rest = order[stage.count :]
         if isinstance(stage.by, View):

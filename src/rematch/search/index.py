@@ -322,11 +322,11 @@ class Index:
         if not queries:
             return []
         condition = self.condition(filter)
-        stages = (
-            parse_stages(rerank, self.settings, self.model.backbone.width)
-            if isinstance(rerank, str)
-            else list(rerank)
-        )
+        stages: list[Stage] = []
+        if not isinstance(rerank, str):
+            stages = list(rerank)
+        elif rerank.strip():
+            stages = parse_stages(rerank, self.settings, self.model.backbone.width)
         modes = [self.mode(value, mode) for value in queries]
         instructions = [
             self.instruction(value) if instruction is None else instruction for value in queries
@@ -460,7 +460,8 @@ class Index:
                 else retrieval.by_both(truncated, text)
             )
         load_inputs = partial(self._load_inputs, table)
-        ranking, unreadable = rerank(self.model, query, vector, candidates, stages, load_inputs)
+        model = self.model if stages else None
+        ranking, unreadable = rerank(model, query, vector, candidates, stages, load_inputs)
         warnings = [
             f"{candidates.rows['id'][row].as_py()}: its picture is missing or broken, so it was "
             f"not reranked by {stage}."
