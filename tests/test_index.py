@@ -29,6 +29,7 @@ from rematch.search import index as index_module
 from rematch.search.approximate import EXACT_UP_TO
 from rematch.search.build import build
 from rematch.search.index import Index
+from rematch.search.retrieval import Retrieval
 from rematch.search.schema import settings_of
 
 
@@ -261,6 +262,20 @@ def test_an_approximate_index_finds_nearly_what_a_scan_finds(searcher, tmp_path,
     )
     with pytest.raises(DataError, match="--ann ivf is unknown"):
         index.build_ann("ivf")
+
+
+def test_an_approximate_search_scores_a_hundred_again_at_least(searcher, tmp_path, monkeypatch):
+    index = Index.create(tmp_path / "i", searcher, name="m")
+    read, rescored = Retrieval._read, []
+
+    def count_rescored(self, request, count, score):
+        rescored.append(count * request.limit(count).to_query_object().refine_factor)
+        return read(self, request, count, score)
+
+    monkeypatch.setattr(Retrieval, "_read", count_rescored)
+    for count in (1, 3, 10, 50):
+        index.nearest(np.ones(32, np.float32), count)
+    assert rescored == [100, 102, 100, 500]
 
 
 def test_another_kind_replaces_an_approximate_index_and_none_drops_it(searcher, tmp_path):

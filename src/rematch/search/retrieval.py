@@ -5,6 +5,7 @@ are stored in the column ``_words``, over which LanceDB builds a full-text index
 rankings are fused by reciprocal ranks (RRF).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -25,6 +26,9 @@ from rematch.search.storage import reading
 Mode = Literal["auto", "vector", "text", "hybrid"]
 MODES = ("auto", "vector", "text", "hybrid")
 _FUSED = 100  # documents of each ranking at least, so that ranks further down count too
+# Of an approximate index, so many times the documents that are to be returned are scored again
+# with their whole vectors, and so many at least.
+_RESCORED_FACTOR, _LEAST_RESCORED = 10, 100
 # Chosen with rematch-tiny on Tux Paint's stamps and on Picto's scenes with their objects as text,
 # see docs/log.md: the first ranks count most, and documents with a few of the words do not count.
 _RRF_CONSTANT = 5
@@ -119,7 +123,8 @@ class Retrieval:
         if self.exact:
             request = request.bypass_vector_index()
         else:
-            request = request.nprobes(self.probes).refine_factor(10)
+            factor = max(_RESCORED_FACTOR, math.ceil(_LEAST_RESCORED / max(1, count)))
+            request = request.nprobes(self.probes).refine_factor(factor)
         return self._read(request, count, "_distance")
 
     def _matches(self, text: str, count: int) -> pa.Table:
