@@ -47,6 +47,18 @@ def test_index_prints_counts_and_failures(rematch, saved_model, photos, tmp_path
     assert f"0 encoded, {len(NAMES) + 1} unchanged" in out
 
 
+def test_only_a_directory_is_said_to_have_a_report(rematch, saved_model, photos, tmp_path):
+    for number in range(7):
+        (photos / f"broken {number}.png").write_text("x")
+    for output in (tmp_path / "i", f"file://{tmp_path}/j"):
+        arguments = ("index", saved_model, photos, "--output", output, "--workers", 0)
+        _, _, err = rematch(*arguments, "--max-failures", 1)
+        assert err.count("'broken ") == 5
+        has_report = (tmp_path / str(output)[-1] / "report.json").exists()
+        assert ("all of them are in" in err) == has_report
+        assert ("and 2 more" in err) != has_report
+
+
 def test_add_keeps_the_documents_of_another_corpus(rematch, saved_model, index, tmp_path):
     save_picture(tmp_path / "other" / "o.png", 4)
     arguments = ("index", saved_model, tmp_path / "other", "--output", index)

@@ -31,7 +31,7 @@ from rematch.search.build import Report, build
 from rematch.search.hits import Hits
 from rematch.search.index import Index
 from rematch.search.retrieval import Mode
-from rematch.search.storage import exists
+from rematch.search.storage import REPORT, exists, is_local
 
 _FAILURES_PRINTED = 5
 _SCORE_NAMES = {"cosine": "cosine", "bm25": "BM25", "rrf": "RRF", "maxsim": "MaxSim"}
@@ -203,8 +203,11 @@ def _print_summary(index: Index, report: Report, options: IndexOptions) -> None:
         )
         for document_id, reason in list(report.failures.items())[:_FAILURES_PRINTED]:
             say(f"  {document_id!r}: {reason}")
-        if len(report.failures) > _FAILURES_PRINTED:
-            say(f"  … all of them are in {options.output}/report.json")
+        others = len(report.failures) - _FAILURES_PRINTED
+        if others > 0 and is_local(index.uri):
+            say(f"  … all of them are in {options.output}/{REPORT}")
+        elif others > 0:  # an object store has no report
+            say(f"  … and {others:,} more")
     if options.model == "rematch-tiny":
         say(_TINY)
 
