@@ -139,6 +139,18 @@ def test_reranking_says_what_it_moved(page, served):
     assert "P(yes)" in page.inner_text(".card .score >> nth=0")
 
 
+def test_the_page_reranks_no_more_than_the_server_allows(browser, served):
+    for most in (2, 0):
+        with running(served[1], most_rerank=most) as address:
+            page = browser.new_page()
+            page.goto(f"{address}/?q=a+brown+card&rerank=1")
+            results(page)
+            assert page.inner_text("#status").startswith("11 results"), page.inner_text("#status")
+            assert page.is_visible("#rerank") == (most > 0)
+            assert page.inner_text("#results").count("P(yes)") == most
+            page.close()
+
+
 def test_filter_no_results_and_errors(page):
     page.fill("#text", "a card")
     page.fill("#filter", "year = 2003")

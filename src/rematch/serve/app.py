@@ -69,7 +69,7 @@ def create_app(
     routers = [embeddings.router, rerank.router]
     if engine.index is not None:
         routers.append(search.router)
-        add_page(app)
+        add_page(app, most_rerank)
     for router in routers:
         app.include_router(router, responses=ERRORS)
     app.include_router(status.router)

@@ -1,6 +1,7 @@
 "use strict";
 const $ = (id) => document.getElementById(id);
-const STEP = 12, MOST = 200, RERANKED = 48;
+const STEP = 12, MOST = 200;
+const RERANKED = Math.min(48, Number($("rerank").dataset.most)); // the server may allow fewer
 const MODES = { vector: "vectors", text: "words", hybrid: "words and vectors" };
 const SCORES = { cosine: "cosine", bm25: "BM25", rrf: "RRF", maxsim: "MaxSim" };
 let picture = null; // the query's picture as a data URL
@@ -104,7 +105,7 @@ async function search({ isNew = true, count = STEP } = {}) {
   const number = ++latestSearch;
   const body = { text: values.text, top: count, filter: condition(values) };
   if (like) body.like = like;
-  else Object.assign(body, { image: picture, mode: values.mode, rerank: values.rerank ? "raw:" + Math.min(count, RERANKED) : "" });
+  else Object.assign(body, { image: picture, mode: values.mode, rerank: values.rerank && RERANKED ? "raw:" + Math.min(count, RERANKED) : "" });
   if (isNew) remember(values);
   say("Searching…");
   $("results").classList.add("busy");
@@ -260,6 +261,7 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
   });
 }
 document.addEventListener("paste", (event) => usePicture([...event.clipboardData.files].find((file) => file.type.startsWith("image/"))));
+$("rerank").closest("label").hidden = !RERANKED;
 for (const id of ["rerank", "mode", "facets"]) $(id).addEventListener("change", () => { if (shownQuery) search(); });
 window.addEventListener("popstate", restore);
 
