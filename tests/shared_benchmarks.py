@@ -92,7 +92,7 @@ def train_tree(root):
     odd_pictures(root / "images" / "Odd")
     plain = [
         {
-            "qry": f"{MARKER}\nwhat? {i}\n",
+            "qry": f"{MARKER} what? {i}\n",
             "qry_image_path": f"images/Odd/{ODD[i]}",
             "pos_text": f"a{i}",
             "pos_image_path": "",
@@ -100,7 +100,7 @@ def train_tree(root):
         for i in range(6)
     ]
     write_parquet(root / "OK-VQA" / "original-00000-of-00001.parquet", plain)
-    other = [row | {"qry": f"{MARKER}\ntell me: what? {i}\n"} for i, row in enumerate(plain)]
+    other = [row | {"qry": f"In {MARKER}, what? {i}\n"} for i, row in enumerate(plain)]
     write_parquet(root / "OK-VQA" / "diverse_instruction-00000-of-00001.parquet", other)
     wide = [
         {

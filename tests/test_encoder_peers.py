@@ -19,6 +19,7 @@ from rematch.errors import ModelError, RematchError
 from rematch.evaluate.command import EvaluateOptions, load_model, run
 from rematch.evaluate.run import evaluate_task
 from rematch.model import ReMatch
+from rematch.prompts import DOCUMENT_INSTRUCTIONS
 
 ROUNDING = 1e-5  # of float32 sums in another order, as in test_encoder.py
 
@@ -106,6 +107,23 @@ def test_a_static_model_is_evaluated(tmp_path):
         str(tmp_path / "static"), benchmark=str(tmp_path / "own.jsonl"), output=tmp_path / "out"
     )
     assert run(options)["tasks"]["own"]["hit@1"] == 100
+
+
+def test_a_peers_documents_get_the_instructions_of_the_data_alone(text_model):
+    """What ReMatch adds for texts, other models have never seen."""
+    added = Item("word", None, DOCUMENT_INSTRUCTIONS["answer"], "a")
+    brought = Item("number", None, "text: ", "b")
+    task = RetrievalTask("t", "vqa", [Item("word")], [added, brought], [[0, 1]])
+    model = SentenceTransformer(str(text_model), device="cpu")
+    for option, texts in {
+        None: ["word", "text: number"],
+        True: [DOCUMENT_INSTRUCTIONS["answer"] + "word", "text: number"],
+        False: ["word", "number"],
+    }.items():
+        result = evaluate_task(Encoder(model, workers=0), task, document_instructions=option)
+        expected = model.encode_document(texts)
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+        assert np.allclose(result.documents, expected, atol=ROUNDING)
 
 
 def test_a_models_truncate_dim_counts_as_in_its_own_encode(text_model, tmp_path):

@@ -108,7 +108,7 @@ def test_training_data_is_loaded_with_its_odd_cases(tmp_path):
     assert webqa[0].query.text.startswith("Find a Wikipedia")
     assert webqa[0].positive.as_input(False)["text"] == "t0"
     (diverse,) = load_mmeb_train(tmp_path, "diverse_instruction")
-    assert diverse[0].query.text == "tell me: what? 0"
+    assert diverse[0].query.text == "In the image, what? 0"
     assert [len(config) for config in load_mmeb_train(tmp_path / "WebQA")] == [6], (
         "the folder of a single config"
     )

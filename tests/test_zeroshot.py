@@ -26,6 +26,7 @@ def test_the_five_zero_shot_sets_are_loaded_from_their_published_files(tmp_path)
     crepe = by_name["SugarCrepe swap-att"]
     assert crepe.pool(1)
     assert [crepe.documents[i].text for i in crepe.candidates[1]] == ["a 1", "no 1"]
+    assert [t.meta_task for t in tasks[-7:]].count("SugarCrepe add") == 2
     shutil.rmtree(tmp_path / "Urban1k")
     (tmp_path / "val2017" / f"{0:012}.jpg").unlink()
     benchmark = load_benchmark("zeroshot", tmp_path)

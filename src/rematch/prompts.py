@@ -27,6 +27,7 @@ DOCUMENT_INSTRUCTIONS = {
     "image": "Represent the given image.",
     "crop": "Represent the given cropped image of the object.",
 }
+ADDED_INSTRUCTIONS = {DOCUMENT_INSTRUCTIONS[kind] for kind in ("label", "answer", "caption")}
 
 # Those of MMEB-V2.
 PAGE_INSTRUCTION = "Understand the content of the provided document image."

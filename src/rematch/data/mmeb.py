@@ -294,7 +294,20 @@ def _target(
 
 
 def _without_marker(text: str) -> str:
-    return text.replace(MARKER, "").strip("\n")
+    """A text without the marker of its picture.
+
+    At the start it is followed by a line break or a space, as the layout has it. Within a
+    sentence, as in the split ``diverse_instruction``, words take its place.
+
+    >>> _without_marker("<|image_1|> Represent the given image.")
+    'Represent the given image.'
+    >>> _without_marker("In <|image_1|>, find the object.")
+    'In the image, find the object.'
+    """
+    start = text.lstrip()
+    if start.startswith(MARKER):
+        text = start.removeprefix(MARKER).lstrip()
+    return text.replace(MARKER, "the image").strip("\n")
 
 
 def _spaced(instruction: str, text: str) -> str:

@@ -200,7 +200,8 @@ def _both_directions(name: str, pairs: Pairs) -> list[RetrievalTask]:
 
 def _sugarcrepe(name: str, file: Path, find: Callable[[str], Path]) -> RetrievalTask:
     """Load ``{number: {"filename", "caption", "negative_caption"}}``; Hit@1 is the accuracy."""
-    task = RetrievalTask(name, "SugarCrepe", [], [], [])
+    change = name.partition("-")[0]  # "SugarCrepe add": the groups that papers report
+    task = RetrievalTask(name, change, [], [], [])
     for row in _load_json(file, dict).values():
         task.queries.append(Item("", find(row["filename"]), TO_TEXT))
         first = len(task.documents)

@@ -26,6 +26,7 @@ from rematch.evaluate.metrics import (
 from rematch.evaluate.rerank import Forms, Ranking, Reranking, rerank
 from rematch.evaluate.summary import hit_chance, task_means
 from rematch.model import ReMatch
+from rematch.prompts import ADDED_INSTRUCTIONS
 from rematch.scoring import maxsim
 
 _SAVED_CANDIDATES = 10  # candidates of each query that predictions hold
@@ -115,7 +116,8 @@ def evaluate_task(
         encoder: Encoder of the model.
         task: The task.
         document_instructions: Whether documents get the instruction of the target side. By
-            default, ReMatch models do as they were trained, and other models do.
+            default, ReMatch models do as they were trained, and other models get what the data
+            brings, without what ReMatch adds for texts.
         reranking: Also rank the candidates by the matching head.
         multi_vector: Also rank the candidates by MaxSim over the token vectors.
 
@@ -125,12 +127,17 @@ def evaluate_task(
     model = encoder.model
     if reranking:
         _check_width(model, reranking)
-    if document_instructions is None:
-        document_instructions = (
-            model.backbone.document_instructions if isinstance(model, ReMatch) else True
-        )
+    if document_instructions is None and isinstance(model, ReMatch):
+        document_instructions = model.backbone.document_instructions
     query_inputs = [query.as_input() for query in task.queries]
-    document_inputs = [document.as_input(document_instructions) for document in task.documents]
+    document_inputs = [
+        document.as_input(
+            document.instruction not in ADDED_INSTRUCTIONS
+            if document_instructions is None
+            else document_instructions
+        )
+        for document in task.documents
+    ]
     queries = encoder.encode(query_inputs, "query", multi_vector=multi_vector)
     documents = encoder.encode(document_inputs, "document", multi_vector=multi_vector)
     if multi_vector:
