@@ -9,6 +9,7 @@ import textwrap
 
 import torch
 from accelerate import state
+from torch.distributed.fsdp import FSDPModule
 
 source = textwrap.dedent(inspect.getsource(state.AcceleratorState.__init__))
 changed = source.replace(
@@ -28,6 +29,11 @@ if __name__ == "__main__":
     def checked_step(self, *args, **kwargs):
         assert self.is_fsdp_enabled
         assert all(type(p.data).__name__ == "DTensor" for p in self.model.parameters())
+        backbone = self.model.backbone
+        one_by_one = {isinstance(n, FSDPModule) for n in backbone.base.language_model.layers}
+        assert one_by_one == {backbone.matching != "reuse"}
+        policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
+        assert (policy.reduce_dtype, policy.output_dtype) == (torch.float32, None)
         return training_step(self, *args, **kwargs)
 
     Trainer.training_step = checked_step

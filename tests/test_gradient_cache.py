@@ -72,6 +72,30 @@ def test_cached_equals_plain_with_options(model, triplets, options):
     assert_equal(*both(model, [batch], scale=8.0, **options), 1e-9)
 
 
+def test_both_passes_have_the_same_precision(make_model, triplets):
+    """A sharded model's forward has no autocast of its own, and the second pass runs later."""
+    model = make_model(dtype=torch.float32)
+    loss = ReMatchLoss(model, gradient_cache=True)
+    precisions = []
+    embed, match = loss.embed, loss.match
+
+    def recorded(method):
+        def call(*args):
+            precisions.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+            return method(*args)
+
+        return call
+
+    loss.embed, loss.match = recorded(embed), recorded(match)
+    batch = Collator(model, batch_tokens=SMALL)(triplets)["batch"]
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = loss([batch])
+    forward = len(precisions)
+    sum(losses.values()).backward()
+    assert len(precisions) == 2 * forward
+    assert set(precisions) == {(True, torch.bfloat16)}
+
+
 def test_the_split_into_mini_batches_changes_nothing(model, triplets):
     loss = ReMatchLoss(model)
     results = [

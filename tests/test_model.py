@@ -161,6 +161,13 @@ def test_save_and_load_through_both_classes(make_model, triplets, tmp_path):
     assert np.abs(plain.encode_query(inputs(triplets)) - expected[0]).max() <= 1e-6
 
 
+def test_matching_refuses_attention_that_takes_no_mask(model):
+    """On a GPU it would end in an assertion of the device, after which nothing runs."""
+    model.backbone.model.config.get_text_config()._attn_implementation = "flash_attention_2"
+    with pytest.raises(ModelError, match="flash_attention_2 cannot take"):
+        model.match(["a dog"], ["a cat"])
+
+
 def test_an_adapter_is_saved_loaded_and_merged(lora_model, triplets, tmp_path):
     expected = lora_model.encode_query(inputs(triplets))
     lora_model.save_pretrained(str(tmp_path / "adapter"))

@@ -235,6 +235,15 @@ def test_a_run_does_not_resume_in_other_arithmetic(backbone_path, tmp_path, monk
         train(settings, quiet=True)
 
 
+def test_a_learned_temperature_is_refused_under_fsdp(backbone_path, tmp_path, monkeypatch):
+    """It would fail in the optimizer, after loading."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    recipe = small_recipe(backbone_path, tmp_path / "model")
+    recipe.loss.learn_temperature = True
+    with pytest.raises(RecipeError, match="learn_temperature does not work with FSDP"):
+        train(recipe, quiet=True)
+
+
 def test_processes_that_see_different_checkpoints_are_told_to_share_a_disk(
     backbone_path, tmp_path, monkeypatch
 ):

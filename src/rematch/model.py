@@ -23,7 +23,7 @@ from rematch.backbone.memory import default_batch_tokens
 from rematch.backbone.module import Backbone
 from rematch.backbone.pictures import PictureFeatures, Pictures, feature_inputs
 from rematch.errors import ModelError, RematchError
-from rematch.matching import View
+from rematch.matching import Matching, View
 from rematch.prompts import TokenInit, document_token, query_token
 from rematch.scoring import MatchingHead, embed_and_answer
 from rematch.tokens import MultiTokenFusion, add_tokens_to_template, initial_rows
@@ -164,6 +164,18 @@ class ReMatch(SentenceTransformer):  # type: ignore[misc]  # sentence-transforme
         if lora is not None:
             model.add_lora(lora, vision=lora_vision)
         return model
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of the layers that FSDP2 shards one by one.
+
+        In ``reuse`` mode there are none: processes run different numbers of passes within a
+        mini-batch, and could not gather layers together.
+        """
+        if self.backbone.matching == Matching.REUSE:
+            return []
+        names = self.backbone.model._no_split_modules or []
+        return sorted({*names} & {type(module).__name__ for module in self.modules()})
 
     def _create_model_card(self, path: str, *args: Any, **kwargs: Any) -> None:
         (Path(path) / "README.md").write_text(

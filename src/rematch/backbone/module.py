@@ -235,7 +235,7 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
     @property
     def width(self) -> int:
         """D, the width of hidden states and input embeddings."""
-        return int(self.model.get_input_embeddings().weight.shape[1])
+        return int(self.model.config.get_text_config().hidden_size)
 
     def _vision_parameters(self) -> list[nn.Parameter]:
         """The weights of the vision tower and of what joins it to the language model."""
@@ -416,7 +416,13 @@ class Backbone(Transformer):  # type: ignore[misc]  # sentence-transformers ship
             Last hidden states, (B, T, D).
         """
         layout = features["segments"], features["attends"], features["context"].shape[1]
-        if self.model.config.get_text_config()._attn_implementation == "flex_attention":
+        attention = self.model.config.get_text_config()._attn_implementation
+        if "flash" in attention:
+            raise ModelError(
+                f"matching needs a mask for every pair of tokens, which {attention} cannot take. "
+                "Load the model with attn_implementation sdpa, eager or flex_attention."
+            )
+        if attention == "flex_attention":
             mask: Tensor | BlockMask = block_mask(*layout)
         else:
             mask = additive(unified_mask(*layout), self.model.dtype)

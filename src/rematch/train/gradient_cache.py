@@ -281,7 +281,16 @@ class MiniBatchedLoss(nn.Module, ABC):
         # the trainer adds up the losses, so whatever it scales the sum by arrives at this one
         carrier = losses["contrastive"].requires_grad_()
         backward = partial(
-            self._backward_cached, passes=passes, embeddings=embeddings, gradient=gradient
+            self._backward_cached,
+            passes=passes,
+            embeddings=embeddings,
+            gradient=gradient,
+            # of this thread; the backward pass may run in another, and a sharded model has none
+            autocast=torch.autocast(
+                device.device.type,
+                torch.get_autocast_dtype(device.device.type),
+                torch.is_autocast_enabled(device.device.type),
+            ),
         )
         carrier.register_hook(backward)  # type: ignore[no-untyped-call]
         for parameter, own_gradient in zip(parameters, own_gradients, strict=True):
@@ -291,7 +300,13 @@ class MiniBatchedLoss(nn.Module, ABC):
 
     @torch.enable_grad()
     def _backward_cached(
-        self, scale: Tensor, *, passes: Passes, embeddings: Tensor, gradient: Tensor
+        self,
+        scale: Tensor,
+        *,
+        passes: Passes,
+        embeddings: Tensor,
+        gradient: Tensor,
+        autocast: torch.autocast,
     ) -> None:
         """Step 3 of the module docstring.
 
@@ -300,6 +315,7 @@ class MiniBatchedLoss(nn.Module, ABC):
             passes: The passes to repeat.
             embeddings: E* of all distinct inputs, (N, D).
             gradient: Gradient of the multi-vectors, (N, K, D), before scaling.
+            autocast: The precision of the first pass.
         """
         count = len(passes.embedding)
         embedding_states, matching_states = (
@@ -309,7 +325,8 @@ class MiniBatchedLoss(nn.Module, ABC):
         leaf = embeddings.clone().requires_grad_()
         for (mini_batch, weight), state in zip(passes.matching, matching_states, strict=True):
             with state, accumulating(self.model):
-                share = self.match(mini_batch, passes, leaf)
+                with autocast:
+                    share = self.match(mini_batch, passes, leaf)
                 torch.autograd.backward(share * (scale * weight))
         gradient = gradient * scale
         if leaf.grad is not None:  # it is None if no question shows an embedding
@@ -319,7 +336,8 @@ class MiniBatchedLoss(nn.Module, ABC):
         for i, (mini_batch, weight) in enumerate(passes.embedding):
             last = i == count - 1
             with embedding_states[i], accumulating(self.model, last):
-                vectors, mini_batch_share = self.embed(mini_batch, passes)
+                with autocast:
+                    vectors, mini_batch_share = self.embed(mini_batch, passes)
                 surrogate = (vectors * parts[i]).sum()
                 if last:
                     surrogate = surrogate + touch(self.model)

@@ -159,7 +159,13 @@ def _check_launch(recipe: Recipe) -> None:
             "cannot be saved. Launch with recipes/launch/fsdp2.yaml instead: FSDP2 also shards "
             "weights, gradients and optimizer states."
         )
-    if recipe.model.four_bit and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if recipe.loss.learn_temperature and is_sharded:
+        raise RecipeError(
+            "loss.learn_temperature does not work with FSDP, whose optimizer takes weights of the "
+            "model alone. Use torchrun, or set loss.learn_temperature=false."
+        )
+    if recipe.model.four_bit and is_sharded:
         raise RecipeError(
             "model.four_bit does not work with FSDP, which cannot reassemble sharded 4-bit "
             "weights to save them. Use torchrun (each GPU then holds the whole base in 4 bits), "
@@ -250,7 +256,8 @@ def _arguments(
         eval_steps=settings.save_every or None,
         load_best_model_at_end=validate,
         report_to=settings.report_to or (["tensorboard"] if find_spec("tensorboard") else []),
-        dataloader_num_workers=settings.workers,
+        # processes cannot share weights on MPS, which the collator holds
+        dataloader_num_workers=0 if device_type() == "mps" else settings.workers,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,  # the loss depends on all of them (parallel.touch)
         disable_tqdm=quiet,

@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformerTrainer
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
@@ -68,6 +69,12 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]  # untyped libr
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            # accelerate's policy would round embeddings and the sums of gradients to bfloat16
+            is_bf16 = self.accelerator.mixed_precision == "bf16"
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16 if is_bf16 else None, reduce_dtype=torch.float32
+            )
         self._factors = factors
         self._movement = Movement(self.model, trains_projector=self.loss.shows_embeddings)
         self._warns_of_standstill = not trained_before
