@@ -1,5 +1,6 @@
 """Encoding many inputs: as plain ``encode``, once each, whatever the batches and workers."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from rematch.data.images import load_image
 from rematch.data.picto_tasks import TASKS, evaluation_tasks
-from rematch.encoding.encoder import Encoder
+from rematch.encoding.encoder import Encoder, _Preparation
 from rematch.encoding.inputs import batches_by_length, content_key
 from rematch.encoding.vector_store import VectorStore
 from rematch.errors import ImageError, RematchError
@@ -128,6 +129,26 @@ def test_an_input_that_does_not_fit_into_memory_fails_alone(make_model, monkeypa
     vectors, errors = encoder._forward_or_errors(values, features, "document")
     assert np.allclose(vectors[:, 0], plain, atol=ROUNDING)
     assert list(errors) == [1]
+
+
+def test_features_for_another_device_leave_workers_as_bytes(make_model, inputs):
+    """Tensors would go through /dev/shm, which is small in containers."""
+    encoder = Encoder(make_model(dtype=torch.float32))
+    work = _Preparation(encoder, "document", compute=False, as_bytes=True)
+    content, errors = work[inputs[:4]]
+    assert not errors
+    expected = encoder._prepare(inputs[:4], "document")
+    features = torch.load(io.BytesIO(content), weights_only=False)
+    assert features.keys() == expected.keys()
+    tensors = [name for name, value in expected.items() if torch.is_tensor(value)]
+    assert tensors
+    assert all(torch.equal(features[name], expected[name]) for name in tensors)
+
+
+def test_processes_of_one_machine_share_its_cores(make_model, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert Encoder(make_model()).workers == 4
 
 
 def fails(error):

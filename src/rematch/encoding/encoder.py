@@ -15,6 +15,7 @@ workers or processes. So an interrupted or distributed run gives the same vector
 if it computes with the same number of threads.
 """
 
+import io
 import math
 import os
 import warnings
@@ -96,7 +97,9 @@ class Encoder:
         self.model = model.eval()
         self.store = store
         self.batch_tokens = batch_tokens or default_batch_tokens(model.device)
-        self.workers = min(8, os.cpu_count() or 1) if workers is None else workers
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # under torchrun
+        share = (os.cpu_count() or 1) // processes
+        self.workers = min(8, max(1, share)) if workers is None else workers
         self.progress, self.warn = progress, warn
         self.encoded = self.reused = 0
         self._picture_tokens: dict[int, int] = {}
@@ -292,11 +295,12 @@ class Encoder:
 
         on_cpu = self.model.device.type == "cpu"
         loader = DataLoader(
-            _Preparation(self, task, on_cpu),
+            _Preparation(self, task, compute=on_cpu, as_bytes=workers > 0),
             batch_size=None,
             sampler=inputs(),
             num_workers=workers,
-            prefetch_factor=4 if workers else None,
+            # features with pixels are large, vectors are small
+            prefetch_factor=(4 if on_cpu else 1) if workers else None,
             multiprocessing_context="fork" if workers else None,
         )
         with warnings.catch_warnings():  # an index may be open; the workers never use it
@@ -310,6 +314,9 @@ class Encoder:
                 yield EncodedBatch({}, keyed_errors)
                 continue
             if not on_cpu:
+                prepared = (
+                    torch.load(io.BytesIO(prepared), weights_only=False) if workers else prepared
+                )
                 values = [batch[key] for key in readable]
                 prepared, errors = self._forward_or_errors(values, prepared, task)
                 keyed_errors |= {readable[i]: error for i, error in errors.items()}
@@ -423,13 +430,24 @@ class _Preparation(Dataset[Any]):
         encoder: The encoder.
         task: ``"query"`` or ``"document"``.
         compute: Whether the worker computes vectors, instead of only preparing features.
+        as_bytes: Whether features are returned as bytes, which go through a pipe: as tensors they
+            would take more of /dev/shm than many containers have.
     """
 
-    def __init__(self, encoder: Encoder, task: str, compute: bool) -> None:
+    def __init__(self, encoder: Encoder, task: str, *, compute: bool, as_bytes: bool) -> None:
         self.encoder, self.task = encoder, task
         self.work = encoder._vectors if compute else encoder._prepare
+        self.as_bytes = as_bytes and not compute
 
     def __getitem__(self, batch: list[Any]) -> tuple[Any, dict[int, RematchError]]:
+        prepared, errors = self._prepared(batch)
+        if not self.as_bytes or prepared is None:
+            return prepared, errors
+        stream = io.BytesIO()
+        torch.save(prepared, stream)
+        return stream.getvalue(), errors
+
+    def _prepared(self, batch: list[Any]) -> tuple[Any, dict[int, RematchError]]:
         """Vectors or features of the readable inputs; errors of the others by position.
 
         Whatever preparing an input raises is that input's error, and so is a lack of memory for
