@@ -14,6 +14,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from shared_server import COLOURS, NOISE, card_engine, data_url, file_of
 
+from rematch.errors import RematchError
 from rematch.interpretability import attention_maps
 from rematch.serve.app import create_app
 from rematch.serve.engine import Engine
@@ -168,6 +169,12 @@ def test_pictures_and_attention(client):
     )
     assert client.post("/v1/attention", json={"text": "no picture"}).status_code == 400
     assert set(client.get("/v1/examples").json()) <= {f"a {c} card" for c in COLOURS}
+
+
+def test_an_input_too_long_for_attention_maps_is_refused(engine, monkeypatch):
+    monkeypatch.setattr("rematch.interpretability.MOST_BYTES", 1 << 10)
+    with pytest.raises(RematchError, match="use a smaller picture"):
+        attention_maps(engine.model, Image.new("RGB", (96, 96)))
 
 
 def test_attention_maps_of_several_pictures_show_the_first(client, engine, monkeypatch):

@@ -13,6 +13,8 @@ from rematch.backbone.reading import Reading
 from rematch.errors import RematchError
 from rematch.model import ReMatch
 
+MOST_BYTES = 4 << 30  # of the attention between all tokens, in all heads and layers
+
 
 @torch.inference_mode()
 def attention_maps(model: ReMatch, value: Any, task: str = "document") -> NDArray[np.float32]:
@@ -27,17 +29,25 @@ def attention_maps(model: ReMatch, value: Any, task: str = "document") -> NDArra
         (K, h, w), where h · w is the number of the picture's tokens.
 
     Raises:
-        RematchError: If there is no picture, or its tokens form no grid.
+        RematchError: If there is no picture, its tokens form no grid, or the input is too long.
     """
     backbone = model.backbone
     pictures, _ = backbone.reader.pictures_and_text(value, 0)
     if not pictures:
         raise RematchError("the input has no picture, so there is nothing to map. Give one.")
     height, width = _grid(backbone.reader.read(pictures[0]))
+    features = model.preprocess([value], task=task)
+    length, text = features["input_ids"].shape[1], backbone.model.config.get_text_config()
+    needed = 4 * length**2 * text.num_hidden_layers * text.num_attention_heads
+    if needed > MOST_BYTES:
+        raise RematchError(
+            f"the input has {length:,} tokens, whose attention to one another takes "
+            f"{needed / 2**30:.0f} GiB in all layers. Attention maps need at most "
+            f"{MOST_BYTES >> 30} GiB: use a smaller picture."
+        )
     implementation = backbone.model.config._attn_implementation
     backbone.model.set_attn_implementation("eager")  # the others return no attention
     try:
-        features = model.preprocess([value], task=task)
         parameters = signature(backbone.base.forward).parameters
         inputs = {
             name: value.to(model.device)
