@@ -91,13 +91,14 @@ def graded_task(rng, queries=60, pages=30):
 def test_graded_metrics_equal_those_of_trec(seed):
     rng = np.random.default_rng(seed)
     task, qrels = graded_task(rng)
-    runs, orders = {}, []
+    runs, graded = {}, []
     for i in range(len(task.queries)):
         scores = rng.normal(size=len(task.documents))
         runs[str(i)] = {str(j): float(score) for j, score in enumerate(scores)}
         candidates, relevant = task.pool(i)
-        orders.append(rank_candidates(scores[candidates], relevant))
-    ranks, grades = _graded_ranks(task, orders)
+        order = rank_candidates(scores[candidates], relevant)
+        graded.append(_graded_ranks(order, task.relevance(i)))
+    ranks, grades = [r for r, _ in graded], [g for _, g in graded]
     assert any(not len(r) for r in ranks)
     names = {"ndcg_cut_5,10", "success_1,5,10", "recip_rank", "recall_5", "P_5", "map"}
     theirs = pytrec_eval.RelevanceEvaluator(qrels, names).evaluate(runs)
@@ -133,11 +134,8 @@ def test_chance_is_the_mean_over_all_rankings():
     queries = [Item(key="q")]
     task = RetrievalTask("t", "g", queries, pages, [], answers=[[4, 1]], grades=[[1.0, 3.0]])
     task.metric = "ndcg@5"
-    ranks, grades = [], []
-    for order in permutations(range(6)):
-        more_ranks, more_grades = _graded_ranks(task, [np.array(order)])
-        ranks += more_ranks
-        grades += more_grades
+    graded = [_graded_ranks(np.array(o), task.relevance(0)) for o in permutations(range(6))]
+    ranks, grades = [r for r, _ in graded], [g for _, g in graded]
     assert chance(task) == pytest.approx(metrics.ndcg_at(ranks, 5, grades))
     assert task.relevance(0).tolist() == [1.0, 3.0]
 

@@ -15,6 +15,7 @@ A answer slots, V vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -285,12 +286,7 @@ class MiniBatchedLoss(nn.Module, ABC):
             passes=passes,
             embeddings=embeddings,
             gradient=gradient,
-            # of this thread; the backward pass may run in another, and a sharded model has none
-            autocast=torch.autocast(
-                device.device.type,
-                torch.get_autocast_dtype(device.device.type),
-                torch.is_autocast_enabled(device.device.type),
-            ),
+            autocast=_autocast_of(device.device.type),
         )
         carrier.register_hook(backward)  # type: ignore[no-untyped-call]
         for parameter, own_gradient in zip(parameters, own_gradients, strict=True):
@@ -306,7 +302,7 @@ class MiniBatchedLoss(nn.Module, ABC):
         passes: Passes,
         embeddings: Tensor,
         gradient: Tensor,
-        autocast: torch.autocast,
+        autocast: AbstractContextManager[Any],
     ) -> None:
         """Step 3 of the module docstring.
 
@@ -344,3 +340,13 @@ class MiniBatchedLoss(nn.Module, ABC):
                 if mini_batch_share is not None:
                     surrogate = surrogate + mini_batch_share * (scale * weight)
                 torch.autograd.backward(surrogate)
+
+
+def _autocast_of(device_type: str) -> AbstractContextManager[Any]:
+    """The autocast of this thread, for a later pass: the backward pass may run in another thread,
+    and the forward method of a sharded model has no autocast of its own.
+    """
+    available = torch.amp.is_autocast_available(device_type)
+    if not available or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, torch.get_autocast_dtype(device_type))

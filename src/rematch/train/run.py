@@ -160,16 +160,16 @@ def _check_launch(recipe: Recipe) -> None:
             "weights, gradients and optimizer states."
         )
     is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if recipe.loss.learn_temperature and is_sharded:
-        raise RecipeError(
-            "loss.learn_temperature does not work with FSDP, whose optimizer takes weights of the "
-            "model alone. Use torchrun, or set loss.learn_temperature=false."
-        )
     if recipe.model.four_bit and is_sharded:
         raise RecipeError(
             "model.four_bit does not work with FSDP, which cannot reassemble sharded 4-bit "
             "weights to save them. Use torchrun (each GPU then holds the whole base in 4 bits), "
             "or set model.four_bit=false."
+        )
+    if recipe.loss.learn_temperature and is_sharded:
+        raise RecipeError(
+            "loss.learn_temperature does not work with FSDP, whose optimizer takes weights of the "
+            "model alone. Use torchrun, or set loss.learn_temperature=false."
         )
 
 
