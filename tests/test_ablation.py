@@ -37,8 +37,8 @@ def test_questions_show_the_nearest_wrong_document_of_the_batch(collator, model,
         negative = collator.hard_negative(samples, i)
         assert scores[negative] == pytest.approx(max(scores.values()), abs=1e-5)
         chosen.append(negative)
-    given = [keys[2] for keys in samples]
-    assert np.mean(np.array(chosen) == given) < 1
+    hard_negatives = [keys[2] for keys in samples]
+    assert np.mean(np.array(chosen) == hard_negatives) < 1
     plain = Collator(model)(rows)["batch"]
     assert batch.inputs.equal(plain.inputs)  # InfoNCE sees the same documents
     assert batch.tokens != plain.tokens  # other questions

@@ -314,9 +314,8 @@ class Encoder:
                 yield EncodedBatch({}, keyed_errors)
                 continue
             if not on_cpu:
-                prepared = (
-                    torch.load(io.BytesIO(prepared), weights_only=False) if workers else prepared
-                )
+                if workers:
+                    prepared = torch.load(io.BytesIO(prepared), weights_only=False)
                 values = [batch[key] for key in readable]
                 prepared, errors = self._forward_or_errors(values, prepared, task)
                 keyed_errors |= {readable[i]: error for i, error in errors.items()}

@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util.distributed import get_rank, get_world_size
 
 from rematch.backbone.checks import check_weights
-from rematch.backbone.loading import is_checkpoint, loading, module_types
+from rematch.backbone.loading import loading, module_types
 from rematch.backbone.pixels import limit_pixels
 from rematch.console import say
 from rematch.data.frames import FRAMES
@@ -196,7 +196,9 @@ def load_model(options: EvaluateOptions) -> SentenceTransformer:
     kwargs: dict[str, Any] = {}
     if get_world_size() > 1 and torch.cuda.is_available():
         kwargs["device"] = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    if is_checkpoint(name) or not module_types(name):  # the latter for the error of ReMatch
+    types = module_types(name)
+    # what is no SentenceTransformer at all gets the error of ReMatch
+    if not types or any(module_type.startswith("rematch.") for module_type in types):
         model: SentenceTransformer = ReMatch(name, **kwargs)
     else:
         remedy = "Give a directory that holds a SentenceTransformer, a hub name, or rematch-tiny."

@@ -160,8 +160,8 @@ def evaluate_task(
         first = order[:_SAVED_CANDIDATES]
         best.append(BestCandidates(candidates[first], scores[first]))
         if reranking:
-            first = order[: reranking.top].copy()
-            rankings.append(Ranking(candidates[first], first, relevant))
+            top = order[: reranking.top].copy()
+            rankings.append(Ranking(candidates[top], top, relevant))
     methods = {"embedding": _method_result(graded, started)}
 
     if multi_vector:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
@@ -455,7 +454,9 @@ class Builder:
             missing = [
                 document_id
                 for batch in self.index.scan(["id", CORPUS])
-                for document_id, name in zip(*map(pa.Array.to_pylist, batch.columns), strict=True)
+                for document_id, name in zip(
+                    batch["id"].to_pylist(), batch[CORPUS].to_pylist(), strict=True
+                )
                 if name == self.corpus.name
                 and id_hash(document_id) not in self.corpus_ids
                 and id_hash(document_id.rpartition("#")[0]) not in self.unreadable_ids

@@ -65,3 +65,8 @@ def _check_name(name: str) -> None:
             f"metadata {name!r} cannot be a column: '*' is not a name, and dots, backticks, "
             "control characters and lone surrogates are not allowed in one. Rename it."
         )
+
+
+def literal(value: str) -> str:
+    """A text in SQL."""
+    return "'" + value.replace("'", "''") + "'"

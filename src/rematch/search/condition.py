@@ -35,7 +35,7 @@ from typing import NamedTuple, NoReturn
 import pyarrow as pa
 
 from rematch.errors import DataError
-from rematch.search.columns import RESERVED
+from rematch.search.columns import RESERVED, literal
 
 MAX_LENGTH = 10_000  # characters
 MAX_DEPTH = 16  # parentheses within parentheses
@@ -207,7 +207,7 @@ def _operand(operand: Operand) -> str:
     if isinstance(operand, Column):
         return f"`{operand.name}`"  # a column's name has no backtick
     if isinstance(operand, str):
-        return "'" + operand.replace("'", "''") + "'"
+        return literal(operand)
     if isinstance(operand, bool):
         return "TRUE" if operand else "FALSE"
     return repr(operand)

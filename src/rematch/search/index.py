@@ -37,7 +37,7 @@ from rematch.model import ReMatch
 from rematch.scoring import truncate
 from rematch.search import approximate
 from rematch.search.cascade import Ranked, Stage, parse_stages, rerank
-from rematch.search.columns import CORPUS, RESERVED, new_columns
+from rematch.search.columns import CORPUS, RESERVED, literal, new_columns
 from rematch.search.condition import Condition, RawSQL, parse
 from rematch.search.hits import Hit, Hits
 from rematch.search.retrieval import (
@@ -56,7 +56,6 @@ from rematch.search.storage import (
     create_table,
     is_in,
     is_local,
-    literal,
     reading,
     writing,
 )

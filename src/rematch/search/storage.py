@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from rematch.errors import DataError, RematchError, StorageError, first_line
 from rematch.files import check_replaceable, made_folders, remove, write_failure
+from rematch.search.columns import literal
 
 TABLE = "documents"
 REPORT = "report.json"
@@ -66,11 +67,6 @@ def is_in(column: str, values: Iterable[str]) -> str:
     id IN ('a', 'it''s')
     """
     return f"{column} IN ({', '.join(map(literal, values))})"
-
-
-def literal(value: str) -> str:
-    """A text in SQL."""
-    return "'" + value.replace("'", "''") + "'"
 
 
 def create_table(uri: str, schema: pa.Schema) -> Any:
